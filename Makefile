@@ -1,0 +1,23 @@
+# make demo [ARGS="--tp 4"], make test [ARGS="-k plan"]: each prepares .venv first, once.
+PYTHON ?= python3
+
+.PHONY: demo test lint clean
+
+demo: .venv/ready
+	.venv/bin/narrowcast demo $(ARGS)
+
+test: .venv/ready
+	.venv/bin/pytest $(ARGS)
+
+lint: .venv/ready
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist

@@ -1,0 +1,22 @@
+"""Tensor-parallel LLM inference whose devices send each other 4 bits a value."""
+
+from narrowcast.calibrate import calibrate
+from narrowcast.codecs import PRESETS
+from narrowcast.collectives import all_gather, all_reduce, reduce_scatter
+from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError, PlanError
+from narrowcast.integrations import attach
+from narrowcast.plan import Plan
+
+__all__ = [
+    "PRESETS",
+    "InvalidInputError",
+    "NarrowcastError",
+    "PeerLostError",
+    "Plan",
+    "PlanError",
+    "all_gather",
+    "all_reduce",
+    "attach",
+    "calibrate",
+    "reduce_scatter",
+]

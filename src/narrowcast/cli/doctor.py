@@ -1,0 +1,48 @@
+"""`narrowcast doctor`: what is installed here and what can run."""
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from narrowcast import ops
+
+PACKAGES = "narrowcast", "torch", "numpy", "safetensors", "transformers", "accelerate", "typer", "rich", "matplotlib"
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions by package; None for those that are not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def doctor() -> None:
+    """Show versions, devices, kernels and transports."""
+    table = Table("what", "found", title="narrowcast doctor")
+    for package, version in versions().items():
+        table.add_row(package, version or "[yellow]not installed[/]")
+    table.add_section()
+    threads = torch.get_num_threads()
+    table.add_row("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
+    table.add_row("cuda", ", ".join(_gpus()) or "none")
+    table.add_section()
+    for device in ("cpu", *(["cuda"] if _gpus() else [])):
+        kernel = ops.kernel_of(device)
+        table.add_row(f"kernels on {device}", kernel + (" (plain PyTorch)" if kernel == "reference" else ""))
+    table.add_section()
+    for backend, available in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())):
+        table.add_row(f"transport torch.distributed, {backend}", "available" if available else "not in this PyTorch")
+    Console().print(table)
+
+
+def _gpus() -> list[str]:
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

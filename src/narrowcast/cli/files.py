@@ -1,0 +1,62 @@
+"""Text in, reports out."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowcast.errors import InvalidInputError
+from narrowcast.plan import check_writable
+
+DEFAULT_LENGTH = 256
+
+
+def sequences(tokenizer: Any, path: Path, *, length: int, limit: int | None = None) -> list[Tensor]:
+    """Token ids [1, T] of the documents in `path` (split by form feeds), in pieces of `length` tokens at most.
+
+    A scrap at a document's end (less than half of `length`) is left out.
+    """
+    if not path.is_file():
+        raise InvalidInputError(str(path), expected="a text file", found="no such file", remedy="Pass one with --text.")
+    found = list(_pieces(tokenizer, path, length))[:limit]
+    if not found:
+        raise InvalidInputError(
+            str(path), expected="at least two tokens of text", found="none", remedy="Pass another file."
+        )
+    return found
+
+
+def _pieces(tokenizer: Any, path: Path, length: int) -> Iterator[Tensor]:
+    try:
+        text = path.read_text(encoding="utf8")
+    except UnicodeDecodeError as error:
+        raise InvalidInputError(
+            str(path), expected="UTF-8 text", found=f"bytes that are not ({error.reason})", remedy="Convert it."
+        ) from error
+    for document in text.split("\f"):
+        ids = torch.tensor([tokenizer(document, verbose=False).input_ids], dtype=torch.long)
+        first, *others = ids.split(length, dim=1)
+        yield from (piece for piece in (first, *others) if piece.shape[1] >= (2 if piece is first else length // 2))
+
+
+def check_report(path: Path | None) -> None:
+    """InvalidInputError if `path` holds anything but an earlier report, which may be replaced."""
+    if path is None or not path.exists():
+        return
+    try:
+        earlier = "narrowcast" in json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, TypeError, OSError):
+        earlier = False
+    check_writable(path, overwrite=earlier)
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write `report` as JSON, marked as ours."""
+    from narrowcast.cli.doctor import versions
+
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps({"narrowcast": versions(), **report}, indent=2) + "\n", encoding="utf8")
+    temporary.replace(path)

@@ -1,0 +1,115 @@
+"""What `demo`, `evaluate` and `generate` do with a model and its plans: score text, continue prompts, count bytes."""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from torch.nn import functional
+
+import narrowcast
+from narrowcast import Plan
+from narrowcast.cli.launch import is_first_rank, on_ranks
+from narrowcast.evaluate import Score, compare, log_probs
+from narrowcast.integrations import device_of, load_engine
+from narrowcast.monitor import Report
+
+Prompts = Sequence[Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Score `batches` (ids [B, T]) against the reference's files, then continue `prompts` (ids [1, T]) greedily."""
+
+    model: str
+    plans: Sequence[Path]
+    algorithm: str = "auto"
+    batches: Sequence[Tensor] = ()
+    reference: Path | None = None
+    prompts: Sequence[Tensor] = ()
+    max_new_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Of one plan: scores and bytes from scoring (or, without batches, bytes from generating), continuations' ids."""
+
+    score: Score | None
+    report: Report
+    continuations: list[list[int]] = field(default_factory=list)
+
+
+def run_on_ranks(job: Job, tp_size: int) -> list[Outcome]:
+    """One outcome a plan, from rank 0 of `tp_size` processes that hold a part of the model each."""
+    return on_ranks(_on_rank, tp_size, job, tp_size)
+
+
+def run_simulated(job: Job, model: nn.Module) -> list[Outcome]:
+    """The same from a whole model in this process."""
+    return _outcomes(job, model, simulate=True)
+
+
+@contextmanager
+def reference_of(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Path]:
+    """A folder with the uncompressed model's log-probabilities for each batch, kept as long as the context."""
+    with tempfile.TemporaryDirectory(prefix="narrowcast-") as folder:
+        for index, ids in enumerate(_track(batches, "reference")):
+            np.save(f"{folder}/{index}.npy", log_probs(model, ids).numpy())
+        yield Path(folder)
+
+
+def _on_rank(job: Job, tp_size: int) -> list[Outcome]:
+    return _outcomes(job, load_engine().load(job.model, tp_size=tp_size), simulate=False)
+
+
+def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
+    outcomes = []
+    for path in job.plans:
+        with narrowcast.attach(model, Plan.load(path), simulate=simulate, algorithm=job.algorithm) as handle:
+            score = _score(job, model) if job.batches else None
+            report = handle.report()
+            continuations = _continue(model, job.prompts, job.max_new_tokens) if job.prompts else []
+            outcomes.append(
+                Outcome(score=score, report=report if job.batches else handle.report(), continuations=continuations)
+            )
+    return outcomes
+
+
+def _score(job: Job, model: nn.Module) -> Score | None:
+    found = (log_probs(model, ids) for ids in _track(job.batches, "scoring"))
+    if not is_first_rank():
+        for _ in found:
+            pass
+        return None
+    assert job.reference is not None, "whoever passes batches passes the reference's files"
+    files = [job.reference / f"{index}.npy" for index in range(len(job.batches))]
+    return compare((torch.from_numpy(np.load(file)) for file in files), found, job.batches)
+
+
+@torch.no_grad()
+def _continue(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
+    """Greedy continuations of all prompts in one batch, padded on the left."""
+    width = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.cat([functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.cat([functional.pad(torch.ones_like(prompt), (width - prompt.shape[1], 0)) for prompt in prompts])
+    device = device_of(model)
+    generated = model.generate(  # type: ignore[operator]
+        ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=model.config.eos_token_id or 0,  # type: ignore[union-attr]
+    )
+    return generated[:, width:].tolist()  # type: ignore[no-any-return]
+
+
+def _track(batches: Sequence[Tensor], what: str) -> Iterator[Tensor]:
+    console = Console(stderr=True)
+    hidden = not (is_first_rank() and console.is_terminal)
+    return iter(track(batches, what, console=console, transient=True, disable=hidden))

@@ -1,0 +1,82 @@
+"""Running a function on `tp_size` ranks: started here, or, under torchrun, those that it started."""
+
+import logging
+import os
+import signal
+import uuid
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from narrowcast.errors import InvalidInputError, NarrowcastError
+from narrowcast.transport import connect
+
+SHUTDOWN_S = 3
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def on_ranks(function: Callable[P, T], tp_size: int, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `function` returns on rank 0. Its arguments must be picklable."""
+    if "RANK" in os.environ:
+        _check_world_size(tp_size)
+        return cast(T, _rank_main(function, args, kwargs))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its errors are told below
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=tp_size,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        shutdown_timeout=SHUTDOWN_S,
+    )
+    try:
+        results: dict[int, T] = elastic_launch(config, _rank_main)(function, args, kwargs)
+    except ChildFailedError as error:
+        raise NarrowcastError(_cause(error)) from error
+    return results[0]
+
+
+def is_first_rank() -> bool:
+    """Whether this process prints: the one that started the ranks, or rank 0 under torchrun."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+@record
+def _rank_main(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started the ranks, who ends them
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    connect()
+    try:
+        return function(*args, **kwargs)
+    finally:
+        dist.destroy_process_group()
+
+
+def _check_world_size(tp_size: int) -> None:
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != tp_size:
+        raise InvalidInputError(
+            "torchrun", expected=f"{tp_size} ranks, as the plan has", found=world_size, remedy="Start that many."
+        )
+
+
+def _cause(error: ChildFailedError) -> str:
+    """Who failed, and why: a rank that a signal killed comes before those that missed it."""
+    killed = [rank for rank, failure in error.failures.items() if failure.exitcode not in (1, -signal.SIGTERM)]
+    rank, failure = (killed[0], error.failures[killed[0]]) if killed else error.get_first_failure()
+    message = cast(Any, failure.message)
+    if isinstance(message, dict):
+        message = message["message"]
+    return f"rank {rank}: {message}"

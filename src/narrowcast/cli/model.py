@@ -1,0 +1,157 @@
+"""`narrowcast calibrate`, `evaluate` and `generate`: a model, and a plan for it."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from torch import Tensor, nn
+
+import narrowcast
+from narrowcast import Plan
+from narrowcast.calibrate import DEFAULT_FIRST_TOKENS, DEFAULT_NUM_FIRST, FirstTokens, Observations, observe
+from narrowcast.cli.files import DEFAULT_LENGTH, check_report, sequences, write_report
+from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks, run_simulated
+from narrowcast.cli.launch import is_first_rank
+from narrowcast.codecs import recipe
+from narrowcast.errors import InvalidInputError
+from narrowcast.integrations import load_engine
+from narrowcast.plan import check_writable
+
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
+TensorParallel = Annotated[int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=1, help="Number of ranks.")]
+PlanOption = Annotated[Path, typer.Option("--plan", help="A plan that calibrate wrote.")]
+Length = Annotated[int, typer.Option(min=2, help="Tokens a sequence at most.")]
+Algorithm = Annotated[Literal["auto", "one_shot", "two_shot"], typer.Option(help="How the ranks add up.")]
+
+
+def calibrate(
+    model: ModelArgument,
+    tp: TensorParallel,
+    text: Annotated[Path, typer.Option(help="Text to calibrate on; form feeds split documents.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")],
+    codec: Annotated[str, typer.Option(help=f"A preset: {', '.join(narrowcast.PRESETS)}.")] = "int4-feature",
+    num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 128,
+    length: Length = DEFAULT_LENGTH,
+    first_tokens: Annotated[
+        FirstTokens, typer.Option(help="How each sequence's first tokens count: for all, for outliers only, not.")
+    ] = DEFAULT_FIRST_TOKENS,
+    num_first: Annotated[int, typer.Option(min=0, help="How many tokens those are.")] = DEFAULT_NUM_FIRST,
+    overwrite: Annotated[bool, typer.Option(help="Replace the plan if it exists.")] = False,
+) -> None:
+    """Calibrate MODEL for --tp ranks and write a plan."""
+    check_writable(output, overwrite=overwrite)
+    recipe(codec)
+    engine = load_engine()
+    found = sequences(engine.load_tokenizer(model), text, length=length, limit=num_sequences)
+    seen = observe_with_bar(engine.load(model), found, tp_size=tp, first_tokens=first_tokens, num_first=num_first)
+    plan = seen.plan(codec)
+    plan.save(output, overwrite=overwrite)
+    typer.echo(f"{output}: {len(plan.sites)} sites, tp_size {tp}, {codec}, from {len(found)} sequences")
+
+
+def observe_with_bar(
+    model: nn.Module,
+    found: Sequence[Tensor],
+    *,
+    tp_size: int,
+    first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
+    num_first: int = DEFAULT_NUM_FIRST,
+) -> Observations:
+    """`observe` under a bar with rate and remaining time."""
+    columns = (
+        TextColumn("calibrating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(found), rate="")
+
+        def advance(done: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, rate=f"{speed:.1f} sequences/s" if speed else "")
+
+        return observe(model, found, tp_size=tp_size, first_tokens=first_tokens, num_first=num_first, progress=advance)
+
+
+def evaluate(
+    model: ModelArgument,
+    plan: PlanOption,
+    real: Annotated[bool, typer.Option("--real", help="On real ranks; without it, simulated in one process.")] = False,
+    text: Annotated[Path | None, typer.Option(help="Text to score on; by default MODEL/scoring.txt.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write the figures here; replaces an earlier report.")] = None,
+    num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 32,
+    length: Length = DEFAULT_LENGTH,
+    algorithm: Algorithm = "auto",
+) -> None:
+    """Score MODEL with a plan against the uncompressed model: perplexity, KL divergence, top-1 agreement."""
+    check_report(json)
+    tp_size = Plan.load(plan).tp_size
+    engine = load_engine()
+    batches = sequences(
+        engine.load_tokenizer(model), text or Path(model) / "scoring.txt", length=length, limit=num_sequences
+    )
+    whole = engine.load(model)
+    with reference_of(whole, batches) as reference:
+        job = Job(model=model, plans=[plan], algorithm=algorithm, batches=batches, reference=reference)
+        (outcome,) = run_on_ranks(job, tp_size) if real else run_simulated(job, whole)
+    if not is_first_rank():
+        return
+    assert outcome.score is not None, "there were batches"
+    figures = asdict(outcome.score) | outcome.report.to_json() | {"tp_size": tp_size, "algorithm": algorithm}
+    _print_figures(outcome, f"{model}, {plan}, tp_size {tp_size}, {'real ranks' if real else 'simulated'}")
+    if json is not None:
+        write_report(json, figures | {"model": model, "plan": str(plan), "real": real})
+
+
+def generate(
+    model: ModelArgument,
+    plan: PlanOption,
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
+    algorithm: Algorithm = "auto",
+) -> None:
+    """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
+    tp_size = Plan.load(plan).tp_size
+    tokenizer = load_engine().load_tokenizer(model)
+    prompts = [tokenizer(each, return_tensors="pt").input_ids for each in prompt]
+    if any(ids.shape[1] == 0 for ids in prompts):
+        raise InvalidInputError("--prompt", expected="text", found="nothing", remedy="Pass at least a word.")
+    job = Job(model=model, plans=[plan], algorithm=algorithm, prompts=prompts, max_new_tokens=max_new_tokens)
+    (outcome,) = run_on_ranks(job, tp_size)
+    if not is_first_rank():
+        return
+    for start, ids in zip(prompt, outcome.continuations, strict=True):
+        typer.echo(start + tokenizer.decode(ids))
+    typer.echo(summary(outcome), err=True)
+
+
+def summary(outcome: Outcome) -> str:
+    """What one rank sent, in a sentence."""
+    report = outcome.report
+    bits = "nothing" if report.bits_per_value is None else f"{report.bits_per_value:.4f} bits a value"
+    uncompressed = ", ".join(f"{name} {nbytes:.0f}" for name, nbytes in report.uncompressed_bytes_per_token.items())
+    return (
+        f"sent {bits}, {report.wire_bytes_per_token:.0f} bytes a token and rank"
+        + (f"; uncompressed besides, bytes a token and rank: {uncompressed}" if uncompressed else "")
+        + (f"; {report.num_saturated} values clipped" if report.num_saturated else "")
+        + (f"; {report.num_non_finite} values not finite" if report.num_non_finite else "")
+    )
+
+
+def _print_figures(outcome: Outcome, title: str) -> None:
+    assert outcome.score is not None, "there were batches"
+    table = Table("figure", "value", title=title)
+    table.add_row("perplexity", f"{outcome.score.perplexity:.4f}")
+    table.add_row("KL from the uncompressed model, nats", f"{outcome.score.kl_nats:.5f}")
+    table.add_row("top-1 agreement", f"{outcome.score.top1_agreement:.2%}")
+    table.add_row("tokens scored", str(outcome.score.num_tokens))
+    table.caption = summary(outcome)
+    Console().print(table)

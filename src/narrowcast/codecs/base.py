@@ -1,0 +1,181 @@
+"""What every codec is: a byte format with its parameters, and the ranges it may be calibrated from."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, ClassVar, Protocol, Self
+
+import torch
+from torch import Tensor
+
+from narrowcast.errors import InvalidInputError
+
+FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Codec(ABC):
+    """How a tensor `[T, E]` (tokens, features) becomes bytes `uint8 [T, B]`, one row a token, and comes back.
+
+    `id` names the byte format, not the class: see docs/formats.md. The bytes of a token depend on that token
+    alone. `source` is the rank whose values are coded; a codec that codes the reduced sum has the one source 0.
+    """
+
+    id: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def num_sources(self) -> int | None:
+        """Ranks this codec is calibrated for; None if any rank's values may be coded."""
+
+    @abstractmethod
+    def row_nbytes(self, num_features: int) -> int:
+        """Payload bytes of one token."""
+
+    def payload_nbytes(self, num_tokens: int, num_features: int) -> int:
+        """Payload bytes of `num_tokens` tokens."""
+        return num_tokens * self.row_nbytes(num_features)
+
+    def encode(self, x_TE: Tensor, *, source: int, out: Tensor | None = None, stats: Tensor | None = None) -> Tensor:
+        """Code `x_TE` (bf16, fp16 or fp32) into `out`, uint8 [T, B], made if not given.
+
+        `stats`, int64 [2] on the same device, counts values that were clipped and values that were not finite.
+        """
+        self._check_source(source)
+        self._check_values(x_TE)
+        if out is None:
+            out = torch.empty(len(x_TE), self.row_nbytes(x_TE.shape[1]), dtype=torch.uint8, device=x_TE.device)
+        if x_TE.numel():
+            self._encode(x_TE, source, out, stats)
+        return out
+
+    def decode(
+        self,
+        payload_TB: Tensor,
+        *,
+        source: int,
+        out: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Values [T, E] of the payload of rank `source`, in `out` or as `dtype`."""
+        self._check_source(source)
+        return self._decode_into(payload_TB[None], slice(source, source + 1), out, dtype)
+
+    def decode_sum(
+        self, payloads_RTB: Tensor, *, out: Tensor | None = None, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Sum [T, E] over the payloads of all ranks: fp32, in rank order, rounded once to `out` or `dtype`."""
+        if self.num_sources not in (None, len(payloads_RTB)):
+            raise InvalidInputError(
+                f"{self.id} codec",
+                expected=f"payloads of {self.num_sources} ranks",
+                found=f"{len(payloads_RTB)}",
+                remedy="Use a codec that was calibrated for this many ranks.",
+            )
+        return self._decode_into(payloads_RTB, slice(None), out, dtype)
+
+    def _decode_into(self, payloads_RTB: Tensor, sources: slice, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if out is None:
+            shape = payloads_RTB.shape[1], self.num_features(payloads_RTB.shape[2])
+            out = torch.empty(shape, dtype=dtype, device=payloads_RTB.device)
+        if out.numel():
+            self._decode_sum(payloads_RTB, sources, out)
+        return out
+
+    @abstractmethod
+    def _encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None: ...
+
+    @abstractmethod
+    def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None: ...
+
+    @abstractmethod
+    def num_features(self, row_nbytes: int) -> int:
+        """Features E of a payload whose rows have `row_nbytes`."""
+
+    def features(self, start: int, stop: int) -> "Codec":
+        """The codec of the features `start` to `stop` alone: their values decode as they would among all."""
+        if (start, stop) not in self._blocks:
+            self._blocks[start, stop] = self._features(start, stop)
+        return self._blocks[start, stop]
+
+    @cached_property
+    def _blocks(self) -> dict[tuple[int, int], "Codec"]:
+        return {}
+
+    @abstractmethod
+    def _features(self, start: int, stop: int) -> "Codec": ...
+
+    @abstractmethod
+    def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
+        """Largest error [T, E] that finite `x_TE` can suffer from coding."""
+
+    @abstractmethod
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What `from_state` needs to make this codec again: JSON values, and tensors."""
+
+    @classmethod
+    @abstractmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        """Make the codec that `state` describes; ValueError, KeyError or TypeError if it describes none."""
+
+    def to(self, device: torch.device) -> "Codec":
+        """This codec with its tensors on `device`."""
+        config, tensors = self.state()
+        return self.from_state(config, {name: tensor.to(device) for name, tensor in tensors.items()})
+
+    def _check_source(self, source: int) -> None:
+        if self.num_sources is not None and not 0 <= source < self.num_sources:
+            raise InvalidInputError(
+                f"{self.id} codec",
+                expected=f"a source rank from 0 to {self.num_sources - 1}",
+                found=source,
+                remedy="Use a codec that was calibrated for this many ranks.",
+            )
+
+    def _check_values(self, x_TE: Tensor) -> None:
+        if x_TE.ndim != 2 or x_TE.dtype not in FLOAT_DTYPES:
+            raise InvalidInputError(
+                f"{self.id} codec",
+                expected="values [tokens, features] in bf16, fp16 or fp32",
+                found=f"{list(x_TE.shape)} in {x_TE.dtype}",
+                remedy="Reshape or convert them first.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranges:
+    """Smallest and largest value of each feature over tokens, per source: fp32 tensors [R, E].
+
+    `scale_low` and `scale_high` are for scales, `low` and `high` for the choice of outliers: they differ where
+    the first tokens of a sequence do not count for scales.
+    """
+
+    low: Tensor
+    high: Tensor
+    scale_low: Tensor
+    scale_high: Tensor
+
+    @classmethod
+    def of(cls, x_RTE: Tensor) -> Self:
+        """The ranges of all tokens of `x_RTE`."""
+        low, high = x_RTE.float().amin(dim=1), x_RTE.float().amax(dim=1)
+        return cls(low=low, high=high, scale_low=low, scale_high=high)
+
+    @property
+    def width(self) -> Tensor:
+        """Twice the largest magnitude [R, E]: the range of a symmetric code."""
+        return 2 * torch.maximum(self.low.abs(), self.high.abs())
+
+    @property
+    def scale_largest(self) -> Tensor:
+        """Largest magnitude [R, E] that a scale must reach."""
+        return torch.maximum(self.scale_low.abs(), self.scale_high.abs())
+
+
+class Recipe(Protocol):
+    """What a preset holds: how to make a codec from the ranges seen in calibration."""
+
+    def codec(self, ranges: Ranges) -> Codec:
+        """The codec for values in these ranges."""
+        ...

@@ -1,0 +1,87 @@
+"""`ALGORITHMS` by name, and the choice among them: one pure function of what every rank knows."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from narrowcast.codecs import Codec
+from narrowcast.collectives.base import Algorithm, Stages
+from narrowcast.collectives.one_shot import ONE_SHOT
+from narrowcast.collectives.two_shot import TWO_SHOT
+from narrowcast.errors import InvalidInputError
+
+ALGORITHMS: dict[str, Algorithm] = {"one_shot": ONE_SHOT, "two_shot": TWO_SHOT}
+
+
+def choose(algorithm: str, stages: Stages, num_tokens: int, num_features: int, world_size: int) -> str:
+    """The algorithm to run: "auto" takes the one whose ranks send the fewest bytes, one_shot where they are equal.
+
+    Where two_shot has neither a token nor a feature for every rank, one_shot runs in its place.
+    """
+    check_algorithm(algorithm, stages)
+    return _choose(algorithm, tuple(stages), num_tokens, num_features, world_size)
+
+
+def check_algorithm(algorithm: str, stages: Stages) -> None:
+    """InvalidInputError unless `algorithm` is known and `stages` has the codecs it needs."""
+    if algorithm != "auto" and algorithm not in ALGORITHMS:
+        raise InvalidInputError(
+            "algorithm",
+            expected=f"auto, {', '.join(ALGORITHMS)}",
+            found=repr(algorithm),
+            remedy="Choose one of them.",
+        )
+    if algorithm == "two_shot" and len(stages) < 2:
+        raise InvalidInputError(
+            "two_shot",
+            expected="a codec for the reduced sum, which travels again",
+            found="one codec, calibrated for partial sums",
+            remedy="Pass both, codec=(partial, reduced), as `plan.sites[name].codecs` holds them.",
+        )
+
+
+@lru_cache(maxsize=4096)
+def _choose(algorithm: str, stages: tuple[Codec, ...], num_tokens: int, num_features: int, world_size: int) -> str:
+    costs = {}
+    for name in ALGORITHMS if algorithm == "auto" else (algorithm, "one_shot"):
+        sent = [ALGORITHMS[name].sent(stages, num_tokens, num_features, rank, world_size) for rank in range(world_size)]
+        traffic = [each for each in sent if each is not None]
+        if len(traffic) == world_size:
+            costs[name] = sum(each.nbytes for each in traffic)
+    if algorithm != "auto":
+        return next(iter(costs))
+    return min(costs, key=lambda name: costs[name])
+
+
+def checked_stages(codec: Codec | Sequence[Codec], world_size: int) -> Stages:
+    """The codecs by stage. A codec without calibrated sources serves both stages; InvalidInputError for a wrong one."""
+    stages = [codec] if isinstance(codec, Codec) else list(codec)
+    if not stages or stages[0].num_sources not in (None, world_size):
+        raise InvalidInputError(
+            "codec",
+            expected=f"one calibrated for {world_size} ranks",
+            found=f"{stages[0].num_sources}" if stages else "none",
+            remedy="Calibrate with this tp_size.",
+        )
+    if len(stages) == 1 and stages[0].num_sources in (None, 1):
+        stages *= 2
+    if len(stages) > 1 and stages[1].num_sources not in (None, 1):
+        raise InvalidInputError(
+            "codec of the reduced sum",
+            expected="one with a single source",
+            found=f"{stages[1].num_sources}",
+            remedy="Pass codec=(partial, reduced), as `plan.sites[name].codecs` holds them.",
+        )
+    return stages
+
+
+def source_of(codec: Codec, rank: int, world_size: int) -> int:
+    """The source under which `rank` codes what it gathers: its own, or the only one of a codec of reduced sums."""
+    checked = codec.num_sources
+    if checked not in (None, 1, world_size):
+        raise InvalidInputError(
+            "codec",
+            expected=f"one calibrated for {world_size} ranks, or for the sum",
+            found=f"{checked} sources",
+            remedy="Calibrate with this tp_size.",
+        )
+    return 0 if checked == 1 else rank

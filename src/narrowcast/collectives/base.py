@@ -1,0 +1,74 @@
+"""What every algorithm is: steps that yield exchanges, a one-process twin, and the bytes it sends.
+
+An algorithm knows no codec's inside and no transport: it encodes, yields an `Exchange`, and goes on when the
+bytes have arrived. Whoever drives it may wait at once or later, and counts what travels.
+
+Shapes: T tokens, E features, R ranks, B payload bytes of a token.
+"""
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from narrowcast.codecs import Codec
+from narrowcast.transport import Buffers
+
+
+class Exchange(NamedTuple):
+    """Payloads to each peer and room for theirs; `num_values` values travel in the `sends`."""
+
+    sends: Buffers
+    recvs: Buffers
+    num_values: int
+
+
+class Traffic(NamedTuple):
+    """What one rank sends: payload bytes, and the values coded in them."""
+
+    nbytes: int
+    num_values: int
+
+
+Steps = Generator[Exchange, None, Tensor]
+
+# The codecs of a site by stage: [0] for the partial sums, [1] for the reduced value when it travels again.
+Stages = Sequence[Codec]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Algorithm:
+    """One way to all-reduce.
+
+    `steps(x_TE, stages, rank, world_size, stats)` runs on a rank; `twin(partials, stages, stats)` is its
+    specification in one process; `sent(stages, T, E, rank, world_size)` is what the rank sends, None where the
+    algorithm cannot run.
+    """
+
+    steps: Callable[[Tensor, Stages, int, int, Tensor | None], Steps]
+    twin: Callable[[Sequence[Tensor], Stages, Tensor | None], Tensor]
+    sent: Callable[[Stages, int, int, int, int], Traffic | None]
+
+
+def share_of(total: int, rank: int, world_size: int) -> slice:
+    """What `rank` owns of `total` tokens or features: shares differ by one at most."""
+    return slice(rank * total // world_size, (rank + 1) * total // world_size)
+
+
+def to_all(payload: Tensor, payloads: Sequence[Tensor], rank: int, num_values: int) -> Exchange:
+    """Send one payload of `num_values` values to every peer, receive theirs into `payloads`."""
+    peers = range(len(payloads))
+    sends = [None if peer == rank else payload for peer in peers]
+    return Exchange(sends, without(payloads, rank), num_values * (len(peers) - 1))
+
+
+def without(buffers: Sequence[Tensor], rank: int) -> list[Tensor | None]:
+    """The buffers for the peers: None at the rank's own place."""
+    return [None if peer == rank else buffer for peer, buffer in enumerate(buffers)]
+
+
+def new_payload(codec: Codec, num_tokens: int, num_features: int, like: Tensor) -> Tensor:
+    """Room for a payload [T, B] on the device of `like`."""
+    return torch.empty(num_tokens, codec.row_nbytes(num_features), dtype=torch.uint8, device=like.device)

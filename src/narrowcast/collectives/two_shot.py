@@ -1,0 +1,97 @@
+"""two_shot: each rank adds up its share for all, codes the sum again, and everyone gathers the shares.
+
+Two latencies, two roundings; 2 (R - 1) / R payloads sent by each rank. The shares are tokens, or blocks of
+features when there are fewer tokens than ranks. The owner of a share decodes its coded sum like everyone else,
+so that all ranks end with the same bits.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from narrowcast.codecs import Codec
+from narrowcast.collectives.base import (
+    Algorithm,
+    Exchange,
+    Stages,
+    Steps,
+    Traffic,
+    new_payload,
+    share_of,
+    to_all,
+    without,
+)
+
+
+class Share(NamedTuple):
+    """What one rank owns: tokens and features of the sum, with the codecs of just these features."""
+
+    tokens: slice
+    features: slice
+    partial: Codec
+    reduced: Codec
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.tokens.stop - self.tokens.start, self.features.stop - self.features.start
+
+    @property
+    def num_values(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def shares(stages: Stages, num_tokens: int, num_features: int, world_size: int) -> list[Share] | None:
+    """The share of each rank; None where there is neither a token nor a feature for every rank, or no stage 1."""
+    if len(stages) < 2:
+        return None
+    partial, reduced = stages[:2]
+    if num_tokens >= world_size:
+        tokens = [share_of(num_tokens, rank, world_size) for rank in range(world_size)]
+        return [Share(own, slice(0, num_features), partial, reduced) for own in tokens]
+    if num_features >= world_size:
+        blocks = [share_of(num_features, rank, world_size) for rank in range(world_size)]
+        return [
+            Share(slice(0, num_tokens), own, *(codec.features(own.start, own.stop) for codec in (partial, reduced)))
+            for own in blocks
+        ]
+    return None
+
+
+def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Steps:
+    num_tokens, num_features = x_TE.shape
+    owners = shares(stages, num_tokens, num_features, world_size)
+    assert owners is not None, "the choice of the algorithm asks `sent` first"
+    own = owners[rank]
+    sends = [owner.partial.encode(x_TE[owner.tokens, owner.features], source=rank, stats=stats) for owner in owners]
+    partials_RTB = sends[rank].expand(world_size, *sends[rank].shape).contiguous()
+    yield Exchange(without(sends, rank), without(partials_RTB.unbind(), rank), x_TE.numel() - own.num_values)
+    total_TE = own.partial.decode_sum(partials_RTB)
+
+    reduced = [new_payload(owner.reduced, *owner.shape, like=x_TE) for owner in owners]
+    own.reduced.encode(total_TE, source=0, out=reduced[rank], stats=stats)
+    yield to_all(reduced[rank], reduced, rank, total_TE.numel())
+    y_TE = torch.empty(x_TE.shape, dtype=x_TE.dtype, device=x_TE.device)
+    for owner, payload_TB in zip(owners, reduced, strict=True):
+        owner.reduced.decode(payload_TB, source=0, out=y_TE[owner.tokens, owner.features])
+    return y_TE
+
+
+def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
+    payloads_RTB = torch.stack([stages[0].encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
+    total_TE = stages[0].decode_sum(payloads_RTB)
+    return stages[1].decode(stages[1].encode(total_TE, source=0, stats=stats), source=0, dtype=partials[0].dtype)
+
+
+def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:
+    owners = shares(stages, num_tokens, num_features, world_size)
+    if owners is None:
+        return None
+    own, peers = owners[rank], [owner for peer, owner in enumerate(owners) if peer != rank]
+    nbytes = sum(owner.partial.payload_nbytes(*owner.shape) for owner in peers)
+    nbytes += len(peers) * own.reduced.payload_nbytes(*own.shape)
+    return Traffic(nbytes, sum(owner.num_values for owner in peers) + len(peers) * own.num_values)
+
+
+TWO_SHOT = Algorithm(steps=_steps, twin=_twin, sent=_sent)

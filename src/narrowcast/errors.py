@@ -1,0 +1,69 @@
+"""What can go wrong, as types.
+
+NarrowcastError
+├── InvalidInputError (also ValueError)   a user's value cannot be used
+│   └── PlanError                         a plan cannot be used
+│       ├── PlanFormatError               not a plan, truncated, altered, or of another format version
+│       └── PlanMismatchError             made for another model or tp_size, or not the same on every rank
+├── PeerLostError (also RuntimeError)     another rank died, hangs, or never came; `ranks` names it
+└── MissingDependencyError (also ImportError)
+"""
+
+from collections.abc import Sequence
+
+
+class NarrowcastError(Exception):
+    """Base of every error that narrowcast raises on purpose."""
+
+
+class InvalidInputError(NarrowcastError, ValueError):
+    """A value that cannot be used: says what was expected, what was found, and what to do."""
+
+    def __init__(self, subject: str, *, expected: object, found: object, remedy: str) -> None:
+        super().__init__(f"{subject}: expected {expected}, found {found}. {remedy}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle by message, so that the error crosses process boundaries whole."""
+        return (_rebuild, (type(self), str(self)))
+
+
+class PlanError(InvalidInputError):
+    """A plan that cannot be used."""
+
+
+class PlanFormatError(PlanError):
+    """A file that is not a plan, or is truncated, altered, or of another format version."""
+
+
+class PlanMismatchError(PlanError):
+    """A sound plan for something else: another model, another tp_size, or not the plan of the other ranks."""
+
+
+class PeerLostError(NarrowcastError, RuntimeError):
+    """Other ranks of the tensor-parallel group died, hang, or never came."""
+
+    def __init__(self, ranks: Sequence[int], doing: str) -> None:
+        self.ranks = tuple(ranks)
+        self.doing = doing
+        names = ", ".join(str(rank) for rank in self.ranks)
+        super().__init__(f"lost rank {names} of the tensor-parallel group while {doing}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (PeerLostError, (self.ranks, self.doing))
+
+
+class MissingDependencyError(NarrowcastError, ImportError):
+    """An optional dependency is not installed: says which command installs it."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
+        super().__init__(f"{package} is not installed: run pip install 'narrowcast[{extra}]'")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (MissingDependencyError, (self.package, self.extra))
+
+
+def _rebuild(kind: type[InvalidInputError], message: str) -> InvalidInputError:
+    error = kind.__new__(kind)
+    Exception.__init__(error, message)
+    return error

@@ -1,0 +1,152 @@
+"""Any `torch.distributed` group as a transport: pairwise sends and receives, whatever the backend.
+
+On gloo that is 2.5 to 3 times faster per byte than its `all_gather`.
+"""
+
+import contextlib
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch.distributed.distributed_c10d import _get_process_group_store
+
+from narrowcast.errors import InvalidInputError, PeerLostError
+from narrowcast.transport.base import Buffers, Transport
+
+DEFAULT_TIMEOUT_S = 60.0
+
+# Tags keep exchanges apart that are under way at once, and apart from the engine's own messages (tag 0 and up).
+_FIRST_TAG, _NUM_TAGS = 1 << 30, 1 << 29
+_exchanges: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
+
+
+class TorchDistributedTransport(Transport):
+    """The ranks of `group` (None: the default group). A wait lasts `timeout_s` seconds at most."""
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        if not dist.is_initialized():
+            raise InvalidInputError(
+                "process group",
+                expected="torch.distributed to be initialised",
+                found="that it is not",
+                remedy="Start the ranks with torchrun and call torch.distributed.init_process_group.",
+            )
+        self.group = dist.distributed_c10d._group_or_default_group(group)
+        self.timeout_s = timeout_s
+        self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self._store = PrefixStore("narrowcast", _get_process_group_store(self.group))
+        self._exchanges = _exchanges.setdefault(self.group, itertools.count())
+
+    def exchange(self, sends: Buffers, recvs: Buffers) -> "TorchDistributedWork":
+        tag = _FIRST_TAG + next(self._exchanges) % _NUM_TAGS
+        sending, receiving = _travelling(sends), _travelling(recvs)
+        work = TorchDistributedWork(self, [], time.monotonic() + self.timeout_s)
+        if any(buffer.is_cuda for _, buffer in receiving + sending):
+            # NCCL must see sends and receives as one batch; its watchdog, not ours, then notices a lost peer.
+            batch = [dist.P2POp(dist.irecv, buffer, group=self.group, group_peer=peer) for peer, buffer in receiving]
+            batch += [dist.P2POp(dist.isend, buffer, group=self.group, group_peer=peer) for peer, buffer in sending]
+            work.pending += [(None, started) for started in dist.batch_isend_irecv(batch)]
+            return work
+        transfers = [(self.group.recv, *each) for each in receiving] + [(self.group.send, *each) for each in sending]
+        for start, peer, buffer in transfers:
+            try:
+                work.pending.append((peer, start([buffer], peer, tag)))
+            except RuntimeError as error:
+                raise self.lost(peer) from error
+        return work
+
+    def share(self, text: str, doing: str) -> list[str]:
+        ordinal = self._store.add(f"shares/{self.rank}", 1)  # kept by the store: groups may come and go on it
+        store = PrefixStore(f"share/{ordinal}", self._store)
+        return roll_call(store, self.rank, self.world_size, text, doing, timeout_s=self.timeout_s)
+
+    def lost(self, peer: int) -> PeerLostError:
+        """The error for a peer that failed us: it names the rank that was lost first, which may have taken it along."""
+        first = str(peer)
+        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that held it
+            first = self._store.compare_set("lost", "", first).decode()
+        return PeerLostError([int(first)], "exchanging payloads")
+
+
+@dataclass
+class TorchDistributedWork:
+    """Receives, then sends, each in the order of ranks; `pending` names the peer of each where it is known."""
+
+    transport: TorchDistributedTransport
+    pending: list[tuple[int | None, dist.Work]]
+    deadline: float
+
+    def wait(self) -> None:
+        """Return when all have arrived; PeerLostError if a peer is lost or the deadline passes."""
+        for peer, work in self.pending:
+            if peer is None:
+                work.wait()
+                continue
+            try:
+                work.wait(timedelta(seconds=max(self.deadline - time.monotonic(), 0.001)))
+            except RuntimeError as error:
+                raise self.transport.lost(peer) from error
+        self.pending.clear()
+
+
+def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    """Join the ranks that torchrun started, as its environment variables say. PeerLostError names who does not come.
+
+    Does nothing where torch.distributed is initialised. Until all have come, the store is all that they share.
+    """
+    if dist.is_initialized():
+        return
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    timeout = timedelta(seconds=timeout_s)
+    try:
+        store = TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=rank == 0 and not hosted_by_agent,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        raise PeerLostError([0], "joining the group") from error
+    attempt = PrefixStore(f"narrowcast/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    roll_call(PrefixStore("roll", attempt), rank, world_size, "", "joining the group", timeout_s=timeout_s)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def roll_call(
+    store: Store, rank: int, world_size: int, text: str, doing: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> list[str]:
+    """The texts of all ranks in rank order; PeerLostError names those who do not come in time."""
+    store.set(str(rank), text)
+    keys = [str(other) for other in range(world_size)]
+    try:
+        store.wait(keys, timedelta(seconds=timeout_s))
+    except RuntimeError as error:
+        missing = [other for other, key in enumerate(keys) if not _has(store, key)]
+        raise PeerLostError(missing or [0], doing) from error  # without its store, the rank that held it is gone
+    return [store.get(key).decode() for key in keys]
+
+
+def _has(store: Store, key: str) -> bool:
+    try:
+        return bool(store.check([key]))
+    except RuntimeError:
+        return True
+
+
+def _travelling(buffers: Buffers) -> list[tuple[int, Tensor]]:
+    return [(peer, buffer) for peer, buffer in enumerate(buffers) if buffer is not None and buffer.numel()]

@@ -1,0 +1,42 @@
+"""Fixtures: rank processes, small models, the bundled model's text."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+import pytest
+import torch
+
+from ranks import Ranks
+
+MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
+SHARED = Path(__file__).parents[2] / "shared"
+
+torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(4).run(function, ...)` runs a function on four processes that live until the session ends."""
+    pools: dict[int, Ranks] = {}
+
+    def of(world_size: int) -> Ranks:
+        if world_size not in pools or not pools[world_size].alive:
+            pools[world_size] = Ranks(world_size)
+        return pools[world_size]
+
+    yield of
+    for pool in pools.values():
+        pool.close()
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of texts and models that the repository does not carry."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the shared folder beside the repository")
+    return SHARED

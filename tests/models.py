@@ -1,0 +1,51 @@
+"""Small random models and ranges to test with."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+
+from narrowcast.codecs import PRESETS, Codec, Ranges
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 96,
+    "intermediate_size": 140,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+CONFIGS = {
+    "llama": lambda: LlamaConfig(**SMALL),
+    "llama-biased": lambda: LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
+    "llama-tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "qwen3": lambda: Qwen3Config(**SMALL, head_dim=24),
+}
+
+
+def save_random(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
+    """A model of `CONFIGS` with random weights (biases too), saved for `from_pretrained`."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]()).to(dtype)
+    for key, value in model.named_parameters():
+        if key.endswith("bias"):
+            torch.nn.init.normal_(value, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(2, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def calibrated(preset: str, x_RTE: Tensor) -> tuple[Codec, Codec]:
+    """The preset's codecs for partial sums and for their sum, calibrated on `x_RTE` itself."""
+    recipe = PRESETS[preset]
+    return recipe.codec(Ranges.of(x_RTE)), recipe.codec(Ranges.of(x_RTE.float().sum(dim=0, keepdim=True)))
