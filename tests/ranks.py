@@ -1,4 +1,4 @@
-"""A pool of rank processes: each world of 1, 2, 3, ... ranks is started once and lives as long as the session."""
+"""Rank processes: a world of 1, 2, 3, ... is started once and lives as long as the session."""
 
 import contextlib
 import multiprocessing
@@ -7,7 +7,6 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ import torch.distributed as dist
 LIMIT_S = 90
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """A rank raised; its traceback is the message."""
 
 
@@ -32,30 +31,32 @@ class Ranks:
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, rank, world_size, f"{self.folder.name}/store"), daemon=True
-            )
+            arguments = theirs, rank, world_size, f"{self.folder.name}/store"
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(
-        self, function: Callable[..., Any], *arguments: Any, each: list[tuple[Any, ...]] | None = None
-    ) -> list[Any]:
-        """`function(*arguments, *each[rank])` on every rank; the results in rank order."""
-        for rank, pipe in enumerate(self.pipes):
-            pipe.send((function, (*arguments, *(each[rank] if each else ()))))
-        return [self._result(rank) for rank in range(self.world_size)]
+    def start(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Begin `function(*arguments)` on every rank; `result` waits for each."""
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
 
-    def _result(self, rank: int) -> Any:
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """`function(*arguments)` on every rank; the results in rank order."""
+        self.start(function, *arguments)
+        return [self.result(rank) for rank in range(self.world_size)]
+
+    def result(self, rank: int) -> Any:
+        """What `rank` returned; RankError if it raised."""
         if not self.pipes[rank].poll(LIMIT_S):
             self.close()
             raise TimeoutError(f"rank {rank} gave no answer in {LIMIT_S} s")
         failed, value = self.pipes[rank].recv()
         if failed:
             self.close()
-            raise RankFailed(f"rank {rank} of {self.world_size}:\n{value}")
+            raise RankError(f"rank {rank} of {self.world_size}:\n{value}")
         return value
 
     @property
@@ -72,7 +73,7 @@ class Ranks:
 
 def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), HF_HUB_OFFLINE="1")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
     dist.init_process_group("gloo", store=dist.FileStore(store, world_size), rank=rank, world_size=world_size)
     while True:
         try:
@@ -83,8 +84,3 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
             pipe.send((False, function(*arguments)))
         except Exception:
             pipe.send((True, traceback.format_exc()))
-
-
-def data(name: str) -> Path:
-    """A folder of the project's shared data; see `needs_shared` in conftest."""
-    return Path(__file__).parents[2] / "shared" / name

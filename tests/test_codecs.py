@@ -163,7 +163,7 @@ def test_wrong_input_is_refused_with_a_sentence(preset: str) -> None:
 
 
 def test_an_unknown_preset_lists_those_there_are() -> None:
-    with pytest.raises(InvalidInputError, match="one of bf16, .*int4-feature.*found int5-magic"):
+    with pytest.raises(InvalidInputError, match=r"one of bf16, .*int4-feature.*found int5-magic"):
         recipe("int5-magic")
 
 

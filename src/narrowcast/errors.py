@@ -45,7 +45,7 @@ class PeerLostError(NarrowcastError, RuntimeError):
     def __init__(self, ranks: Sequence[int], doing: str) -> None:
         self.ranks = tuple(ranks)
         self.doing = doing
-        names = ", ".join(str(rank) for rank in self.ranks)
+        names = ", ".join(str(rank) for rank in self.ranks) or "unknown"
         super().__init__(f"lost rank {names} of the tensor-parallel group while {doing}")
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -135,7 +135,7 @@ class Plan:
                 calibration=header["calibration"],
                 sites={name: _site(name, entry, tensors) for name, entry in header["sites"].items()},
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _unusable(path, expected="the header of a plan", found=f"{type(error).__name__}: {error}") from error
 
     def _contents(self) -> tuple[str, dict[str, Tensor]]:

@@ -17,30 +17,47 @@ from narrowcast.collectives.base import Exchange, Steps, Traffic, new_payload, s
 from narrowcast.errors import InvalidInputError
 from narrowcast.transport import TorchDistributedTransport, Transport, Work
 
+MAX_STEPS = 8  # exchanges of one collective, each of which has a tag of its own
+
 Group = dist.ProcessGroup | Transport | None
 
 
 class Pending:
-    """A collective under way. `wait()` takes it to its end and returns the tensor; calling it again is free."""
+    """A collective under way. `wait()` takes it to its end and returns the tensor; calling it again is free.
+
+    A wait first ends the collectives that were started before: ranks may wait in different orders, but none may
+    hold back a step that another one needs.
+    """
 
     def __init__(self, steps: Steps, transport: Transport, sent: Callable[[Traffic], None] | None = None) -> None:
         self._steps, self._transport, self._sent = steps, transport, sent
+        self._number = next(transport.collectives.numbers)
+        self._num_steps = 0
         self._work: Work | None = None
         self._result: Tensor | None = None
+        transport.collectives.under_way[self._number] = self
         self._step()
 
     def _step(self) -> None:
         try:
             exchange = next(self._steps)
+            if self._sent is not None:
+                self._sent(Traffic(_nbytes(exchange), exchange.num_values))
+            tag = self._number * MAX_STEPS + self._num_steps
+            self._work = self._transport.exchange(exchange.sends, exchange.recvs, tag=tag)
+            self._num_steps += 1
         except StopIteration as end:
             self._work, self._result = None, end.value
-            return
-        if self._sent is not None:
-            self._sent(Traffic(_nbytes(exchange), exchange.num_values))
-        self._work = self._transport.exchange(exchange.sends, exchange.recvs)
+            del self._transport.collectives.under_way[self._number]
+        except BaseException:
+            del self._transport.collectives.under_way[self._number]
+            raise
 
     def wait(self) -> Tensor:
         """The result; PeerLostError if a rank is lost."""
+        earlier = [other for number, other in self._transport.collectives.under_way.items() if number < self._number]
+        for other in earlier:
+            other.wait()
         while self._work is not None:
             self._work.wait()
             self._step()

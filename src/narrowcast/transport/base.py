@@ -1,8 +1,10 @@
 """What every transport is: it moves bytes between the ranks of one group, and names a rank that is lost."""
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -17,6 +19,16 @@ class Work(Protocol):
         ...
 
 
+@dataclass
+class Collectives:
+    """The collectives of a group: their numbers, alike on every rank that starts the same ones in the same order,
+    and those that are under way.
+    """
+
+    numbers: Iterator[int] = field(default_factory=itertools.count)
+    under_way: dict[int, Any] = field(default_factory=dict)
+
+
 class Transport(ABC):
     """A group of `world_size` ranks, this one being `rank`.
 
@@ -25,13 +37,14 @@ class Transport(ABC):
 
     rank: int
     world_size: int
+    collectives: Collectives
 
     @abstractmethod
-    def exchange(self, sends: Buffers, recvs: Buffers) -> Work:
+    def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> Work:
         """Start to send `sends[peer]` to each peer and to fill `recvs[peer]` from it.
 
-        Contiguous uint8 tensors, None where nothing travels (always at `rank` itself). Every rank starts the
-        same exchanges in the same order; it may wait for them in any order.
+        Contiguous uint8 tensors, None where nothing travels (always at `rank` itself). What was sent under a tag
+        is received under that tag.
         """
 
     @abstractmethod

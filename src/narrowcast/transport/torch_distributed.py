@@ -4,10 +4,8 @@ On gloo that is 2.5 to 3 times faster per byte than its `all_gather`.
 """
 
 import contextlib
-import itertools
 import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from weakref import WeakKeyDictionary
@@ -19,13 +17,14 @@ from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _get_process_group_store
 
 from narrowcast.errors import InvalidInputError, PeerLostError
-from narrowcast.transport.base import Buffers, Transport
+from narrowcast.transport.base import Buffers, Collectives, Transport
 
 DEFAULT_TIMEOUT_S = 60.0
+LINGER = timedelta(seconds=3)
 
 # Tags keep exchanges apart that are under way at once, and apart from the engine's own messages (tag 0 and up).
 _FIRST_TAG, _NUM_TAGS = 1 << 30, 1 << 29
-_exchanges: WeakKeyDictionary[dist.ProcessGroup, Iterator[int]] = WeakKeyDictionary()
+_collectives: WeakKeyDictionary[dist.ProcessGroup, Collectives] = WeakKeyDictionary()
 
 
 class TorchDistributedTransport(Transport):
@@ -43,14 +42,15 @@ class TorchDistributedTransport(Transport):
         self.timeout_s = timeout_s
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         self._store = PrefixStore("narrowcast", _get_process_group_store(self.group))
-        self._exchanges = _exchanges.setdefault(self.group, itertools.count())
+        self.collectives = _collectives.setdefault(self.group, Collectives())
 
-    def exchange(self, sends: Buffers, recvs: Buffers) -> "TorchDistributedWork":
-        tag = _FIRST_TAG + next(self._exchanges) % _NUM_TAGS
+    def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> "TorchDistributedWork":
+        tag = _FIRST_TAG + tag % _NUM_TAGS
         sending, receiving = _travelling(sends), _travelling(recvs)
         work = TorchDistributedWork(self, [], time.monotonic() + self.timeout_s)
         if any(buffer.is_cuda for _, buffer in receiving + sending):
-            # NCCL must see sends and receives as one batch; its watchdog, not ours, then notices a lost peer.
+            # NCCL must see sends and receives as one batch, knows no tags (ranks wait in one order), and has its
+            # own watchdog for lost peers.
             batch = [dist.P2POp(dist.irecv, buffer, group=self.group, group_peer=peer) for peer, buffer in receiving]
             batch += [dist.P2POp(dist.isend, buffer, group=self.group, group_peer=peer) for peer, buffer in sending]
             work.pending += [(None, started) for started in dist.batch_isend_irecv(batch)]
@@ -124,7 +124,11 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
+    except RuntimeError as error:  # somebody was lost between the roll call and here: who is still there?
+        roll_call(PrefixStore("again", attempt), rank, world_size, "", "joining the group", timeout_s=timeout_s / 4)
+        raise PeerLostError([], "joining the group") from error
 
 
 def roll_call(
@@ -136,16 +140,21 @@ def roll_call(
     try:
         store.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError as error:
-        missing = [other for other, key in enumerate(keys) if not _has(store, key)]
-        raise PeerLostError(missing or [0], doing) from error  # without its store, the rank that held it is gone
+        missing = _missing(store, rank, keys)
+        raise PeerLostError(missing, doing) from error
     return [store.get(key).decode() for key in keys]
 
 
-def _has(store: Store, key: str) -> bool:
+def _missing(store: Store, rank: int, keys: list[str]) -> list[int]:
+    """Ranks without a key. Who is there stays until all of those have looked: one of them may hold the store."""
     try:
-        return bool(store.check([key]))
+        missing = [other for other, key in enumerate(keys) if not store.check([key])]
     except RuntimeError:
-        return True
+        return [0]  # the store is gone, and with it the rank that held it
+    with contextlib.suppress(RuntimeError):
+        store.set(f"{rank}/looked", "")
+        store.wait([f"{key}/looked" for other, key in enumerate(keys) if other not in missing], LINGER)
+    return missing
 
 
 def _travelling(buffers: Buffers) -> list[tuple[int, Tensor]]:

@@ -1,0 +1,182 @@
+"""Calibration: the paper's moving averages, whatever the batches and the padding."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import narrowcast
+from models import random_ids, save_random
+from narrowcast import InvalidInputError, Plan
+from narrowcast.calibrate import EMA_FACTOR, observe
+from narrowcast.codecs import FeatureCodec
+from narrowcast.integrations import load_engine
+from narrowcast.integrations.forwards import chunk
+
+transformers = load_engine()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    return transformers.load(save_random("llama-biased", tmp_path_factory.mktemp("model"), torch.float32))
+
+
+def sequences() -> list[Tensor]:
+    return [random_ids(1, length, seed=length) for length in (20, 13, 7, 16, 31)]
+
+
+def test_ranges_follow_the_paper(model: nn.Module) -> None:
+    """Recomputed with forward hooks on the whole layer: partial sums from its input, weight by weight."""
+    seen: list[list[Tensor]] = []
+    layer = model.get_submodule("model.layers.1.mlp.down_proj")
+    assert isinstance(layer, nn.Linear)
+
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pieces = [chunk(layer.in_features, rank, 3) for rank in range(3)]
+        seen.append([(inputs[0][0][:, own].double() @ layer.weight[:, own].double().T) for own in pieces])
+
+    handle = layer.register_forward_hook(hook)
+    with torch.no_grad():
+        for ids in sequences():
+            model(ids)
+    handle.remove()
+    low, high = (torch.stack([x.amin(0) for x in seen[0]]), torch.stack([x.amax(0) for x in seen[0]]))
+    for partials in seen[1:]:
+        low = (1 - EMA_FACTOR) * low + EMA_FACTOR * torch.stack([x.amin(0) for x in partials])
+        high = (1 - EMA_FACTOR) * high + EMA_FACTOR * torch.stack([x.amax(0) for x in partials])
+    partial, reduced = observe(model, sequences(), tp_size=3).ranges["model.layers.1.mlp.down_proj"]
+    # fp32 products of 47 terms (140 = 47 + 47 + 46) against fp64 ones.
+    assert torch.allclose(partial.low.double(), low, atol=1e-6)
+    assert torch.allclose(partial.high.double(), high, atol=1e-6)
+    sums = [torch.stack(partials).sum(0).amax(0) for partials in seen]
+    expected = sums[0]
+    for each in sums[1:]:
+        expected = (1 - EMA_FACTOR) * expected + EMA_FACTOR * each
+    assert torch.allclose(reduced.high[0].double(), expected, atol=1e-6)
+
+
+def batch(ids: list[Tensor], *, left: bool) -> dict[str, Tensor]:
+    width = max(each.shape[1] for each in ids)
+    rows, masks = [], []
+    for each in ids:
+        padding = (width - each.shape[1], 0) if left else (0, width - each.shape[1])
+        rows.append(nn.functional.pad(each, padding, value=99))
+        masks.append(nn.functional.pad(torch.ones_like(each), padding))
+    return {"input_ids": torch.cat(rows), "attention_mask": torch.cat(masks)}
+
+
+def test_batches_and_padding_do_not_change_the_plan(model: nn.Module) -> None:
+    ids = sequences()
+    expected = narrowcast.calibrate(model, ids, tp_size=2).fingerprint
+    for batches in (
+        [batch(ids, left=True)],
+        [batch(ids, left=False)],
+        [batch(ids[:2], left=True), batch(ids[2:], left=False)],
+    ):
+        assert narrowcast.calibrate(model, batches, tp_size=2).fingerprint == expected
+
+
+def test_order_and_text_do_change_the_plan(model: nn.Module) -> None:
+    plans = [narrowcast.calibrate(model, ids, tp_size=2) for ids in (sequences(), sequences()[::-1], sequences()[1:])]
+    assert len({plan.fingerprint for plan in plans}) == 3
+
+
+@pytest.mark.parametrize("tp_size", [1, 3, 5, 8, 97])
+def test_any_tp_size_also_indivisible(model: nn.Module, tp_size: int) -> None:
+    """At 97 some ranks hold nothing: their partial sums are zeros."""
+    plan = narrowcast.calibrate(model, sequences(), tp_size=tp_size)
+    for site in plan.sites.values():
+        partial, reduced = site.codecs
+        assert (partial.num_sources, reduced.num_sources) == (tp_size, 1)
+        assert isinstance(partial, FeatureCodec)
+        assert len(partial.outliers) == 96 // 64
+    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True):
+        assert model(sequences()[0]).logits.isfinite().all()
+
+
+def test_ways_to_count_the_first_tokens(model: nn.Module) -> None:
+    """A first token whose partial sums dwarf all others: it sets scales, only outliers, or neither."""
+    embedding = model.get_input_embeddings().weight
+    with torch.no_grad():
+        embedding[7] *= 50
+    ids = [torch.cat([torch.tensor([[7]]), each], dim=1) for each in sequences()]
+    try:
+        count, choosing, skip, plain = (
+            observe(model, text, tp_size=2, first_tokens=way, num_first=1).ranges["model.layers.0.mlp.down_proj"][0]
+            for text, way in ((ids, "count"), (ids, "choosing"), (ids, "skip"), (ids, "count"))
+        )
+    finally:
+        with torch.no_grad():
+            embedding[7] /= 50
+    assert torch.equal(count.low, plain.low)
+    assert torch.equal(choosing.width, count.width)
+    assert torch.equal(choosing.scale_largest, skip.scale_largest)
+    assert torch.equal(count.scale_largest * 2, count.width)
+    assert torch.equal(skip.scale_largest * 2, skip.width)
+    assert (skip.width <= count.width).all()
+    assert (skip.width < count.width).any()
+
+
+def test_calibration_leaves_the_model_as_it_was(model: nn.Module) -> None:
+    with torch.no_grad():
+        before = model(sequences()[0]).logits
+        narrowcast.calibrate(model, sequences(), tp_size=2)
+        assert torch.equal(model(sequences()[0]).logits, before)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_an_interrupt_leaves_the_model_as_it_was(model: nn.Module) -> None:
+    def interrupt(done: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        narrowcast.calibrate(model, sequences(), tp_size=2, progress=interrupt)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_expected_errors_are_those_of_the_plan(model: nn.Module) -> None:
+    text = sequences()[:1]
+    fine, coarse = (narrowcast.calibrate(model, text, tp_size=2, codec=f"int{n}-feature") for n in (8, 4))
+    for name, site in fine.sites.items():
+        assert 0 < site.error["one_shot"] < site.error["two_shot"]
+        # 127 / 7 times coarser steps; the sequence that set the ranges clips nothing.
+        assert 8 < coarse.sites[name].error["one_shot"] / site.error["one_shot"] < 32
+
+
+def test_wrong_input_is_refused(model: nn.Module) -> None:
+    with pytest.raises(InvalidInputError, match="at least one sequence"):
+        narrowcast.calibrate(model, [], tp_size=2)
+    with pytest.raises(InvalidInputError, match="tp_size >= 1"):
+        narrowcast.calibrate(model, sequences(), tp_size=0)
+    with pytest.raises(InvalidInputError, match=r"input_ids \[B, T\]"):
+        narrowcast.calibrate(model, [torch.ones(3, dtype=torch.long)], tp_size=2)
+    with pytest.raises(InvalidInputError, match="one of bf16"):
+        narrowcast.calibrate(model, sequences(), tp_size=2, codec="int99")
+    with pytest.raises(InvalidInputError, match="a model of transformers"):
+        narrowcast.calibrate(nn.Linear(3, 3), sequences(), tp_size=2)
+
+
+def test_partial_sums_that_are_not_finite_are_refused(model: nn.Module) -> None:
+    layer = model.get_submodule("model.layers.0.mlp.down_proj")
+    with torch.no_grad():
+        layer.weight[3, 5] += torch.inf
+    try:
+        with pytest.raises(InvalidInputError, match=r"model.layers.0.mlp.down_proj: expected finite partial sums"):
+            narrowcast.calibrate(model, sequences(), tp_size=2)
+    finally:
+        with torch.no_grad():
+            layer.weight[3, 5] = 0.0
+
+
+def test_a_plan_with_outliers_is_saved_and_loaded(model: nn.Module, tmp_path: Path) -> None:
+    plan = narrowcast.calibrate(model, sequences(), tp_size=2)
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").calibration == {
+        "codec": "int4-feature",
+        "num_sequences": 5,
+        "num_tokens": 87,
+        "first_tokens": "count",
+        "num_first": 4,
+        "ema_factor": EMA_FACTOR,
+    }

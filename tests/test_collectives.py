@@ -1,0 +1,207 @@
+"""Collectives on real gloo ranks: bit for bit the twins in `simulate`, and alike on all ranks."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import narrowcast
+from models import calibrated
+from narrowcast.codecs import PRESETS, CastCodec
+from narrowcast.collectives import ALGORITHMS, choose, simulate
+from narrowcast.collectives.base import Traffic
+from narrowcast.errors import InvalidInputError
+from ranks import Ranks
+
+Pools = Callable[[int], Ranks]
+every_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+
+# Fewer tokens than ranks cut features into blocks; fewer features than ranks leave one_shot alone.
+SHAPES = [(0, 5), (1, 1), (1, 19), (2, 70), (3, 7), (5, 200), (17, 64), (9, 1)]
+
+
+def partials(world_size: int, *shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(*shape, generator=generator).to(dtype) for _ in range(world_size)]
+
+
+def same_bits(found: Tensor, expected: Tensor) -> bool:
+    return found.dtype == expected.dtype and torch.equal(
+        found.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)
+    )
+
+
+def check_all_reduce(shape: tuple[int, int], preset: str) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    codecs = calibrated(preset, torch.stack(partials(world_size, 30, shape[1], seed=1)))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        inputs = partials(world_size, *shape, dtype=dtype)
+        for algorithm in ("auto", *ALGORITHMS):
+            found = narrowcast.all_reduce(inputs[rank], codec=codecs, algorithm=algorithm)
+            expected = simulate.all_reduce(inputs, codec=codecs, algorithm=algorithm)
+            assert same_bits(found, expected), (algorithm, dtype)
+
+
+@every_world
+@pytest.mark.parametrize("preset", ["bf16", "fp32", "int4-feature", "int3-feature", "int4"])
+def test_all_reduce_equals_its_twin(ranks: Pools, world_size: int, preset: str) -> None:
+    for shape in SHAPES:
+        ranks(world_size).run(check_all_reduce, shape, preset)
+
+
+def check_scatter_and_gather(preset: str) -> None:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    partial, reduced = calibrated(preset, torch.stack(partials(world_size, 30, 70, seed=1)))
+    inputs = partials(world_size, 11, 70)
+    found = narrowcast.reduce_scatter(inputs[rank], codec=partial)
+    assert same_bits(found, simulate.reduce_scatter(inputs, codec=partial)[rank])
+    for codec in (partial, reduced):
+        assert same_bits(narrowcast.all_gather(inputs[rank], codec=codec), simulate.all_gather(inputs, codec=codec))
+    ragged = [x[: 3 * other] for other, x in enumerate(inputs)]
+    counts = [len(x) for x in ragged]
+    found = narrowcast.all_gather(ragged[rank], codec=partial, num_tokens=counts)
+    assert same_bits(found, simulate.all_gather(ragged, codec=partial))
+
+
+@every_world
+@pytest.mark.parametrize("preset", ["fp16", "int4-feature"])
+def test_reduce_scatter_and_all_gather_equal_their_twins(ranks: Pools, world_size: int, preset: str) -> None:
+    ranks(world_size).run(check_scatter_and_gather, preset)
+
+
+def check_against_gloo() -> None:
+    """fp32 casts lose nothing: what is left is the order of the sum."""
+    inputs = partials(dist.get_world_size(), 2, 5, 33)
+    native = inputs[dist.get_rank()].clone()
+    dist.all_reduce(native)
+    for algorithm in ALGORITHMS:
+        found = narrowcast.all_reduce(
+            inputs[dist.get_rank()], codec=CastCodec(dtype=torch.float32), algorithm=algorithm
+        )
+        assert found.shape == (2, 5, 33)
+        # Each of R - 1 additions rounds by half a unit of a sum of at most R * max |x|.
+        bound = len(inputs) ** 2 * max(x.abs().max() for x in inputs) * 2**-24
+        assert (found - native).abs().max() <= bound
+
+
+@every_world
+def test_uncompressed_sums_agree_with_gloos_own(ranks: Pools, world_size: int) -> None:
+    ranks(world_size).run(check_against_gloo)
+
+
+def check_async() -> None:
+    """Several at once, waited for in another order on every rank."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    codecs = calibrated("int4-feature", torch.stack(partials(world_size, 30, 70, seed=1)))
+    inputs = [partials(world_size, 6, 70, seed=seed) for seed in range(5)]
+    pending = [narrowcast.all_reduce(each[rank], codec=codecs, algorithm="two_shot", async_op=True) for each in inputs]
+    for index in torch.randperm(5, generator=torch.Generator().manual_seed(rank)).tolist():
+        expected = simulate.all_reduce(inputs[index], codec=codecs, algorithm="two_shot")
+        assert same_bits(pending[index].wait(), expected)
+        assert pending[index].wait() is pending[index].wait()
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_several_collectives_under_way_at_once(ranks: Pools, world_size: int) -> None:
+    ranks(world_size).run(check_async)
+
+
+def check_nan() -> list[bool]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    codecs = calibrated("int4-feature", torch.stack(partials(world_size, 30, 70, seed=1)))
+    inputs = partials(world_size, 4, 70)
+    inputs[1][2, 33] = torch.nan
+    inputs[1][0, 7] = torch.inf
+    found = [narrowcast.all_reduce(inputs[rank], codec=codecs, algorithm=algorithm) for algorithm in ALGORITHMS]
+    assert all(same_bits(each.isnan(), found[0].isnan()) for each in found)
+    return found[0].isnan().nonzero().tolist()
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_nan_in_one_ranks_partial_is_nan_on_all(ranks: Pools, world_size: int) -> None:
+    assert ranks(world_size).run(check_nan) == [[[0, 7], [2, 33]]] * world_size
+
+
+def check_subgroup() -> None:
+    group = dist.new_group([1, 2])
+    if dist.get_rank() == 0:
+        return
+    inputs = partials(2, 5, 70)
+    codecs = calibrated("int4-feature", torch.stack(partials(2, 30, 70, seed=1)))
+    found = narrowcast.all_reduce(inputs[dist.get_rank(group)], codec=codecs, group=group)
+    assert same_bits(found, simulate.all_reduce(inputs, codec=codecs))
+
+
+def test_a_group_of_some_ranks(ranks: Pools) -> None:
+    ranks(3).run(check_subgroup)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    world_size=st.integers(1, 16),
+    num_tokens=st.integers(0, 40),
+    num_features=st.integers(1, 300),
+    preset=st.sampled_from(["bf16", "int4-feature", "int3-feature"]),
+)
+def test_auto_sends_the_fewest_bytes(world_size: int, num_tokens: int, num_features: int, preset: str) -> None:
+    codecs = calibrated(preset, torch.ones(world_size, 1, num_features))
+
+    def total(name: str) -> int | None:
+        sent: Sequence[Traffic | None] = [
+            ALGORITHMS[name].sent(codecs, num_tokens, num_features, rank, world_size) for rank in range(world_size)
+        ]
+        return None if None in sent else sum(each.nbytes for each in sent if each is not None)
+
+    totals = {name: count for name in ALGORITHMS if (count := total(name)) is not None}
+    chosen = choose("auto", codecs, num_tokens, num_features, world_size)
+    assert totals[chosen] == min(totals.values())
+    if world_size <= 2:
+        assert chosen == "one_shot"
+
+
+def test_one_shot_at_the_papers_bits_moves_more_than_a_bf16_ring_from_eight_ranks_on() -> None:
+    """Why auto counts: 7 payloads of 4.19 bits against 2 * 7 / 8 of 16."""
+    codecs = calibrated("int4-feature", torch.ones(8, 1, 4096))
+    one, two = (ALGORITHMS[name].sent(codecs, 512, 4096, 0, 8) for name in ("one_shot", "two_shot"))
+    assert one is not None and two is not None
+    ring = 2 * 7 * 512 * 4096 * 2 // 8
+    assert one.nbytes > ring
+    assert two.nbytes < ring / 3.8
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    partial, reduced = calibrated("int4-feature", torch.ones(2, 1, 70))
+    inputs = partials(3, 4, 70)
+    with pytest.raises(InvalidInputError, match="calibrated for 3 ranks, found 2"):
+        simulate.all_reduce(inputs, codec=(partial, reduced))
+    with pytest.raises(InvalidInputError, match="a codec for the reduced sum"):
+        simulate.all_reduce(inputs[:2], codec=partial, algorithm="two_shot")
+    with pytest.raises(InvalidInputError, match="single source, found 2"):
+        simulate.all_reduce(inputs[:2], codec=(partial, partial))
+    with pytest.raises(InvalidInputError, match="auto, one_shot, two_shot, found 'ring'"):
+        simulate.all_reduce(inputs[:2], codec=(partial, reduced), algorithm="ring")
+    with pytest.raises(InvalidInputError, match="calibrated for 3 ranks, or for the sum"):
+        simulate.all_gather(inputs, codec=partial)
+    with pytest.raises(InvalidInputError, match=r"torch.distributed to be initialised"):
+        narrowcast.all_reduce(inputs[0], codec=reduced)
+
+
+def check_ragged_refused() -> str:
+    with pytest.raises(InvalidInputError) as error:
+        narrowcast.all_gather(torch.ones(3, 4), codec=CastCodec(dtype=torch.float32), num_tokens=[3])
+    return str(error.value)
+
+
+def test_counts_that_do_not_fit_are_refused(ranks: Pools) -> None:
+    assert "one count for each of 2 ranks" in ranks(2).run(check_ragged_refused)[0]
+
+
+def test_every_preset_has_a_recipe_that_serves_both_stages() -> None:
+    for preset in PRESETS:
+        partial, reduced = calibrated(preset, torch.ones(2, 1, 70))
+        assert reduced.num_sources in (None, 1)
+        assert partial.num_sources in (None, 2)
