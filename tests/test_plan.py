@@ -138,7 +138,7 @@ def rewrite(path: Path, edit: Callable[[dict[str, object], dict[str, torch.Tenso
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     header = json.loads(metadata["narrowcast"])
     edit(header, tensors)
-    metadata["narrowcast"] = json.dumps(header, sort_keys=True)
+    metadata["narrowcast"] = json.dumps(header)
     safetensors.torch.save_file(tensors, path, metadata)
 
 

@@ -4,6 +4,8 @@ import sys
 
 from narrowcast.errors import MissingDependencyError, NarrowcastError
 
+INTERRUPTED = 130  # what typer exits with after Ctrl-C
+
 
 def main() -> None:
     """Run the command line; an error is one sentence on stderr and exit status 1."""
@@ -13,6 +15,10 @@ def main() -> None:
         except ModuleNotFoundError as error:
             raise MissingDependencyError(str(error.name), "cli") from error
         app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            print("narrowcast: interrupted; no file was left half-written", file=sys.stderr)
+        raise
     except NarrowcastError as error:
         sys.exit(f"narrowcast: error: {error}")
     except OSError as error:

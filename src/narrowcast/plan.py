@@ -155,7 +155,7 @@ class Plan:
             "calibration": dict(self.calibration),
             "sites": sites,
         }
-        return json.dumps(header, sort_keys=True), tensors
+        return json.dumps(header), tensors
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
@@ -165,7 +165,7 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
             str(path),
             expected="a new file",
             found="a folder" if path.is_dir() else "a file that exists",
-            remedy="Choose another name" + ("." if path.is_dir() else ", or allow it to be overwritten."),
+            remedy="Choose another name" + ("." if path.is_dir() else ", or pass overwrite=True (--overwrite)."),
         )
     if not path.parent.is_dir():
         raise InvalidInputError(

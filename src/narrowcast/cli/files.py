@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -58,5 +59,7 @@ def write_report(path: Path, report: dict[str, Any]) -> None:
     from narrowcast.cli.doctor import versions
 
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps({"narrowcast": versions(), **report}, indent=2) + "\n", encoding="utf8")
+    temporary.write_text(
+        json.dumps({"narrowcast": versions(), "date": f"{date.today()}", **report}, indent=2) + "\n", encoding="utf8"
+    )
     temporary.replace(path)

@@ -9,6 +9,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -42,6 +43,8 @@ def on_ranks(function: Callable[P, T], tp_size: int, *args: P.args, **kwargs: P.
     )
     try:
         results: dict[int, T] = elastic_launch(config, _rank_main)(function, args, kwargs)
+    except SignalException as interruption:  # Ctrl-C: the ranks have been ended
+        raise KeyboardInterrupt from interruption
     except ChildFailedError as error:
         raise NarrowcastError(_cause(error)) from error
     return results[0]

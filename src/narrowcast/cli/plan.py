@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -12,6 +13,9 @@ from narrowcast.errors import MissingDependencyError
 from narrowcast.plan import Plan, check_writable
 
 app = typer.Typer(help="Look into plans.", no_args_is_help=True)
+
+# Stage, its title, and the algorithm whose expected error it completes.
+STAGES = (0, "Partial sums (stage 0)", "one_shot"), (1, "The sum, where it travels again (stage 1)", "two_shot")
 
 
 @app.callback()
@@ -33,35 +37,35 @@ def inspect(
     console.print(f"[bold]{path}[/]  tp_size {plan.tp_size}  fingerprint {plan.fingerprint[:16]}")
     console.print("model: " + ", ".join(f"{key} {value}" for key, value in plan.model.config.items()))
     console.print("calibration: " + ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
-    console.print(_table(plan))
+    for stage, title, algorithm in STAGES:
+        console.print(_table(plan, stage, title, algorithm))
     if plot is not None:
         draw_ranges(plan, plot)
         console.print(f"ranges drawn into {plot}")
 
 
-def _table(plan: Plan) -> Table:
-    algorithms = sorted({algorithm for site in plan.sites.values() for algorithm in site.error})
-    errors = [f"error, {algorithm}" for algorithm in algorithms]
-    table = Table("site", "stage", "codec", "bits a value", "outliers", "scale: min, median, max", *errors)
+def _table(plan: Plan, stage: int, title: str, algorithm: str) -> Table:
+    title += f": scales, and the error (relative RMS) of {algorithm}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("site", no_wrap=True)
+    for column in ("codec", "bits", "outliers", "min", "median", "max", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    prefix = "model.layers." if all(name.startswith("model.layers.") for name in plan.sites) else ""
     for name, site in plan.sites.items():
-        for stage, codec in enumerate(site.codecs):
-            error = [f"{site.error[algorithm]:.4f}" for algorithm in algorithms] if stage == 0 else [""] * len(errors)
-            table.add_row(name if stage == 0 else "", str(stage), codec.id, *_details(codec), *error)
-    table.caption = "stage 0: partial sums; 1: the sum, when it travels again. error: relative RMS of the coded sum"
+        if stage < len(site.codecs):
+            error = f"{site.error[algorithm]:.3f}" if algorithm in site.error else ""
+            table.add_row(name.removeprefix(prefix), *_details(site.codecs[stage]), error)
     return table
 
 
-def _details(codec: Codec) -> tuple[str, str, str]:
-    """Bits a value, outliers, scales."""
+def _details(codec: Codec) -> tuple[str, ...]:
+    """Codec, bits a value, outliers; smallest, median and largest scale."""
     if not isinstance(codec, FeatureCodec):
-        return f"{8 * codec.row_nbytes(1):.4f}", "", ""
-    num_features, scale = codec.scale.shape[1], codec.scale.float()
-    some = ", ".join(map(str, codec.outliers.tolist()[:6])) + (", ..." if len(codec.outliers) > 6 else "")
-    return (
-        f"{8 * codec.row_nbytes(num_features) / num_features:.4f}",
-        f"{len(codec.outliers)}: {some}" if len(codec.outliers) else "none",
-        f"{scale.min():.2g}, {scale.median():.2g}, {scale.max():.2g}",
-    )
+        return codec.id, f"{8 * codec.row_nbytes(1):.3f}", "", "", "", ""
+    scale, num_features = codec.scale.float(), codec.scale.shape[1]
+    bits = 8 * codec.row_nbytes(num_features) / num_features
+    spread = (f"{value:.2g}" for value in (scale.min(), scale.median(), scale.max()))
+    return codec.id, f"{bits:.4f}", str(len(codec.outliers)), *spread
 
 
 def draw_ranges(plan: Plan, path: Path) -> None:
@@ -84,5 +88,5 @@ def draw_ranges(plan: Plan, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(range(len(sites)), list(sites), rotation=90, fontsize=7)
     axes.set_ylabel("range of a feature's partial sums\n(largest magnitude, mean over ranks)")
-    axes.set_title(f"tp_size {plan.tp_size}: quartiles and extremes over features; outliers sent in BF16 in red")
+    axes.set_title(f"quartiles and extremes over features, tp_size {plan.tp_size};\noutliers, sent in BF16, in red")
     figure.savefig(path, dpi=120)

@@ -197,6 +197,6 @@ def _not_loaded(path: str | Path, error: Exception) -> InvalidInputError:
     return InvalidInputError(
         f"model {path}",
         expected="a folder or hub name that Transformers can load",
-        found=str(error).strip().splitlines()[0],
+        found=str(error).strip().splitlines()[0].rstrip("."),
         remedy="Check the name; offline, pass a folder.",
     )

@@ -1,0 +1,196 @@
+"""The command line as its user meets it: separate processes, exit codes, one sentence an error."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import MODEL
+from models import save_random
+from narrowcast import Plan
+
+TEXT = str(MODEL / "scoring.txt")
+
+
+def narrowcast(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "narrowcast", *map(str, arguments)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=150, env={**os.environ, "COLUMNS": "80", **environment}
+    )
+    assert not check or done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def refused(*arguments: object) -> str:
+    done = narrowcast(*arguments, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("narrowcast: error: "), done.stderr
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plans") / "two"
+    done = narrowcast("calibrate", MODEL, "--tp", 2, "--text", TEXT, "--sequences", 8, "--length", 64, "-o", path)
+    assert done.stdout == f"{path}: 16 sites, tp_size 2, int4-feature, from 8 sequences\n"
+    return path
+
+
+@pytest.mark.parametrize("option", ["--tp", "-tp", "--tensor-parallel-size"])
+def test_tp_is_spelt_as_users_of_vllm_know_it(tmp_path: Path, option: str) -> None:
+    narrowcast("calibrate", MODEL, option, 3, "--text", TEXT, "--sequences", 1, "--output", tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").tp_size == 3
+
+
+def test_evaluate_real_equals_simulated(plan: Path, tmp_path: Path) -> None:
+    """And a second run replaces its own report."""
+    reports = []
+    for extra in ([], ["--real"]):
+        path = tmp_path / "report.json"
+        narrowcast("evaluate", MODEL, "--plan", plan, "--sequences", 3, "--json", path, *extra)
+        reports.append(json.loads(path.read_text(encoding="utf8")))
+    simulated, real = reports
+    assert real["real"] and not simulated["real"]
+    for figure in ("bits_per_value", "wire_bytes_per_token", "num_tokens", "tp_size"):
+        assert simulated[figure] == real[figure]
+    assert simulated["bits_per_value"] == 4.1875
+    assert simulated["wire_bytes_per_token"] == 16 * 134
+    # bf16 matrix products may round differently with another number of threads; scores then move a little.
+    assert real["kl_nats"] == pytest.approx(simulated["kl_nats"], rel=0.1)
+    assert real["perplexity"] == pytest.approx(simulated["perplexity"], rel=0.01)
+    assert 0.7 < real["top1_agreement"] < 1
+    assert real["uncompressed_bytes_per_token"] == {"model.embed_tokens": 512.0, "lm_head": 4096.0}
+
+
+def test_generate_starts_its_ranks_or_uses_those_of_torchrun(plan: Path) -> None:
+    arguments = ["generate", str(MODEL), "--plan", str(plan), "--prompt", "The sea", "--max-new-tokens", "8"]
+    own = narrowcast(*arguments, "--prompt", "A much longer prompt about")
+    assert own.stdout.startswith("The sea") and "\nA much longer prompt about" in own.stdout
+    assert "sent 4.1875 bits a value" in own.stderr
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "narrowcast"]
+    theirs = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=150, check=True)
+    assert theirs.stdout.startswith("The sea")
+    assert theirs.stdout.count("The sea") == 1  # one rank prints
+
+
+def test_plan_inspect_shows_and_draws(plan: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "ranges.png"
+    shown = narrowcast("plan", "inspect", plan, "--plot", picture).stdout
+    assert "tp_size 2" in shown and "hidden_size 256" in shown
+    rows = [line for line in shown.splitlines() if "self_attn.o_proj" in line]
+    assert len(rows) == 16  # eight layers, two stages
+    assert all("feature" in row and "4.1875" in row and "…" not in row for row in rows)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert "a file that exists" in refused("plan", "inspect", plan, "--plot", picture)
+
+
+def test_doctor() -> None:
+    shown = narrowcast("doctor").stdout
+    for what in ("narrowcast", "torch", "transformers", "cpu", "kernels on cpu", "gloo"):
+        assert what in shown
+
+
+def test_wrong_paths_and_values_are_one_sentence(plan: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    calibrate = "calibrate", MODEL, "--tp", 2, "--text"
+    assert "a file that exists" in refused(*calibrate, TEXT, "-o", plan)
+    assert "no such file" in refused(*calibrate, tmp_path / "none.txt", "-o", out)
+    assert "Create it first" in refused(*calibrate, TEXT, "-o", tmp_path / "no" / "plan")
+    assert "one of bf16, fp16" in refused(*calibrate, TEXT, "-o", out, "--codec", "int99")
+    (tmp_path / "empty.txt").write_text("")
+    assert "at least two tokens" in refused(*calibrate, tmp_path / "empty.txt", "-o", out)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    assert "UTF-8 text" in refused(*calibrate, tmp_path / "latin.txt", "-o", out)
+    assert not out.exists()
+    assert "can load" in refused("calibrate", tmp_path / "none", "--tp", 2, "--text", TEXT, "-o", out)
+    assert "no such file" in refused("generate", MODEL, "--plan", out, "--prompt", "x")
+    assert "found nothing" in refused("generate", MODEL, "--plan", plan, "--prompt", "")
+    assert "another kind" in refused("plan", "inspect", MODEL / "model.safetensors")
+    bare = save_random("llama", tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / name).symlink_to(MODEL / name)
+    assert "scoring.txt: expected a text file" in refused("evaluate", bare, "--plan", plan)
+    (tmp_path / "precious.json").write_text('{"mine": 1}')
+    assert "a file that exists" in refused("evaluate", MODEL, "--plan", plan, "--json", tmp_path / "precious.json")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["demo", "--tp", "0"], ["demo", "--frobnicate"], ["calibrate"], ["evaluate", str(MODEL), "--algorithm", "ring"]],
+)
+def test_wrong_flags_show_the_usage(arguments: list[str]) -> None:
+    done = narrowcast(*arguments, check=False)
+    assert done.returncode == 2
+    assert "Usage" in done.stderr
+
+
+def test_a_plan_for_another_model_is_refused_by_the_ranks(plan: Path, tmp_path: Path) -> None:
+    folder = save_random("llama", tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).symlink_to(MODEL / name)
+    message = refused("generate", folder, "--plan", plan, "--prompt", "x")
+    assert "Calibrate this model." in message
+
+
+def test_without_the_extra_one_sentence_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise ModuleNotFoundError('no', name='typer')")
+    done = narrowcast("doctor", check=False, PYTHONPATH=str(tmp_path))
+    assert done.stderr == "narrowcast: error: typer is not installed: run pip install 'narrowcast[cli]'\n"
+    assert done.returncode == 1
+
+
+def test_without_the_engine_one_sentence_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no', name='transformers')")
+    done = narrowcast(
+        "calibrate", MODEL, "--tp", 2, "--text", TEXT, "-o", tmp_path / "p", check=False, PYTHONPATH=str(tmp_path)
+    )
+    assert "transformers is not installed: run pip install 'narrowcast[transformers]'" in done.stderr
+
+
+def started(*arguments: object) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "narrowcast", *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """Process ids of its ranks, once all have been started for a while."""
+    for _ in range(100):
+        found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
+        if len(found.stdout.split()) == 2:
+            time.sleep(6)
+            return [int(pid) for pid in found.stdout.split()]
+        time.sleep(0.2)
+    raise AssertionError("no ranks were started")
+
+
+def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
+    calibrating = started("calibrate", MODEL, "--tp", 16, "--text", MODEL / "calibration.txt", "-o", tmp_path / "p")
+    time.sleep(5)
+    os.killpg(calibrating.pid, signal.SIGINT)
+    _, errors = calibrating.communicate(timeout=60)
+    assert (calibrating.returncode, errors) == (130, "narrowcast: interrupted; no file was left half-written\n")
+    assert list(tmp_path.iterdir()) == []
+
+    generating = started("generate", MODEL, "--plan", plan, "--prompt", "x", "--max-new-tokens", 490)
+    ranks = ranks_of(generating)
+    os.killpg(generating.pid, signal.SIGINT)
+    _, errors = generating.communicate(timeout=60)
+    assert generating.returncode == 130
+    assert "narrowcast: interrupted" in errors and "Traceback" not in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+def test_a_killed_rank_ends_all_and_is_named(plan: Path) -> None:
+    generating = started("generate", MODEL, "--plan", plan, "--prompt", "x", "--max-new-tokens", 490)
+    ranks = ranks_of(generating)
+    os.kill(max(ranks), signal.SIGKILL)
+    _, errors = generating.communicate(timeout=60)
+    assert generating.returncode == 1
+    assert "narrowcast: error: rank 1: Signal 9 (SIGKILL)" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
