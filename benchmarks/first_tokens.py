@@ -1,6 +1,6 @@
 """What it costs when the first tokens of a sequence count, or do not count, in calibration.
 
-usage: python benchmarks/first_tokens.py [--json FILE] MODEL...
+usage: python benchmarks/first_tokens.py [--json FILE] [--plot FILE.png] MODEL...
 
 Each model is calibrated and scored on text sampled from itself (temperature 1, a fixed seed each), at TP 2 and 8,
 for every way of counting; so is a Llama with random weights, whose first tokens stick out most. Prints KL in nats
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -93,10 +94,36 @@ def rows(name: str, model: nn.Module, start: Tensor) -> Iterator[dict[str, Any]]
             }
 
 
+def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel a model: KL of each way of counting over that of counting every token, TP 8."""
+    table = [row for row in table if row["tp_size"] == 8]
+    names = list(dict.fromkeys(row["model"] for row in table))
+    figure = Figure(figsize=(9, 3), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), sharey=True), names, strict=True):
+        for algorithm, color in (("one_shot", "tab:blue"), ("two_shot", "tab:orange")):
+            of_model = [row for row in table if (row["model"], row["algorithm"]) == (name, algorithm)]
+            base = of_model[0]["kl_nats"]
+            for way, style in (("choosing", "o--"), ("skip", "s-")):
+                points = [of_model[0]] + [row for row in of_model if row["first_tokens"] == way]
+                axes.errorbar(
+                    [str(row["num_first"]) for row in points],
+                    [row["kl_nats"] / base for row in points],
+                    [row["standard_error"] / base for row in points],
+                    fmt=style, color=color, label=f"{algorithm}, {way}", capsize=2, markersize=4, linewidth=1,
+                )  # fmt: skip
+        axes.axhline(1, color="gray", linewidth=0.5)
+        axes.set_title(f"{name}\n(first token {of_model[0]['first_token_ratio']:.0f}x)", fontsize=9)
+        axes.set_xlabel("first tokens left out")
+    figure.axes[0].set_ylabel("KL / KL when all count")
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", type=Path, metavar="MODEL")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
     check_report(arguments.json)
     table = []
@@ -106,6 +133,8 @@ def main() -> None:
               "  KL {kl_nats:.5f} ± {standard_error:.5f}  saturated {saturated}".format(**row), flush=True)  # fmt: skip
     if arguments.json:
         write_report(arguments.json, {"command": "python benchmarks/first_tokens.py MODEL...", "rows": table})
+    if arguments.plot:
+        draw(table, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ CONFIGS = {
     "llama": lambda: LlamaConfig(**SMALL),
     "llama-biased": lambda: LlamaConfig(**SMALL, attention_bias=True, mlp_bias=True),
     "llama-tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
+    "llama-odd": lambda: LlamaConfig(**SMALL | {"hidden_size": 76, "intermediate_size": 141, "head_dim": 18}),
+    "llama-starved": lambda: LlamaConfig(**SMALL | {"intermediate_size": 5, "vocab_size": 106}),  # a rank holds none
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=24),
 }
 

@@ -66,9 +66,9 @@ def demo(
         )
         outcomes = dict(zip(names, run_on_ranks(job, tp), strict=True))
     rows = [_row(name, outcome, outcomes["bf16"]) for name, outcome in outcomes.items()]
-    _print(rows, outcomes, codec, tp, tokenizer)
     if json is not None:
         write_report(json, {"tp_size": tp, "algorithm": algorithm, "codecs": rows})
+    _print(rows, outcomes, codec, tp, tokenizer)
 
 
 def _bundled_model() -> Path:
@@ -97,9 +97,9 @@ def _row(name: str, outcome: Outcome, plain: Outcome) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]], outcomes: dict[str, Outcome], codec: str, tp: int, tokenizer: Any) -> None:
-    table = Table(title=f"gutenberg-7m split over {tp} processes", box=box.SIMPLE_HEAD)
+    table = Table(title=f"gutenberg-7m split over {tp} processes", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("codec", no_wrap=True)
-    for column in ("bits/value", "bytes/token", "perplexity", "KL, nats", "top-1", "same text"):
+    for column in ("bits/value", "B/token", "perplexity", "KL, nats", "top-1", "same text"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         bits = row["bits_per_value"]
@@ -114,7 +114,7 @@ def _print(rows: list[dict[str, Any]], outcomes: dict[str, Outcome], codec: str,
         )
     console = Console()
     console.print(table)
-    console.print("bytes/token: coded payloads that one rank sends for each token")
+    console.print("B/token: coded payload bytes that one rank sends for each token")
     for name in (name for name in outcomes if name in WHAT):
         console.print(f"{name}: {WHAT[name]}")
     uncompressed = outcomes[codec].report.uncompressed_bytes_per_token

@@ -106,9 +106,9 @@ def evaluate(
         return
     assert outcome.score is not None, "there were batches"
     figures = asdict(outcome.score) | outcome.report.to_json() | {"tp_size": tp_size, "algorithm": algorithm}
-    _print_figures(outcome, f"{model}, {plan}, tp_size {tp_size}, {'real ranks' if real else 'simulated'}")
     if json is not None:
         write_report(json, figures | {"model": model, "plan": str(plan), "real": real})
+    _print_figures(outcome, f"{model}, {plan}, tp_size {tp_size}, {'real ranks' if real else 'simulated'}")
 
 
 def generate(
