@@ -36,6 +36,7 @@ class Report:
     `bits_per_value`: bits of coded payloads over the values in them; None before anything was sent.
     `wire_bytes_per_token`: coded payload bytes that this rank sent, over the tokens it processed.
     `uncompressed_bytes_per_token`: the same for each site that is not coded.
+    `num_saturated`, `num_non_finite`: coded values that were clipped, or NaN or infinite (simulated: of all ranks).
     """
 
     num_tokens: int

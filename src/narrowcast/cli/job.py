@@ -19,8 +19,7 @@ from narrowcast.cli.launch import is_first_rank, on_ranks
 from narrowcast.evaluate import Score, compare, log_probs
 from narrowcast.integrations import device_of, load_engine
 from narrowcast.monitor import Report
-
-Prompts = Sequence[Tensor]
+from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +29,7 @@ class Job:
     model: str
     plans: Sequence[Path]
     algorithm: str = "auto"
+    timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
     reference: Path | None = None
     prompts: Sequence[Tensor] = ()
@@ -47,7 +47,7 @@ class Outcome:
 
 def run_on_ranks(job: Job, tp_size: int) -> list[Outcome]:
     """One outcome a plan, from rank 0 of `tp_size` processes that hold a part of the model each."""
-    return on_ranks(_on_rank, tp_size, job, tp_size)
+    return on_ranks(_on_rank, tp_size, job.timeout_s, job, tp_size)
 
 
 def run_simulated(job: Job, model: nn.Module) -> list[Outcome]:
@@ -71,13 +71,13 @@ def _on_rank(job: Job, tp_size: int) -> list[Outcome]:
 def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
     outcomes = []
     for path in job.plans:
-        with narrowcast.attach(model, Plan.load(path), simulate=simulate, algorithm=job.algorithm) as handle:
-            score = _score(job, model) if job.batches else None
-            report = handle.report()
+        with narrowcast.attach(
+            model, Plan.load(path), simulate=simulate, algorithm=job.algorithm, timeout_s=job.timeout_s
+        ) as handle:
+            score, of_scoring = (_score(job, model), handle.report()) if job.batches else (None, None)
             continuations = _continue(model, job.prompts, job.max_new_tokens) if job.prompts else []
-            outcomes.append(
-                Outcome(score=score, report=report if job.batches else handle.report(), continuations=continuations)
-            )
+            report = of_scoring or handle.report()
+            outcomes.append(Outcome(score=score, report=report, continuations=continuations))
     return outcomes
 
 

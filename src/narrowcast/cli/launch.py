@@ -23,11 +23,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def on_ranks(function: Callable[P, T], tp_size: int, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `function` returns on rank 0. Its arguments must be picklable."""
+def on_ranks(function: Callable[P, T], tp_size: int, timeout_s: float, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `function` returns on rank 0. Its arguments must be picklable; ranks join within `timeout_s`."""
     if "RANK" in os.environ:
         _check_world_size(tp_size)
-        return cast(T, _rank_main(function, args, kwargs))
+        return cast(T, _rank_main(function, timeout_s, args, kwargs))
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its errors are told below
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     config = LaunchConfig(
@@ -42,7 +42,7 @@ def on_ranks(function: Callable[P, T], tp_size: int, *args: P.args, **kwargs: P.
         shutdown_timeout=SHUTDOWN_S,
     )
     try:
-        results: dict[int, T] = elastic_launch(config, _rank_main)(function, args, kwargs)
+        results: dict[int, T] = elastic_launch(config, _rank_main)(function, timeout_s, args, kwargs)
     except SignalException as interruption:  # Ctrl-C: the ranks have been ended
         raise KeyboardInterrupt from interruption
     except ChildFailedError as error:
@@ -56,11 +56,11 @@ def is_first_rank() -> bool:
 
 
 @record
-def _rank_main(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _rank_main(function: Callable[..., Any], timeout_s: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started the ranks, who ends them
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    connect()
+    connect(timeout_s=timeout_s)
     try:
         return function(*args, **kwargs)
     finally:

@@ -21,11 +21,13 @@ from narrowcast.codecs import recipe
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
 from narrowcast.plan import check_writable
+from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
 TensorParallel = Annotated[int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=1, help="Number of ranks.")]
 PlanOption = Annotated[Path, typer.Option("--plan", help="A plan that calibrate wrote.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a sequence at most.")]
+Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a rank before it counts as lost.")]
 Algorithm = Annotated[Literal["auto", "one_shot", "two_shot"], typer.Option(help="How the ranks add up.")]
 
 
@@ -90,6 +92,7 @@ def evaluate(
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 32,
     length: Length = DEFAULT_LENGTH,
     algorithm: Algorithm = "auto",
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Score MODEL with a plan against the uncompressed model: perplexity, KL divergence, top-1 agreement."""
     check_report(json)
@@ -100,7 +103,9 @@ def evaluate(
     )
     whole = engine.load(model)
     with reference_of(whole, batches) as reference:
-        job = Job(model=model, plans=[plan], algorithm=algorithm, batches=batches, reference=reference)
+        job = Job(
+            model=model, plans=[plan], algorithm=algorithm, timeout_s=timeout, batches=batches, reference=reference
+        )
         (outcome,) = run_on_ranks(job, tp_size) if real else run_simulated(job, whole)
     if not is_first_rank():
         return
@@ -117,6 +122,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     algorithm: Algorithm = "auto",
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
     tp_size = Plan.load(plan).tp_size
@@ -124,7 +130,14 @@ def generate(
     prompts = [tokenizer(each, return_tensors="pt").input_ids for each in prompt]
     if any(ids.shape[1] == 0 for ids in prompts):
         raise InvalidInputError("--prompt", expected="text", found="nothing", remedy="Pass at least a word.")
-    job = Job(model=model, plans=[plan], algorithm=algorithm, prompts=prompts, max_new_tokens=max_new_tokens)
+    job = Job(
+        model=model,
+        plans=[plan],
+        algorithm=algorithm,
+        timeout_s=timeout,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+    )
     (outcome,) = run_on_ranks(job, tp_size)
     if not is_first_rank():
         return

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from narrowcast.communicator import Communicator
-from narrowcast.errors import InvalidInputError
+from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.integrations.forwards import Forward, Forwards, add_bias, chunk
 from narrowcast.plan import ModelFingerprint
 
@@ -103,6 +103,8 @@ def load(path: str | Path, *, tp_size: int = 1) -> nn.Module:
         model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", **split)
     except (OSError, ValueError) as error:
         raise _not_loaded(path, error) from error
+    except ImportError as error:  # splitting a model needs accelerate besides
+        raise MissingDependencyError(error.name or "accelerate", "transformers") from error
     return cast(nn.Module, model)
 
 

@@ -14,12 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed.distributed_c10d import _get_process_group_store
+from torch.distributed.distributed_c10d import _get_process_group_store, _set_pg_timeout
 
 from narrowcast.errors import InvalidInputError, PeerLostError
 from narrowcast.transport.base import Buffers, Collectives, Transport
 
 DEFAULT_TIMEOUT_S = 60.0
+ENGINE_TIMEOUT = timedelta(hours=2)
 LINGER = timedelta(seconds=3)
 
 # Tags keep exchanges apart that are under way at once, and apart from the engine's own messages (tag 0 and up).
@@ -129,6 +130,8 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     except RuntimeError as error:  # somebody was lost between the roll call and here: who is still there?
         roll_call(PrefixStore("again", attempt), rank, world_size, "", "joining the group", timeout_s=timeout_s / 4)
         raise PeerLostError([], "joining the group") from error
+    # The engine's own waits, while ranks load a large model at different speeds, are not ours to cut short.
+    _set_pg_timeout(ENGINE_TIMEOUT)
 
 
 def roll_call(
