@@ -10,7 +10,7 @@ import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
 from narrowcast.calibrate import EMA_FACTOR, observe
-from narrowcast.codecs import FeatureCodec
+from narrowcast.codecs import FeatureCodec, FeatureRecipe
 from narrowcast.integrations import load_engine
 from narrowcast.integrations.forwards import chunk
 
@@ -116,6 +116,14 @@ def test_ways_to_count_the_first_tokens(model: nn.Module) -> None:
     assert torch.equal(skip.scale_largest * 2, skip.width)
     assert (skip.width <= count.width).all()
     assert (skip.width < count.width).any()
+
+
+def test_any_number_of_outliers_by_recipe(model: nn.Module) -> None:
+    plan = narrowcast.calibrate(model, sequences(), tp_size=2, codec=FeatureRecipe(num_bits=5, num_outliers=7))
+    for site in plan.sites.values():
+        assert isinstance(site.codecs[0], FeatureCodec)
+        assert (site.codecs[0].num_bits, len(site.codecs[0].outliers)) == (5, 7)
+    assert plan.calibration["codec"] == "FeatureRecipe(num_bits=5, num_outliers=7, choose='range')"
 
 
 def test_calibration_leaves_the_model_as_it_was(model: nn.Module) -> None:

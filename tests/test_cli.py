@@ -30,7 +30,7 @@ def narrowcast(*arguments: object, check: bool = True, **environment: str) -> su
 def refused(*arguments: object) -> str:
     done = narrowcast(*arguments, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("narrowcast: error: "), done.stderr
+    assert done.stderr.count("narrowcast: error: ") == 1, done.stderr
     return done.stderr
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from narrowcast.codecs import Codec, Ranges, recipe
+from narrowcast.codecs import Codec, Ranges, Recipe, recipe
 from narrowcast.collectives import ALGORITHMS, simulate
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import Engine, check_detached, device_of, engine_of
@@ -39,7 +39,7 @@ def calibrate(
     batches: Iterable[Batch],
     *,
     tp_size: int,
-    codec: str = "int4-feature",
+    codec: str | Recipe = "int4-feature",
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
     num_first: int = DEFAULT_NUM_FIRST,
     progress: Callable[[int], None] | None = None,
@@ -47,7 +47,8 @@ def calibrate(
     """Watch the partial sums that `tp_size` ranks of the whole `model` would make, and fit codecs to them.
 
     `batches`: token ids [B, T], or mappings with `input_ids` and, where there is padding, `attention_mask`.
-    `codec`: a name from `narrowcast.PRESETS`. `first_tokens`: how the first `num_first` tokens of each sequence
+    `codec`: a name from `narrowcast.PRESETS`, or a recipe such as `FeatureRecipe(num_bits=4, num_outliers=32)`.
+    `first_tokens`: how the first `num_first` tokens of each sequence
     count: "count" for all (the paper), for "choosing" outliers but not for scales, or "skip" for both.
     `progress(n)` is called after each sequence with the number done.
     Raises InvalidInputError for a model or preset that cannot be served, and for text without tokens.
@@ -104,15 +105,15 @@ class Observations:
     calibration: Mapping[str, Any]
     head: Sequence[Tensor]
 
-    def plan(self, codec: str) -> Plan:
-        """The plan with this preset at every site."""
+    def plan(self, codec: str | Recipe) -> Plan:
+        """The plan with this preset or recipe at every site."""
         chosen, engine = recipe(codec), engine_of(self.model)
         codecs = {name: tuple(chosen.codec(ranges) for ranges in stages) for name, stages in self.ranges.items()}
         errors = _errors(self.model, engine.row_parallel_layers(self.model), self.tp_size, self.head, codecs)
         return Plan(
             tp_size=self.tp_size,
             model=engine.fingerprint(self.model),
-            calibration={"codec": codec, **self.calibration},
+            calibration={"codec": codec if isinstance(codec, str) else repr(codec), **self.calibration},
             sites={name: Site(kind="sum", codecs=codecs[name], error=errors[name]) for name in codecs},
         )
 

@@ -28,7 +28,7 @@ def on_ranks(function: Callable[P, T], tp_size: int, timeout_s: float, *args: P.
     if "RANK" in os.environ:
         _check_world_size(tp_size)
         return cast(T, _rank_main(function, timeout_s, args, kwargs))
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # its errors are told below
+    _silence_launcher()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     config = LaunchConfig(
         min_nodes=1,
@@ -48,6 +48,13 @@ def on_ranks(function: Callable[P, T], tp_size: int, timeout_s: float, *args: P.
     except ChildFailedError as error:
         raise NarrowcastError(_cause(error)) from error
     return results[0]
+
+
+def _silence_launcher() -> None:
+    """What torch's launcher would log about a failure or Ctrl-C is told once, by us."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(("torch.distributed.elastic", "torch.multiprocessing")):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def is_first_rank() -> bool:

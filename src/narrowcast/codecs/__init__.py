@@ -25,8 +25,10 @@ PRESETS: dict[str, Recipe] = {
 }
 
 
-def recipe(preset: str) -> Recipe:
-    """The preset's recipe; InvalidInputError lists the names there are."""
+def recipe(preset: str | Recipe) -> Recipe:
+    """The preset's recipe, or the recipe that is given itself; InvalidInputError lists the names there are."""
+    if not isinstance(preset, str):
+        return preset
     if preset not in PRESETS:
         raise InvalidInputError(
             "codec preset", expected=f"one of {', '.join(PRESETS)}", found=preset, remedy="Choose one of them."
