@@ -120,11 +120,11 @@ class Observations:
 
 def _check(engine: Engine, model: nn.Module, tp_size: int, first_tokens: str, num_first: int) -> None:
     ways = get_args(FirstTokens)
-    if tp_size < 1 or num_first < 0 or first_tokens not in ways:
+    if not isinstance(tp_size, int) or tp_size < 1 or num_first < 0 or first_tokens not in ways:
         raise InvalidInputError(
             "calibrate",
             expected=f"tp_size >= 1, num_first >= 0, first_tokens one of {', '.join(ways)}",
-            found=f"{tp_size}, {num_first}, {first_tokens}",
+            found=f"{tp_size!r}, {num_first}, {first_tokens}",
             remedy="Choose other values.",
         )
     check_detached(model)
@@ -186,12 +186,16 @@ def _exact_sum(partials: Sequence[Tensor]) -> Tensor:
 
 
 def _run(model: nn.Module, layers: Mapping[str, nn.Linear], tp_size: int, ids: Tensor, reduce: Reduce) -> None:
+    training = [module for module in model.modules() if module.training]
     forwards = split_virtually(layers, tp_size, reduce)
     try:
+        model.eval()  # no dropout
         with torch.no_grad():
             model(input_ids=ids[None], use_cache=False, logits_to_keep=1)
     finally:
         forwards.restore()
+        for module in training:
+            module.training = True
 
 
 def _errors(
@@ -232,13 +236,21 @@ def _sequences(batches: Iterable[Batch], device: torch.device) -> Iterator[Tenso
 
 
 def _ids_and_mask(batch: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(batch, Tensor | Mapping):
+        raise _not_a_batch(repr(batch)[:60])
     ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
     mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor | None):
+        raise _not_a_batch(f"{type(ids).__name__} and {type(mask).__name__}")
     if ids.ndim != 2 or (mask is not None and mask.shape != ids.shape):
-        raise InvalidInputError(
-            "calibration batch",
-            expected="input_ids [B, T], and attention_mask of the same shape if given",
-            found=f"{list(ids.shape)}" + ("" if mask is None else f" and {list(mask.shape)}"),
-            remedy="Pass what a tokenizer returns with return_tensors='pt'.",
-        )
+        raise _not_a_batch(f"{list(ids.shape)}" + ("" if mask is None else f" and {list(mask.shape)}"))
     return ids, torch.ones_like(ids) if mask is None else mask
+
+
+def _not_a_batch(found: str) -> InvalidInputError:
+    return InvalidInputError(
+        "calibration batches",
+        expected="an iterable of tensors input_ids [B, T], or of mappings with them and attention_mask of that shape",
+        found=found,
+        remedy="Pass a list of what a tokenizer returns with return_tensors='pt'.",
+    )

@@ -25,6 +25,7 @@ class Communicator:
         self.monitor = Monitor(device)
         self._algorithm = algorithm
         self._stages = stages_on(plan, device)
+        self._chosen: dict[tuple[str, int], str] = {}
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """Sum partial sums `x` [..., E] with the site's codecs."""
@@ -48,13 +49,17 @@ class Communicator:
 
     def _all_reduce(self, x: Tensor, site: str, stages: Stages, kind: Kind) -> Tensor:
         counters = self.monitor.site(site, kind)
-        counters.num_tokens += math.prod(x.shape[:-1])
-        steps = all_reduce_steps(x, stages, self.transport, self._algorithm, counters.stats)
+        num_tokens, world_size = math.prod(x.shape[:-1]), self.transport.world_size
+        counters.num_tokens += num_tokens
+        key = site, min(num_tokens, world_size)  # more tokens than ranks do not change the choice
+        if key not in self._chosen:
+            self._chosen[key] = choose(self._algorithm, stages, num_tokens, x.shape[-1], world_size)
+        steps = all_reduce_steps(x, stages, self.transport, self._chosen[key], counters.stats)
         return Pending(steps, self.transport, counters.count_sent).wait()
 
 
 class Simulator:
-    """The same sums for all ranks at once: equal bits, and the counters that rank 0 would have."""
+    """The same sums for all ranks at once: equal bits. Bytes are counted as rank 0 sends them, clipping for all."""
 
     def __init__(self, plan: Plan, *, algorithm: str, device: torch.device) -> None:
         self.monitor = Monitor(device)

@@ -1,15 +1,29 @@
 """The command line: one file a group of commands."""
 
+from typing import Annotated
+
 import typer
 
 from narrowcast.cli import demo, doctor, model, plan
 
 app = typer.Typer(
-    help="Tensor-parallel LLM inference whose devices send each other 4 bits a value.",
     no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+@app.callback()
+def version(
+    show: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    """Tensor-parallel LLM inference whose devices send each other 4 bits a value."""
+    if show:
+        typer.echo(f"narrowcast {doctor.versions()['narrowcast']}")
+        raise typer.Exit
+
+
 app.command()(demo.demo)
 app.command()(model.calibrate)
 app.command()(model.evaluate)

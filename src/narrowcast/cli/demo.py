@@ -9,7 +9,9 @@ from typing import Annotated, Any
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 import narrowcast
 from narrowcast.cli.files import check_report, sequences, write_report
@@ -68,7 +70,8 @@ def demo(
     rows = [_row(name, outcome, outcomes["bf16"]) for name, outcome in outcomes.items()]
     if json is not None:
         write_report(json, {"tp_size": tp, "algorithm": algorithm, "codecs": rows})
-    _print(rows, outcomes, codec, tp, tokenizer)
+    _print(rows, outcomes, codec, f"{folder.name} split over {tp} processes")
+    _print_texts({name: outcomes[name].continuations for name in ("bf16", codec)}, prompts, tokenizer)
 
 
 def _bundled_model() -> Path:
@@ -96,8 +99,8 @@ def _row(name: str, outcome: Outcome, plain: Outcome) -> dict[str, Any]:
     }
 
 
-def _print(rows: list[dict[str, Any]], outcomes: dict[str, Outcome], codec: str, tp: int, tokenizer: Any) -> None:
-    table = Table(title=f"gutenberg-7m split over {tp} processes", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+def _print(rows: list[dict[str, Any]], outcomes: dict[str, Outcome], codec: str, title: str) -> None:
+    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("codec", no_wrap=True)
     for column in ("bits/value", "B/token", "perplexity", "KL, nats", "top-1", "same text"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -122,7 +125,12 @@ def _print(rows: list[dict[str, Any]], outcomes: dict[str, Outcome], codec: str,
         "Travels uncompressed besides, bytes a token and rank: "
         + (", ".join(f"{name} {nbytes:.0f}" for name, nbytes in uncompressed.items()) or "nothing")
     )
-    for name in ("bf16", codec):
+
+
+def _print_texts(continuations: dict[str, list[list[int]]], prompts: list[Tensor], tokenizer: Any) -> None:
+    console = Console()
+    for name, texts in continuations.items():
         console.print(f"\n[bold]{name}[/]")
-        for prompt, ids in zip(PROMPTS, outcomes[name].continuations, strict=True):
-            console.print(textwrap.indent(f"[dim]{prompt}[/]{tokenizer.decode(ids)}", "  "))
+        for prompt, ids in zip(prompts, texts, strict=True):
+            text = tokenizer.decode([*prompt[0].tolist(), *ids], skip_special_tokens=True)
+            console.print(textwrap.indent(text, "  "), markup=False, highlight=False)

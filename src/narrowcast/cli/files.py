@@ -1,5 +1,6 @@
 """Text in, reports out."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from datetime import date
@@ -22,7 +23,7 @@ def sequences(tokenizer: Any, path: Path, *, length: int, limit: int | None = No
     """
     if not path.is_file():
         raise InvalidInputError(str(path), expected="a text file", found="no such file", remedy="Pass one with --text.")
-    found = list(_pieces(tokenizer, path, length))[:limit]
+    found = list(itertools.islice(_pieces(tokenizer, path, length), limit))
     if not found:
         raise InvalidInputError(
             str(path), expected="at least two tokens of text", found="none", remedy="Pass another file."
@@ -44,14 +45,18 @@ def _pieces(tokenizer: Any, path: Path, length: int) -> Iterator[Tensor]:
 
 
 def check_report(path: Path | None) -> None:
-    """InvalidInputError if `path` holds anything but an earlier report, which may be replaced."""
-    if path is None or not path.exists():
+    """InvalidInputError if no report can be written to `path`: only an earlier report may be replaced."""
+    if path is None:
         return
+    check_writable(path, overwrite=True)
     try:
-        earlier = "narrowcast" in json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, TypeError, OSError):
-        earlier = False
-    check_writable(path, overwrite=earlier)
+        replaceable = not path.exists() or "narrowcast" in json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, TypeError):
+        replaceable = False
+    if not replaceable:
+        raise InvalidInputError(
+            str(path), expected="a new file or an earlier report", found="another file", remedy="Choose another name."
+        )
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

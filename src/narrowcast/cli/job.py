@@ -1,5 +1,6 @@
 """What `demo`, `evaluate` and `generate` do with a model and its plans: score text, continue prompts, count bytes."""
 
+import itertools
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ def _score(job: Job, model: nn.Module) -> Score | None:
 
 @torch.no_grad()
 def _continue(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
-    """Greedy continuations of all prompts in one batch, padded on the left."""
+    """Ids of greedy continuations, up to the end of text, of all prompts in one batch, padded on the left."""
     width = max(prompt.shape[1] for prompt in prompts)
     ids = torch.cat([functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts])
     mask = torch.cat([functional.pad(torch.ones_like(prompt), (width - prompt.shape[1], 0)) for prompt in prompts])
@@ -104,9 +105,11 @@ def _continue(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) 
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        pad_token_id=model.config.eos_token_id or 0,  # type: ignore[union-attr]
+        pad_token_id=0,  # masked wherever it stands
     )
-    return generated[:, width:].tolist()  # type: ignore[no-any-return]
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = {ends} if isinstance(ends, int) else set(ends or ())  # type: ignore[arg-type]
+    return [list(itertools.takewhile(lambda id: id not in ends, row)) for row in generated[:, width:].tolist()]
 
 
 def _track(batches: Sequence[Tensor], what: str) -> Iterator[Tensor]:

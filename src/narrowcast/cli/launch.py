@@ -1,5 +1,7 @@
 """Running a function on `tp_size` ranks: started here, or, under torchrun, those that it started."""
 
+import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -17,6 +19,7 @@ from narrowcast.errors import InvalidInputError, NarrowcastError
 from narrowcast.transport import connect
 
 SHUTDOWN_S = 3
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 P = ParamSpec("P")
@@ -25,7 +28,7 @@ T = TypeVar("T")
 
 def on_ranks(function: Callable[P, T], tp_size: int, timeout_s: float, *args: P.args, **kwargs: P.kwargs) -> T:
     """What `function` returns on rank 0. Its arguments must be picklable; ranks join within `timeout_s`."""
-    if "RANK" in os.environ:
+    if under_torchrun():
         _check_world_size(tp_size)
         return cast(T, _rank_main(function, timeout_s, args, kwargs))
     _silence_launcher()
@@ -57,14 +60,20 @@ def _silence_launcher() -> None:
             logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
+def under_torchrun() -> bool:
+    """Whether torchrun, or something like it, started this process as a rank."""
+    return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
 def is_first_rank() -> bool:
     """Whether this process prints: the one that started the ranks, or rank 0 under torchrun."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return not under_torchrun() or int(os.environ["RANK"]) == 0
 
 
 @record
 def _rank_main(function: Callable[..., Any], timeout_s: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started the ranks, who ends them
+    _end_with_parent()
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     connect(timeout_s=timeout_s)
@@ -72,6 +81,12 @@ def _rank_main(function: Callable[..., Any], timeout_s: float, args: tuple[Any, 
         return function(*args, **kwargs)
     finally:
         dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Even a parent that is killed leaves no rank behind (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _check_world_size(tp_size: int) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -24,7 +25,8 @@ from narrowcast.plan import check_writable
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
-TensorParallel = Annotated[int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=1, help="Number of ranks.")]
+TensorParallel = Annotated[int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=2, help="Number of ranks.")]
+Device = Annotated[str, typer.Option(help="Where the whole model computes: cpu, cuda, ...")]
 PlanOption = Annotated[Path, typer.Option("--plan", help="A plan that calibrate wrote.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a sequence at most.")]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a rank before it counts as lost.")]
@@ -43,6 +45,7 @@ def calibrate(
         FirstTokens, typer.Option(help="How each sequence's first tokens count: for all, for outliers only, not.")
     ] = DEFAULT_FIRST_TOKENS,
     num_first: Annotated[int, typer.Option(min=0, help="How many tokens those are.")] = DEFAULT_NUM_FIRST,
+    device: Device = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace the plan if it exists.")] = False,
 ) -> None:
     """Calibrate MODEL for --tp ranks and write a plan."""
@@ -93,15 +96,19 @@ def evaluate(
     length: Length = DEFAULT_LENGTH,
     algorithm: Algorithm = "auto",
     timeout: Timeout = DEFAULT_TIMEOUT_S,
+    device: Device = "cpu",
 ) -> None:
-    """Score MODEL with a plan against the uncompressed model: perplexity, KL divergence, top-1 agreement."""
+    """Score MODEL with a plan against the uncompressed model: perplexity, KL divergence, top-1 agreement.
+
+    The uncompressed model's log-probabilities wait in the temporary folder: 4 bytes a token and vocabulary entry.
+    """
     check_report(json)
     tp_size = Plan.load(plan).tp_size
     engine = load_engine()
     batches = sequences(
         engine.load_tokenizer(model), text or Path(model) / "scoring.txt", length=length, limit=num_sequences
     )
-    whole = engine.load(model)
+    whole = engine.load(model, device=device)
     with reference_of(whole, batches) as reference:
         job = Job(
             model=model, plans=[plan], algorithm=algorithm, timeout_s=timeout, batches=batches, reference=reference
@@ -113,7 +120,9 @@ def evaluate(
     figures = asdict(outcome.score) | outcome.report.to_json() | {"tp_size": tp_size, "algorithm": algorithm}
     if json is not None:
         write_report(json, figures | {"model": model, "plan": str(plan), "real": real})
-    _print_figures(outcome, f"{model}, {plan}, tp_size {tp_size}, {'real ranks' if real else 'simulated'}")
+    _print_figures(
+        outcome, f"{escape(model)}, {escape(str(plan))}, tp_size {tp_size}, {'real ranks' if real else 'simulated'}"
+    )
 
 
 def generate(
@@ -141,8 +150,8 @@ def generate(
     (outcome,) = run_on_ranks(job, tp_size)
     if not is_first_rank():
         return
-    for start, ids in zip(prompt, outcome.continuations, strict=True):
-        typer.echo(start + tokenizer.decode(ids))
+    for start, ids in zip(prompts, outcome.continuations, strict=True):
+        typer.echo(tokenizer.decode([*start[0].tolist(), *ids], skip_special_tokens=True))
     typer.echo(summary(outcome), err=True)
 
 

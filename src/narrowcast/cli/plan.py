@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from narrowcast.codecs import Codec, FeatureCodec
@@ -34,14 +35,14 @@ def inspect(
         check_writable(plot, overwrite=overwrite)
     plan = Plan.load(path)
     console = Console()
-    console.print(f"[bold]{path}[/]  tp_size {plan.tp_size}  fingerprint {plan.fingerprint[:16]}")
+    console.print(f"[bold]{escape(str(path))}[/]  tp_size {plan.tp_size}  fingerprint {plan.fingerprint[:16]}")
     console.print("model: " + ", ".join(f"{key} {value}" for key, value in plan.model.config.items()))
     console.print("calibration: " + ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
     for stage, title, algorithm in STAGES:
         console.print(_table(plan, stage, title, algorithm))
     if plot is not None:
         draw_ranges(plan, plot)
-        console.print(f"ranges drawn into {plot}")
+        console.print(f"ranges drawn into {plot}", markup=False)
 
 
 def _table(plan: Plan, stage: int, title: str, algorithm: str) -> Table:
@@ -89,4 +90,4 @@ def draw_ranges(plan: Plan, path: Path) -> None:
     axes.set_xticks(range(len(sites)), list(sites), rotation=90, fontsize=7)
     axes.set_ylabel("range of a feature's partial sums\n(largest magnitude, mean over ranks)")
     axes.set_title(f"quartiles and extremes over features, tp_size {plan.tp_size};\noutliers, sent in BF16, in red")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")

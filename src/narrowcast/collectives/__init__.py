@@ -48,19 +48,22 @@ class Pending:
             self._num_steps += 1
         except StopIteration as end:
             self._work, self._result = None, end.value
-            del self._transport.collectives.under_way[self._number]
+            self._transport.collectives.under_way.pop(self._number, None)
         except BaseException:
-            del self._transport.collectives.under_way[self._number]
+            self._transport.collectives.under_way.pop(self._number, None)
             raise
 
     def wait(self) -> Tensor:
         """The result; PeerLostError if a rank is lost."""
-        earlier = [other for number, other in self._transport.collectives.under_way.items() if number < self._number]
-        for other in earlier:
+        under_way = self._transport.collectives.under_way
+        for other in [other for number, other in under_way.items() if number < self._number]:
             other.wait()
-        while self._work is not None:
-            self._work.wait()
-            self._step()
+        try:
+            while self._work is not None:
+                self._work.wait()
+                self._step()
+        finally:
+            under_way.pop(self._number, None)
         assert self._result is not None
         return self._result
 
@@ -100,13 +103,17 @@ def all_reduce(
     """
     transport = transport_of(group)
     stages = checked_stages(codec, transport.world_size)
+    if x.ndim == 0:
+        raise InvalidInputError(
+            "all_reduce", expected="a tensor [..., features]", found="a scalar", remedy="Reshape it."
+        )
     return _finish(Pending(all_reduce_steps(x, stages, transport, algorithm), transport), async_op)
 
 
 def all_reduce_steps(
     x: Tensor, stages: Sequence[Codec], transport: Transport, algorithm: str, stats: Tensor | None = None
 ) -> Steps:
-    """The steps of the chosen algorithm on `x` [..., E]."""
+    """The steps of `algorithm` on `x` [..., E]."""
     x_TE = x.reshape(-1, x.shape[-1])
     name = choose(algorithm, stages, len(x_TE), x.shape[-1], transport.world_size)
     y_TE = yield from ALGORITHMS[name].steps(x_TE, stages, transport.rank, transport.world_size, stats)
@@ -119,6 +126,7 @@ def reduce_scatter(
     """Sum `x_TE` over the ranks; each keeps the tokens [rank * T // R, (rank + 1) * T // R) of the sum."""
     transport = transport_of(group)
     stage, *_ = checked_stages(codec, transport.world_size)
+    _check_matrix(x_TE)
     return _finish(
         Pending(_reduce_scatter_steps(x_TE, stage, transport.rank, transport.world_size), transport), async_op
     )
@@ -148,6 +156,7 @@ def all_gather(
     `num_tokens`: the tokens of each rank where they differ; every rank passes the same list.
     """
     transport = transport_of(group)
+    _check_matrix(x_TE)
     counts = [len(x_TE)] * transport.world_size if num_tokens is None else list(num_tokens)
     if len(counts) != transport.world_size or counts[transport.rank] != len(x_TE):
         raise InvalidInputError(
@@ -170,6 +179,13 @@ def all_gather_steps(x_TE: Tensor, codec: Codec, num_tokens: Sequence[int], rank
     for peer, (payload_TB, part_TE) in enumerate(zip(payloads, y_TE.split(list(num_tokens)), strict=True)):
         codec.decode(payload_TB, source=source_of(codec, peer, world_size), out=part_TE)
     return y_TE
+
+
+def _check_matrix(x_TE: Tensor) -> None:
+    if x_TE.ndim != 2:
+        raise InvalidInputError(
+            "collective", expected="a tensor [tokens, features]", found=f"{list(x_TE.shape)}", remedy="Reshape it."
+        )
 
 
 def transport_of(group: Group) -> Transport:

@@ -1,7 +1,6 @@
 """`ALGORITHMS` by name, and the choice among them: one pure function of what every rank knows."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.base import Algorithm, Stages
@@ -18,7 +17,19 @@ def choose(algorithm: str, stages: Stages, num_tokens: int, num_features: int, w
     Where two_shot has neither a token nor a feature for every rank, one_shot runs in its place.
     """
     check_algorithm(algorithm, stages)
-    return _choose(algorithm, tuple(stages), num_tokens, num_features, world_size)
+    # With a token for every rank or more, all that is sent grows in proportion to the tokens.
+    shape = min(num_tokens, world_size), num_features
+    if algorithm != "auto":
+        return algorithm if ALGORITHMS[algorithm].sent(stages, *shape, 0, world_size) else "one_shot"
+    totals = {name: _total_nbytes(each, stages, *shape, world_size) for name, each in ALGORITHMS.items()}
+    return min((name for name in totals if totals[name] is not None), key=lambda name: totals[name] or 0)
+
+
+def _total_nbytes(
+    algorithm: Algorithm, stages: Stages, num_tokens: int, num_features: int, world_size: int
+) -> int | None:
+    sent = [algorithm.sent(stages, num_tokens, num_features, rank, world_size) for rank in range(world_size)]
+    return None if None in sent else sum(each.nbytes for each in sent if each is not None)
 
 
 def check_algorithm(algorithm: str, stages: Stages) -> None:
@@ -39,22 +50,16 @@ def check_algorithm(algorithm: str, stages: Stages) -> None:
         )
 
 
-@lru_cache(maxsize=4096)
-def _choose(algorithm: str, stages: tuple[Codec, ...], num_tokens: int, num_features: int, world_size: int) -> str:
-    costs = {}
-    for name in ALGORITHMS if algorithm == "auto" else (algorithm, "one_shot"):
-        sent = [ALGORITHMS[name].sent(stages, num_tokens, num_features, rank, world_size) for rank in range(world_size)]
-        traffic = [each for each in sent if each is not None]
-        if len(traffic) == world_size:
-            costs[name] = sum(each.nbytes for each in traffic)
-    if algorithm != "auto":
-        return next(iter(costs))
-    return min(costs, key=lambda name: costs[name])
-
-
 def checked_stages(codec: Codec | Sequence[Codec], world_size: int) -> Stages:
     """The codecs by stage. A codec without calibrated sources serves both stages; InvalidInputError for a wrong one."""
-    stages = [codec] if isinstance(codec, Codec) else list(codec)
+    stages: list[Codec] = list(codec) if isinstance(codec, Sequence) else [codec]
+    if not all(isinstance(stage, Codec) for stage in stages):
+        raise InvalidInputError(
+            "codec",
+            expected="a codec, or the pair (partial, reduced), such as `plan.sites[name].codecs`",
+            found=repr(codec),
+            remedy="Make codecs by calibration, or from a preset's recipe: PRESETS[name].codec(ranges).",
+        )
     if not stages or stages[0].num_sources not in (None, world_size):
         raise InvalidInputError(
             "codec",

@@ -67,6 +67,8 @@ def attach(
     model or not the same on every rank, PeerLostError when a rank does not come.
     """
     engine = engine_of(model)
+    if not isinstance(plan, Plan):
+        raise InvalidInputError("attach", expected="a Plan", found=repr(plan), remedy="Load it with Plan.load(path).")
     for site in plan.sites.values():
         check_algorithm(algorithm, site.codecs)
     if simulate:

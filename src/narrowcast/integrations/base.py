@@ -15,8 +15,8 @@ from narrowcast.plan import ModelFingerprint
 class Engine(Protocol):
     """One inference engine. Modules of this package fulfil it; no other file imports the engine."""
 
-    def load(self, path: str | Path, *, tp_size: int = 1) -> nn.Module:
-        """The model in a folder or of a hub name; with `tp_size` > 1 this rank's part of it."""
+    def load(self, path: str | Path, *, tp_size: int = 1, device: str | None = None) -> nn.Module:
+        """The model in a folder or of a hub name, on `device`; with `tp_size` > 1 this rank's part of it."""
         ...
 
     def load_tokenizer(self, path: str | Path) -> Any:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-Forward = Callable[..., Tensor]
+from narrowcast.errors import InvalidInputError
+
+Forward = Callable[[Tensor], Tensor]
 Reduce = Callable[[Sequence[Tensor], str], Tensor]
 
 
@@ -17,9 +19,21 @@ class Forwards:
         self._originals: list[tuple[nn.Module, Forward | None]] = []
 
     def replace(self, module: nn.Module, forward: Forward) -> None:
-        """Let `module` call `forward` (inference only: it runs without gradients)."""
+        """Let `module` call `forward`, without gradients. Training on it raises InvalidInputError."""
+
+        def inference(x: Tensor) -> Tensor:
+            if module.training and x.requires_grad:
+                raise InvalidInputError(
+                    "model",
+                    expected="inference",
+                    found="training: a forward in train mode with gradients",
+                    remedy="Call model.eval(), or remove() the plan before training.",
+                )
+            with torch.no_grad():
+                return forward(x)
+
         self._originals.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = torch.no_grad()(forward)
+        module.__dict__["forward"] = inference
 
     def restore(self) -> None:
         """Give every module the forward that it had."""

@@ -32,6 +32,9 @@ CONFIG_FIELDS = (
     "num_key_value_heads",
     "head_dim",
     "vocab_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "rope_parameters",
 )
 NUM_SAMPLES = 16  # of each weight: a rank of 16 or fewer holds at least one
 
@@ -42,10 +45,10 @@ def row_parallel_layers(model: nn.Module) -> Mapping[str, nn.Linear]:
     for name, module, style in _styled_modules(model):
         if style == ROWWISE and isinstance(module, nn.Linear):
             layers[name] = module
-        elif style not in SILENT_STYLES and style not in TAKEN_OVER:
+        if style not in SILENT_STYLES and not (style in TAKEN_OVER and _is_plain(module)):
             raise InvalidInputError(
                 type(model).__name__,
-                expected="a dense model split by columns and rows (Llama, Qwen3)",
+                expected="plain linear layers and embeddings, split by columns and rows (Llama, Qwen3)",
                 found=f"{name} of style {style!r} ({type(module).__name__})",
                 remedy="This model is not supported yet.",
             )
@@ -91,8 +94,11 @@ def take_over(model: nn.Module, communicator: Communicator) -> Forwards:
     return forwards
 
 
-def load(path: str | Path, *, tp_size: int = 1) -> nn.Module:
-    """The causal LM in folder or of hub name `path`, split over the ranks of torch.distributed if `tp_size` > 1."""
+def load(path: str | Path, *, tp_size: int = 1, device: str | None = None) -> nn.Module:
+    """The causal LM in folder or of hub name `path`, split over the ranks of torch.distributed if `tp_size` > 1.
+
+    A whole model goes to `device`; where a part goes, Transformers decides.
+    """
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
     from transformers.utils import logging
@@ -105,7 +111,21 @@ def load(path: str | Path, *, tp_size: int = 1) -> nn.Module:
         raise _not_loaded(path, error) from error
     except ImportError as error:  # splitting a model needs accelerate besides
         raise MissingDependencyError(error.name or "accelerate", "transformers") from error
-    return cast(nn.Module, model)
+    _check_heads(model.config.get_text_config(), tp_size)
+    return cast(nn.Module, model.to(device))
+
+
+def _check_heads(config: Any, tp_size: int) -> None:
+    """Transformers splits attention by whole heads and fails deep inside where that cannot be."""
+    for field in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, field, tp_size)
+        if heads % tp_size:
+            raise InvalidInputError(
+                f"tp_size {tp_size}",
+                expected=f"a divisor of the model's {field}",
+                found=heads,
+                remedy="Choose another tp_size; simulation takes any.",
+            )
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -129,10 +149,12 @@ def _row_parallel(name: str, module: Any, communicator: Communicator) -> Forward
 
 
 def _vocab_parallel_embedding(name: str, module: Any, communicator: Communicator) -> Forward:
-    own = _own_chunk(module.weight, 0)
+    own, vocab_size = _own_chunk(module.weight, 0), module.weight.shape[0]
     weight = _local(module.weight)
 
     def forward(ids: Tensor) -> Tensor:
+        if not ids.is_cuda and ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise IndexError(f"token ids from {ids.min()} to {ids.max()} for a vocabulary of {vocab_size}")
         held = (ids >= own.start) & (ids < own.stop)
         x = weight.new_zeros(*ids.shape, weight.shape[1])
         x[held] = weight[ids[held] - own.start]
@@ -166,6 +188,11 @@ def _styled_modules(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
     plan = getattr(model, "tp_plan", None) or {}
     named = [(name, module, plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))) for name, module in model.named_modules()]
     return [(name, module, style) for name, module, style in named if style is not None]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether the module computes what ours do: some families scale their embedding's output, say."""
+    return type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
 
 
 def _local(weight: Tensor) -> Tensor:

@@ -5,9 +5,13 @@ On gloo that is 2.5 to 3 times faster per byte than its `all_gather`.
 
 import contextlib
 import os
+import queue
+import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,6 +22,8 @@ from torch.distributed.distributed_c10d import _get_process_group_store, _set_pg
 
 from narrowcast.errors import InvalidInputError, PeerLostError
 from narrowcast.transport.base import Buffers, Collectives, Transport
+
+T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 60.0
 ENGINE_TIMEOUT = timedelta(hours=2)
@@ -42,6 +48,13 @@ class TorchDistributedTransport(Transport):
         self.group = dist.distributed_c10d._group_or_default_group(group)
         self.timeout_s = timeout_s
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if self.rank < 0:
+            raise InvalidInputError(
+                "process group",
+                expected="one that this rank is in",
+                found="another",
+                remedy="Call it on its ranks only.",
+            )
         self._store = PrefixStore("narrowcast", _get_process_group_store(self.group))
         self.collectives = _collectives.setdefault(self.group, Collectives())
 
@@ -65,15 +78,23 @@ class TorchDistributedTransport(Transport):
         return work
 
     def share(self, text: str, doing: str) -> list[str]:
-        ordinal = self._store.add(f"shares/{self.rank}", 1)  # kept by the store: groups may come and go on it
-        store = PrefixStore(f"share/{ordinal}", self._store)
-        return roll_call(store, self.rank, self.world_size, text, doing, timeout_s=self.timeout_s)
+        def call() -> list[str]:
+            ordinal = self._store.add(f"shares/{self.rank}", 1)  # kept by the store: groups may come and go on it
+            store = PrefixStore(f"share/{ordinal}", self._store)
+            return roll_call(store, self.rank, self.world_size, text, doing, timeout_s=self.timeout_s)
+
+        try:
+            return _within(self.timeout_s + 2 * LINGER.total_seconds(), call)
+        except TimeoutError as error:  # the store does not answer: whoever holds it hangs
+            raise PeerLostError([0], doing) from error
 
     def lost(self, peer: int) -> PeerLostError:
         """The error for a peer that failed us: it names the rank that was lost first, which may have taken it along."""
         first = str(peer)
-        with contextlib.suppress(RuntimeError):  # the store is gone with the rank that held it
-            first = self._store.compare_set("lost", "", first).decode()
+        with contextlib.suppress(
+            RuntimeError, TimeoutError
+        ):  # the store is gone, or hangs, with the rank that holds it
+            first = _within(LINGER.total_seconds(), lambda: self._store.compare_set("lost", "", first).decode())
         return PeerLostError([int(first)], "exchanging payloads")
 
 
@@ -158,6 +179,26 @@ def _missing(store: Store, rank: int, keys: list[str]) -> list[int]:
         store.set(f"{rank}/looked", "")
         store.wait([f"{key}/looked" for other, key in enumerate(keys) if other not in missing], LINGER)
     return missing
+
+
+def _within(timeout_s: float, call: Callable[[], T]) -> T:
+    """What `call` returns; TimeoutError if that takes too long. Calls of a store have no deadline of their own."""
+    done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            done.put((True, call()))
+        except Exception as error:
+            done.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        succeeded, value = done.get(timeout=timeout_s)
+    except queue.Empty:
+        raise TimeoutError from None
+    if not succeeded:
+        raise value
+    return cast(T, value)
 
 
 def _travelling(buffers: Buffers) -> list[tuple[int, Tensor]]:
