@@ -214,6 +214,56 @@ def test_a_split_model_is_neither_simulated_nor_calibrated(ranks: Pools, folder:
     ranks(2).run(check_split, folder, tmp_path / "plan")
 
 
+def check_token_ids(folder: Path) -> None:
+    model = transformers.load(folder, tp_size=2)
+    plan = folder.parent / "plan"
+    with narrowcast.attach(model, Plan.load(plan)), pytest.raises(IndexError, match="from -3 to 101 for a vocabulary"):
+        model(torch.tensor([[5, -3, 101]]))
+
+
+def test_token_ids_outside_the_vocabulary_are_no_zeros(ranks: Pools, folder: Path) -> None:
+    narrowcast.calibrate(transformers.load(folder), [random_ids(2, 20)], tp_size=2).save(folder.parent / "plan")
+    ranks(2).run(check_token_ids, folder)
+
+
+def test_training_is_refused_and_inference_needs_no_care(folder: Path) -> None:
+    model = transformers.load(folder)
+    plan = narrowcast.calibrate(model, [random_ids(2, 20)], tp_size=2)
+    with narrowcast.attach(model, plan, simulate=True):
+        assert model(random_ids(1, 5)).logits.isfinite().all()
+        model.train()
+        with pytest.raises(InvalidInputError, match=r"found training.*model.eval\(\)"):
+            model(random_ids(1, 5))
+        with torch.no_grad():
+            model(random_ids(1, 5))
+
+
+def test_a_plan_is_a_plan(folder: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"found 'x.plan'. Load it with Plan.load"):
+        narrowcast.attach(transformers.load(folder), "x.plan", simulate=True)  # type: ignore[arg-type]
+
+
+def test_embeddings_that_do_more_than_look_up_are_refused() -> None:
+    """Gemma scales its embedding's output inside the module that we would replace."""
+    from transformers import AutoModelForCausalLM, GemmaConfig
+
+    config = GemmaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16,
+    )  # fmt: skip
+    with pytest.raises(InvalidInputError, match=r"found model.embed_tokens of style 'embedding_rowwise'"):
+        narrowcast.calibrate(AutoModelForCausalLM.from_config(config), [random_ids(1, 8)], tp_size=2)
+
+
+def check_heads(folder: Path) -> None:
+    with pytest.raises(InvalidInputError, match="a divisor of the model's num_attention_heads, found 4"):
+        transformers.load(folder, tp_size=3)
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(ranks: Pools, folder: Path) -> None:
+    ranks(3).run(check_heads, folder)
+
+
 def test_mixtures_of_experts_are_refused_by_name(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, MixtralConfig
 

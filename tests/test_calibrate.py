@@ -134,6 +134,18 @@ def test_calibration_leaves_the_model_as_it_was(model: nn.Module) -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_dropout_does_not_change_the_plan(model: nn.Module) -> None:
+    expected = narrowcast.calibrate(model, sequences(), tp_size=2).fingerprint
+    model.train()
+    model.config.attention_dropout = 0.5  # type: ignore[union-attr]
+    try:
+        assert narrowcast.calibrate(model, sequences(), tp_size=2).fingerprint == expected
+        assert model.training
+    finally:
+        model.eval()
+        model.config.attention_dropout = 0.0  # type: ignore[union-attr]
+
+
 def test_an_interrupt_leaves_the_model_as_it_was(model: nn.Module) -> None:
     def interrupt(done: int) -> None:
         raise KeyboardInterrupt
@@ -159,6 +171,11 @@ def test_wrong_input_is_refused(model: nn.Module) -> None:
         narrowcast.calibrate(model, sequences(), tp_size=0)
     with pytest.raises(InvalidInputError, match=r"input_ids \[B, T\]"):
         narrowcast.calibrate(model, [torch.ones(3, dtype=torch.long)], tp_size=2)
+    for wrong in ([{"input_ids": [[1, 2]]}], {"input_ids": torch.ones(1, 3)}, ["text"]):
+        with pytest.raises(InvalidInputError, match="an iterable of tensors"):
+            narrowcast.calibrate(model, wrong, tp_size=2)  # type: ignore[arg-type, list-item]
+    with pytest.raises(InvalidInputError, match="found '2'"):
+        narrowcast.calibrate(model, sequences(), tp_size="2")  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match="one of bf16"):
         narrowcast.calibrate(model, sequences(), tp_size=2, codec="int99")
     with pytest.raises(InvalidInputError, match="a model of transformers"):

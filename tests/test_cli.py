@@ -13,6 +13,7 @@ import pytest
 from conftest import MODEL
 from models import save_random
 from narrowcast import Plan
+from narrowcast.integrations import load_engine
 
 TEXT = str(MODEL / "scoring.txt")
 
@@ -80,7 +81,7 @@ def test_generate_starts_its_ranks_or_uses_those_of_torchrun(plan: Path) -> None
 
 
 def test_plan_inspect_shows_and_draws(plan: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "ranges.png"
+    picture = tmp_path / "ranges [not markup]"
     shown = narrowcast("plan", "inspect", plan, "--plot", picture).stdout
     assert "tp_size 2" in shown and "hidden_size 256" in shown
     rows = [line for line in shown.splitlines() if "self_attn.o_proj" in line]
@@ -117,7 +118,9 @@ def test_wrong_paths_and_values_are_one_sentence(plan: Path, tmp_path: Path) -> 
         (bare / name).symlink_to(MODEL / name)
     assert "scoring.txt: expected a text file" in refused("evaluate", bare, "--plan", plan)
     (tmp_path / "precious.json").write_text('{"mine": 1}')
-    assert "a file that exists" in refused("evaluate", MODEL, "--plan", plan, "--json", tmp_path / "precious.json")
+    for path, why in ((tmp_path / "precious.json", "an earlier report"), (tmp_path / "no" / "r.json", "Create it")):
+        assert why in refused("evaluate", MODEL, "--plan", plan, "--json", path)
+    assert (tmp_path / "precious.json").read_text() == '{"mine": 1}'
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,14 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     raise AssertionError("no ranks were started")
 
 
+def running(pid: int) -> bool:
+    """Whether a process runs; one that has ended may wait for its parent to notice."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
     calibrating = started("calibrate", MODEL, "--tp", 16, "--text", MODEL / "calibration.txt", "-o", tmp_path / "p")
     time.sleep(5)
@@ -183,7 +194,33 @@ def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
     _, errors = generating.communicate(timeout=60)
     assert generating.returncode == 130
     assert "narrowcast: interrupted" in errors and "Traceback" not in errors
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not any(running(pid) for pid in ranks)
+
+
+def test_a_killed_launcher_leaves_no_ranks_behind(plan: Path) -> None:
+    generating = started("generate", MODEL, "--plan", plan, "--prompt", "x", "--max-new-tokens", 490)
+    ranks = ranks_of(generating)
+    generating.kill()
+    generating.communicate(timeout=30)  # its ranks would hold the pipes open
+    assert not any(running(pid) for pid in ranks)
+
+
+def test_the_end_of_text_ends_a_continuation(plan: Path, tmp_path: Path) -> None:
+    """Llama 3 lists several ends. Which token ends is set to the one that the model says second."""
+    arguments = "--plan", plan, "--prompt", "The sea", "--max-new-tokens", 8
+    said = narrowcast("generate", MODEL, *arguments).stdout
+    tokenizer = load_engine().load_tokenizer(MODEL)
+    second = tokenizer(said).input_ids[len(tokenizer("The sea").input_ids) + 1]
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for path in MODEL.iterdir():
+        (folder / path.name).symlink_to(path)
+    settings = json.loads((MODEL / "generation_config.json").read_text(encoding="utf8"))
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1, second]}))
+    ended = narrowcast("generate", folder, *arguments).stdout
+    assert said.startswith(ended.rstrip("\n"))
+    assert len(tokenizer(ended.rstrip("\n")).input_ids) == len(tokenizer("The sea").input_ids) + 1
 
 
 def test_a_killed_rank_ends_all_and_is_named(plan: Path) -> None:
@@ -193,4 +230,4 @@ def test_a_killed_rank_ends_all_and_is_named(plan: Path) -> None:
     _, errors = generating.communicate(timeout=60)
     assert generating.returncode == 1
     assert "narrowcast: error: rank 1: Signal 9 (SIGKILL)" in errors
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not any(running(pid) for pid in ranks)

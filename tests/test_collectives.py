@@ -163,6 +163,17 @@ def test_auto_sends_the_fewest_bytes(world_size: int, num_tokens: int, num_featu
         assert chosen == "one_shot"
 
 
+def test_the_choice_depends_on_nothing_that_was_chosen_before() -> None:
+    """Codecs of other widths must not pass for each other: ranks that disagree would exchange garbage."""
+    x_RTE = torch.ones(2, 1, 128)
+    fine_first = calibrated("int8-feature", x_RTE)[0], calibrated("int4-feature", x_RTE)[1]
+    coarse_first = calibrated("int4-feature", x_RTE)[0], calibrated("int8-feature", x_RTE)[1]
+    assert fine_first[0] != coarse_first[0]
+    for _ in range(2):
+        assert choose("auto", fine_first, 8, 128, 2) == "two_shot"
+        assert choose("auto", coarse_first, 8, 128, 2) == "one_shot"
+
+
 def test_one_shot_at_the_papers_bits_moves_more_than_a_bf16_ring_from_eight_ranks_on() -> None:
     """Why auto counts: 7 payloads of 4.19 bits against 2 * 7 / 8 of 16."""
     codecs = calibrated("int4-feature", torch.ones(8, 1, 4096))
@@ -186,11 +197,20 @@ def test_what_does_not_fit_is_refused() -> None:
         simulate.all_reduce(inputs[:2], codec=(partial, reduced), algorithm="ring")
     with pytest.raises(InvalidInputError, match="calibrated for 3 ranks, or for the sum"):
         simulate.all_gather(inputs, codec=partial)
+    for wrong in ("int4-feature", PRESETS["int4-feature"]):
+        with pytest.raises(InvalidInputError, match=r"a codec, or the pair"):
+            simulate.all_reduce(inputs, codec=wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"torch.distributed to be initialised"):
         narrowcast.all_reduce(inputs[0], codec=reduced)
 
 
 def check_ragged_refused() -> str:
+    codec = CastCodec(dtype=torch.float32)
+    for collective in (narrowcast.reduce_scatter, narrowcast.all_gather):
+        with pytest.raises(InvalidInputError, match=r"\[tokens, features\], found \[2, 3, 4\]"):
+            collective(torch.ones(2, 3, 4), codec=codec)
+    with pytest.raises(InvalidInputError, match="found a scalar"):
+        narrowcast.all_reduce(torch.tensor(1.0), codec=codec)
     with pytest.raises(InvalidInputError) as error:
         narrowcast.all_gather(torch.ones(3, 4), codec=CastCodec(dtype=torch.float32), num_tokens=[3])
     return str(error.value)

@@ -107,10 +107,10 @@ def leave(*_: object, **__: object) -> None:
     raise InterruptedError
 
 
-def join_then_sum(port: int, marks: Path) -> tuple[int, ...]:
+def join_then_sum(port: int, marks: Path, timeout_s: float = 60.0) -> tuple[int, ...]:
     """As torchrun's ranks do, with a store that rank 0 holds."""
     assert join(port, dist.get_rank(), 3, 60.0) == ()
-    return sum_until_lost(marks, "two_shot", 60.0)[0]
+    return sum_until_lost(marks, "two_shot", timeout_s)[0]
 
 
 def free_port() -> int:
@@ -130,6 +130,17 @@ def test_the_store_may_die_with_its_rank(three: Ranks, tmp_path: Path, lost: int
     os.kill(three.processes[lost].pid, signal.SIGKILL)
     for survivor in {0, 1, 2} - {lost}:
         assert three.result(survivor) == (lost,)
+
+
+def test_a_rank_that_hangs_with_the_store_is_named(three: Ranks, tmp_path: Path) -> None:
+    """Calls of a store wait for its holder without a deadline of their own."""
+    three.start(join_then_sum, free_port(), tmp_path, TIMEOUT_S)
+    wait_for_all(tmp_path, 3)
+    os.kill(three.processes[0].pid, signal.SIGSTOP)
+    try:
+        assert [three.result(survivor) for survivor in (1, 2)] == [(0,), (0,)]
+    finally:
+        os.kill(three.processes[0].pid, signal.SIGCONT)
 
 
 def test_a_rank_lost_while_the_group_forms_is_named(three: Ranks) -> None:

@@ -53,7 +53,9 @@ def calibrate(
     recipe(codec)
     engine = load_engine()
     found = sequences(engine.load_tokenizer(model), text, length=length, limit=num_sequences)
-    seen = observe_with_bar(engine.load(model), found, tp_size=tp, first_tokens=first_tokens, num_first=num_first)
+    seen = observe_with_bar(
+        engine.load(model, device=device), found, tp_size=tp, first_tokens=first_tokens, num_first=num_first
+    )
     plan = seen.plan(codec)
     plan.save(output, overwrite=overwrite)
     typer.echo(f"{output}: {len(plan.sites)} sites, tp_size {tp}, {codec}, from {len(found)} sequences")
@@ -120,9 +122,8 @@ def evaluate(
     figures = asdict(outcome.score) | outcome.report.to_json() | {"tp_size": tp_size, "algorithm": algorithm}
     if json is not None:
         write_report(json, figures | {"model": model, "plan": str(plan), "real": real})
-    _print_figures(
-        outcome, f"{escape(model)}, {escape(str(plan))}, tp_size {tp_size}, {'real ranks' if real else 'simulated'}"
-    )
+    where = "real ranks" if real else "simulated"
+    _print_figures(outcome, escape(f"{model}, {plan}, tp_size {tp_size}, {where}"))
 
 
 def generate(

@@ -31,6 +31,7 @@ LINGER = timedelta(seconds=3)
 
 # Tags keep exchanges apart that are under way at once, and apart from the engine's own messages (tag 0 and up).
 _FIRST_TAG, _NUM_TAGS = 1 << 30, 1 << 29
+_HANG_UP_TAG = _FIRST_TAG - 1
 _collectives: WeakKeyDictionary[dist.ProcessGroup, Collectives] = WeakKeyDictionary()
 
 
@@ -95,7 +96,15 @@ class TorchDistributedTransport(Transport):
             RuntimeError, TimeoutError
         ):  # the store is gone, or hangs, with the rank that holds it
             first = _within(LINGER.total_seconds(), lambda: self._store.compare_set("lost", "", first).decode())
+        self._hang_up()
         return PeerLostError([int(first)], "exchanging payloads")
+
+    def _hang_up(self) -> None:
+        """Close all connections, so that peers who wait for this rank learn of it now and not at their deadline."""
+        for peer in set(range(self.world_size)) - {self.rank}:
+            with contextlib.suppress(RuntimeError):  # gloo closes the connection of a wait that runs out of time
+                nothing = torch.empty(1, dtype=torch.uint8)
+                self.group.recv([nothing], peer, _HANG_UP_TAG).wait(timedelta(milliseconds=1))
 
 
 @dataclass
