@@ -45,6 +45,7 @@ def test_ranges_follow_the_paper(model: nn.Module) -> None:
     for partials in seen[1:]:
         low = (1 - EMA_FACTOR) * low + EMA_FACTOR * torch.stack([x.amin(0) for x in partials])
         high = (1 - EMA_FACTOR) * high + EMA_FACTOR * torch.stack([x.amax(0) for x in partials])
+    assert EMA_FACTOR == 0.01
     partial, reduced = observe(model, sequences(), tp_size=3).ranges["model.layers.1.mlp.down_proj"]
     # fp32 products of 47 terms (140 = 47 + 47 + 46) against fp64 ones.
     assert torch.allclose(partial.low.double(), low, atol=1e-6)

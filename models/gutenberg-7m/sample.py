@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 LENGTH = 256
 
 model = AutoModelForCausalLM.from_pretrained(HERE, dtype=torch.float32).eval()
+model.generation_config.eos_token_id = None  # it saw no end-of-text token either
 tokenizer = AutoTokenizer.from_pretrained(HERE)
 paragraph = tokenizer("\n\n", return_tensors="pt").input_ids  # the model saw no beginning-of-text token
 
@@ -24,7 +25,6 @@ for name, seed, documents in (("calibration", 0, 128), ("scoring", 1, 32)):
         temperature=1.0,
         top_k=0,
         top_p=1.0,
-        eos_token_id=-1,
         pad_token_id=0,
     )
     texts = tokenizer.batch_decode(ids[:, paragraph.shape[1] :], skip_special_tokens=True)
