@@ -12,7 +12,7 @@ from torch import Tensor
 import narrowcast
 from models import calibrated
 from narrowcast.codecs import PRESETS, CastCodec
-from narrowcast.collectives import ALGORITHMS, choose, simulate
+from narrowcast.collectives import ALGORITHMS, Pending, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.errors import InvalidInputError
 from ranks import Ranks
@@ -108,6 +108,28 @@ def check_async() -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_several_collectives_under_way_at_once(ranks: Pools, world_size: int) -> None:
     ranks(world_size).run(check_async)
+
+
+def check_interleaved() -> None:
+    """A third collective starts before one rank has waited for the second, and after the other one has."""
+    rank = dist.get_rank()
+    codecs = calibrated("int4-feature", torch.stack(partials(2, 30, 70, seed=1)))
+    inputs = [partials(2, 6, 70, seed=seed) for seed in range(3)]
+    expected = [simulate.all_reduce(each, codec=codecs, algorithm="two_shot") for each in inputs]
+
+    def start(index: int) -> Pending:
+        return narrowcast.all_reduce(inputs[index][rank], codec=codecs, algorithm="two_shot", async_op=True)
+
+    pending = [start(0), start(1)]
+    found = {rank: pending[1 - rank].wait()}
+    pending.append(start(2))
+    assert same_bits(found[rank], expected[1 - rank])
+    for index in (2, 1, 0):
+        assert same_bits(pending[index].wait(), expected[index])
+
+
+def test_collectives_started_and_awaited_in_turn(ranks: Pools) -> None:
+    ranks(2).run(check_interleaved)
 
 
 def check_nan() -> list[bool]:
