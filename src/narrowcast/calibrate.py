@@ -48,8 +48,8 @@ def calibrate(
 
     `batches`: token ids [B, T], or mappings with `input_ids` and, where there is padding, `attention_mask`.
     `codec`: a name from `narrowcast.PRESETS`, or a recipe such as `FeatureRecipe(num_bits=4, num_outliers=32)`.
-    `first_tokens`: how the first `num_first` tokens of each sequence
-    count: "count" for all (the paper), for "choosing" outliers but not for scales, or "skip" for both.
+    `first_tokens`: how the first `num_first` tokens of each sequence count: "count" for all (the paper), for
+    "choosing" outliers but not for scales, or "skip" for both.
     `progress(n)` is called after each sequence with the number done.
     Raises InvalidInputError for a model or preset that cannot be served, and for text without tokens.
     """

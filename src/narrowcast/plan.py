@@ -4,7 +4,6 @@ The file's metadata holds a JSON header under "narrowcast" and the SHA-256 of he
 (docs/formats.md). Nothing in it is ever executed.
 """
 
-import contextlib
 import hashlib
 import json
 import os
@@ -104,11 +103,8 @@ class Plan:
                 file.write(safetensors.torch.save(tensors, metadata))
                 file.flush()
                 os.fsync(file.fileno())
-            if not overwrite:
-                with contextlib.suppress(PermissionError, NotImplementedError):  # file systems without links
-                    os.link(temporary, path)  # fails, where a rename would replace, if another made it meanwhile
-                    return
-            temporary.replace(path)
+            if overwrite or not _link(temporary, path):
+                temporary.replace(path)
         except FileExistsError:
             check_writable(path, overwrite=overwrite)
             raise
@@ -172,6 +168,17 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
         raise InvalidInputError(
             str(path), expected="a folder that exists", found=f"no {path.parent}", remedy="Create it first."
         )
+
+
+def _link(source: Path, path: Path) -> bool:
+    """Make `path`, unless the file system has no links. Unlike a rename, a link never replaces another's file."""
+    try:
+        os.link(source, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
