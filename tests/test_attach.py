@@ -170,6 +170,10 @@ def test_plans_for_something_else_are_refused(folder: Path, tmp_path: Path) -> N
         other = transformers.load(save_random(name, tmp_path / name, seed=seed))
         with pytest.raises(PlanMismatchError, match=match):
             narrowcast.attach(other, plan, simulate=True)
+    model.config.rope_parameters["rope_theta"] *= 2
+    with pytest.raises(PlanMismatchError, match=r"rope_theta = 10000.0, found 20000.0"):
+        narrowcast.attach(model, plan, simulate=True)
+    model.config.rope_parameters["rope_theta"] /= 2
     with torch.no_grad():
         model.get_submodule("model.layers.1.self_attn.o_proj").weight.mul_(1.5)
     with pytest.raises(PlanMismatchError, match=r"in model.layers.1.self_attn.o_proj, found others"):

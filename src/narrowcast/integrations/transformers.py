@@ -34,7 +34,6 @@ CONFIG_FIELDS = (
     "vocab_size",
     "hidden_act",
     "rms_norm_eps",
-    "rope_parameters",
 )
 NUM_SAMPLES = 16  # of each weight: a rank of 16 or fewer holds at least one
 
@@ -82,6 +81,7 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
     embedding = cast(Any, model).get_input_embeddings().weight
     samples["embedding"] = _digests(embedding, dim=0)
     fields = {field: getattr(config, field) for field in CONFIG_FIELDS if hasattr(config, field)}
+    fields["rope_theta"] = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     return ModelFingerprint(config=fields, samples=samples)
 
 
@@ -156,8 +156,9 @@ def _vocab_parallel_embedding(name: str, module: Any, communicator: Communicator
         if not ids.is_cuda and ids.numel() and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise IndexError(f"token ids from {ids.min()} to {ids.max()} for a vocabulary of {vocab_size}")
         held = (ids >= own.start) & (ids < own.stop)
-        x = weight.new_zeros(*ids.shape, weight.shape[1])
-        x[held] = weight[ids[held] - own.start]
+        rows = (ids - own.start).masked_fill_(~held, 0)
+        x = weight[rows] if len(weight) else weight.new_zeros(*ids.shape, weight.shape[1])
+        x.masked_fill_(~held[..., None], 0)
         return communicator.all_reduce_uncompressed(x, name)
 
     return forward
