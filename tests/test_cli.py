@@ -230,4 +230,5 @@ def test_a_killed_rank_ends_all_and_is_named(plan: Path) -> None:
     _, errors = generating.communicate(timeout=60)
     assert generating.returncode == 1
     assert "narrowcast: error: rank 1: Signal 9 (SIGKILL)" in errors
+    assert "Traceback" not in errors
     assert not any(running(pid) for pid in ranks)

@@ -1,6 +1,7 @@
 """Lost ranks: every survivor ends within the deadline, with an error that names the rank."""
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -44,6 +45,10 @@ def sum_until_lost(marks: Path, algorithm: str, timeout_s: float) -> tuple[tuple
     """Whom this rank misses, and how long its last sum took. A mark says that the first sum is done."""
     transport = TorchDistributedTransport(timeout_s=timeout_s)
     x = torch.ones(64, 64)
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("narrowcast").addHandler(handler)
     while True:
         started = time.monotonic()
         try:
@@ -51,6 +56,7 @@ def sum_until_lost(marks: Path, algorithm: str, timeout_s: float) -> tuple[tuple
             (marks / f"{transport.rank}").touch()
         except PeerLostError as error:
             assert f"lost rank {error.ranks[0]} " in str(error)
+            assert logged == [f"rank {transport.rank}: lost rank {error.ranks[0]} of the tensor-parallel group"]
             return error.ranks, time.monotonic() - started
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 from typing import Self, cast
 
 import torch
@@ -17,6 +18,8 @@ from narrowcast.plan import Plan
 from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport, Transport
 
 ENGINES: dict[str, str] = {"transformers": "narrowcast.integrations.transformers"}
+
+logger = logging.getLogger(__name__)
 
 _ATTACHED = "_narrowcast_handle"
 
@@ -92,6 +95,9 @@ def attach(
         refusal = error
     _agree(transport, plan, algorithm, refusal)
     communicator = Communicator(plan, transport, algorithm=algorithm, device=device_of(model))
+    logger.info(
+        "rank %d: plan %s at %d sites, algorithm %s", transport.rank, plan.fingerprint[:12], len(plan.sites), algorithm
+    )
     return Handle(model, engine.take_over(model, communicator), communicator.monitor)
 
 

@@ -4,6 +4,7 @@ On gloo that is 2.5 to 3 times faster per byte than its `all_gather`.
 """
 
 import contextlib
+import logging
 import os
 import queue
 import threading
@@ -22,6 +23,8 @@ from torch.distributed.distributed_c10d import _get_process_group_store, _set_pg
 
 from narrowcast.errors import InvalidInputError, PeerLostError
 from narrowcast.transport.base import Buffers, Collectives, Transport
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -96,6 +99,7 @@ class TorchDistributedTransport(Transport):
             RuntimeError, TimeoutError
         ):  # the store is gone, or hangs, with the rank that holds it
             first = _within(LINGER.total_seconds(), lambda: self._store.compare_set("lost", "", first).decode())
+        logger.error("rank %d: lost rank %s of the tensor-parallel group", self.rank, first)
         self._hang_up()
         return PeerLostError([int(first)], "exchanging payloads")
 
@@ -174,6 +178,7 @@ def roll_call(
         store.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError as error:
         missing = _missing(store, rank, keys)
+        logger.error("rank %d: ranks %s did not come (%s)", rank, missing, doing)
         raise PeerLostError(missing, doing) from error
     return [store.get(key).decode() for key in keys]
 
