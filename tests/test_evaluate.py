@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import narrowcast
 from models import random_ids, save_random
-from narrowcast.evaluate import compare, evaluate, log_probs
+from narrowcast.evaluate import compare, log_probs
 from narrowcast.integrations import load_engine
 
 
@@ -32,7 +32,7 @@ def test_scores_of_a_model_agree_with_other_implementations(tmp_path: Path) -> N
     reference = [log_probs(model, ids) for ids in batches]
     plan = narrowcast.calibrate(model, batches, tp_size=2, codec="int3-feature")
     with torch.no_grad(), narrowcast.attach(model, plan, simulate=True):
-        score = evaluate(model, reference, batches)
+        score = compare(reference, [log_probs(model, ids) for ids in batches], batches)
         found = [model(ids).logits for ids in batches]
         losses = [model(ids, labels=ids).loss.item() * ids[:, 1:].numel() for ids in batches]
     kl = sum(
@@ -47,6 +47,6 @@ def test_scores_of_a_model_agree_with_other_implementations(tmp_path: Path) -> N
 def test_a_model_scores_zero_against_itself(tmp_path: Path) -> None:
     model = load_engine().load(save_random("llama", tmp_path / "model", torch.float32))
     batches = [random_ids(2, 20)]
-    score = evaluate(model, [log_probs(model, ids) for ids in batches], batches)
+    score = compare(*[[log_probs(model, ids) for ids in batches] for _ in range(2)], batches)
     assert score.kl_nats == pytest.approx(0, abs=1e-9)
     assert score.top1_agreement == 1

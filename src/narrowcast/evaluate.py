@@ -44,8 +44,3 @@ def compare(reference: Iterable[Tensor], model: Iterable[Tensor], batches: Seque
     return Score(
         perplexity=math.exp(nll / predicted), kl_nats=kl / scored, top1_agreement=agreed / scored, num_tokens=scored
     )
-
-
-def evaluate(model: nn.Module, reference: Iterable[Tensor], batches: Sequence[Tensor]) -> Score:
-    """Score `model` as it is (plan attached, or not) against the reference's `log_probs` for the same batches."""
-    return compare(reference, (log_probs(model, ids) for ids in batches), batches)

@@ -82,7 +82,3 @@ class Monitor:
             num_saturated=int(stats[ops.SATURATED]),
             num_non_finite=int(stats[ops.NON_FINITE]),
         )
-
-    def reset(self) -> None:
-        """Start to count anew."""
-        self.sites.clear()

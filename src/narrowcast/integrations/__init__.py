@@ -32,12 +32,8 @@ class Handle:
         setattr(model, _ATTACHED, self)
 
     def report(self) -> Report:
-        """What this rank has sent since `attach` or `reset`."""
+        """What this rank has sent since `attach`."""
         return self._monitor.report()
-
-    def reset(self) -> None:
-        """Start to count anew."""
-        self._monitor.reset()
 
     def remove(self) -> None:
         """Give the model back the forwards that it had; a second call does nothing."""
