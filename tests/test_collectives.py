@@ -12,7 +12,7 @@ from torch import Tensor
 import narrowcast
 from models import calibrated
 from narrowcast.codecs import PRESETS, CastCodec
-from narrowcast.collectives import ALGORITHMS, Pending, choose, simulate
+from narrowcast.collectives import ALGORITHMS, Pending, Stages, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.errors import InvalidInputError
 from ranks import Ranks
@@ -170,7 +170,7 @@ def test_a_group_of_some_ranks(ranks: Pools) -> None:
     preset=st.sampled_from(["bf16", "int4-feature", "int3-feature"]),
 )
 def test_auto_sends_the_fewest_bytes(world_size: int, num_tokens: int, num_features: int, preset: str) -> None:
-    codecs = calibrated(preset, torch.ones(world_size, 1, num_features))
+    codecs = Stages(calibrated(preset, torch.ones(world_size, 1, num_features)))
 
     def total(name: str) -> int | None:
         sent: Sequence[Traffic | None] = [
@@ -188,9 +188,9 @@ def test_auto_sends_the_fewest_bytes(world_size: int, num_tokens: int, num_featu
 def test_the_choice_depends_on_nothing_that_was_chosen_before() -> None:
     """Codecs of other widths must not pass for each other: ranks that disagree would exchange garbage."""
     x_RTE = torch.ones(2, 1, 128)
-    fine_first = calibrated("int8-feature", x_RTE)[0], calibrated("int4-feature", x_RTE)[1]
-    coarse_first = calibrated("int4-feature", x_RTE)[0], calibrated("int8-feature", x_RTE)[1]
-    assert fine_first[0] != coarse_first[0]
+    fine, coarse = calibrated("int8-feature", x_RTE), calibrated("int4-feature", x_RTE)
+    fine_first, coarse_first = Stages((fine[0], coarse[1])), Stages((coarse[0], fine[1]))
+    assert fine[0] != coarse[0]
     for _ in range(2):
         assert choose("auto", fine_first, 8, 128, 2) == "two_shot"
         assert choose("auto", coarse_first, 8, 128, 2) == "one_shot"
@@ -198,7 +198,7 @@ def test_the_choice_depends_on_nothing_that_was_chosen_before() -> None:
 
 def test_one_shot_at_the_papers_bits_moves_more_than_a_bf16_ring_from_eight_ranks_on() -> None:
     """Why auto counts: 7 payloads of 4.19 bits against 2 * 7 / 8 of 16."""
-    codecs = calibrated("int4-feature", torch.ones(8, 1, 4096))
+    codecs = Stages(calibrated("int4-feature", torch.ones(8, 1, 4096)))
     one, two = (ALGORITHMS[name].sent(codecs, 512, 4096, 0, 8) for name in ("one_shot", "two_shot"))
     assert one is not None and two is not None
     ring = 2 * 7 * 512 * 4096 * 2 // 8

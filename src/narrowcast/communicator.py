@@ -33,7 +33,7 @@ class Communicator:
 
     def all_reduce_uncompressed(self, x: Tensor, site: str) -> Tensor:
         """Sum `x` [..., E] at a site that the plan does not code, each value in its own dtype."""
-        return self._all_reduce(x, site, (CastCodec(dtype=x.dtype),) * 2, "uncompressed")
+        return self._all_reduce(x, site, Stages((CastCodec(dtype=x.dtype),) * 2), "uncompressed")
 
     def all_gather_features(self, x: Tensor, site: str, num_features: Sequence[int]) -> Tensor:
         """Concatenate the last dimension over ranks, uncompressed; rank r holds `num_features[r]` of it."""
@@ -76,9 +76,9 @@ class Simulator:
         sent = ALGORITHMS[name].sent(stages, num_tokens, num_features, 0, self._tp_size)
         assert sent is not None, "`choose` names only algorithms that can run"
         counters.count_sent(sent)
-        return simulate.all_reduce(partials, codec=stages, algorithm=self._algorithm, stats=counters.stats)
+        return simulate.all_reduce(partials, codec=stages.codecs, algorithm=self._algorithm, stats=counters.stats)
 
 
 def stages_on(plan: Plan, device: torch.device) -> Mapping[str, Stages]:
     """The plan's codecs by site, with their tensors on `device`."""
-    return {name: tuple(codec.to(device) for codec in site.codecs) for name, site in plan.sites.items()}
+    return {name: Stages(tuple(codec.to(device) for codec in site.codecs)) for name, site in plan.sites.items()}

@@ -106,6 +106,21 @@ class Codec(ABC):
     @abstractmethod
     def _features(self, start: int, stop: int) -> "Codec": ...
 
+    def sources(self, ranks: tuple[int, ...]) -> "Codec":
+        """The codec of the sources `ranks` alone, in that order: `decode_sum` of it takes their payloads."""
+        if self.num_sources is None or ranks == tuple(range(self.num_sources)):
+            return self
+        if ranks not in self._choices:
+            self._choices[ranks] = self._sources(ranks)
+        return self._choices[ranks]
+
+    @cached_property
+    def _choices(self) -> dict[tuple[int, ...], "Codec"]:
+        return {}
+
+    def _sources(self, ranks: tuple[int, ...]) -> "Codec":
+        raise NotImplementedError("a codec with calibrated sources overrides this")
+
     @abstractmethod
     def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
         """Largest error [T, E] that finite `x_TE` can suffer from coding."""

@@ -110,6 +110,9 @@ class FeatureCodec(Codec):
             num_bits=self.num_bits, scale=self.scale[:, start:stop].contiguous(), outliers=self.outliers[inside] - start
         )
 
+    def _sources(self, ranks: tuple[int, ...]) -> "FeatureCodec":
+        return FeatureCodec(num_bits=self.num_bits, scale=self.scale[list(ranks)], outliers=self.outliers)
+
     def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
         # Half a step, or what lies beyond the largest code; the product x * (1 / scale) carries two roundings
         # (2 * 2**-24, relative), which may tip a value that lies that close to the middle of two codes.

@@ -1,6 +1,7 @@
-"""`ALGORITHMS` by name, and the choice among them: one pure function of what every rank knows."""
+"""The algorithms by name, and the choice among them: one pure function of what every rank knows."""
 
 from collections.abc import Sequence
+from itertools import chain
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.base import Algorithm, Stages
@@ -16,7 +17,7 @@ def choose(algorithm: str, stages: Stages, num_tokens: int, num_features: int, w
 
     Where two_shot has neither a token nor a feature for every rank, one_shot runs in its place.
     """
-    check_algorithm(algorithm, stages)
+    check_algorithm(algorithm, stages.codecs)
     # With a token for every rank or more, all that is sent grows in proportion to the tokens.
     shape = min(num_tokens, world_size), num_features
     if algorithm != "auto":
@@ -32,8 +33,8 @@ def _total_nbytes(
     return None if None in sent else sum(each.nbytes for each in sent if each is not None)
 
 
-def check_algorithm(algorithm: str, stages: Stages) -> None:
-    """InvalidInputError unless `algorithm` is known and `stages` has the codecs it needs."""
+def check_algorithm(algorithm: str, codecs: Sequence[Codec]) -> None:
+    """InvalidInputError unless `algorithm` is known and `codecs` has those that it needs."""
     if algorithm != "auto" and algorithm not in ALGORITHMS:
         raise InvalidInputError(
             "algorithm",
@@ -41,7 +42,7 @@ def check_algorithm(algorithm: str, stages: Stages) -> None:
             found=repr(algorithm),
             remedy="Choose one of them.",
         )
-    if algorithm == "two_shot" and len(stages) < 2:
+    if algorithm == "two_shot" and len(codecs) < 2:
         raise InvalidInputError(
             "two_shot",
             expected="a codec for the reduced sum, which travels again",
@@ -50,37 +51,61 @@ def check_algorithm(algorithm: str, stages: Stages) -> None:
         )
 
 
-def checked_stages(codec: Codec | Sequence[Codec], world_size: int) -> Stages:
-    """The codecs by stage. A codec without calibrated sources serves both stages; InvalidInputError for a wrong one."""
-    stages: list[Codec] = list(codec) if isinstance(codec, Sequence) else [codec]
-    if not all(isinstance(stage, Codec) for stage in stages):
+def checked_stages(codec: Codec | Sequence[Codec], world_size: int, groups: Sequence[Sequence[int]] = ()) -> Stages:
+    """The codecs by stage, and the nodes. A single codec without calibrated sources serves all stages.
+
+    InvalidInputError for a codec that does not fit, and for `groups` that are no partition of the ranks.
+    """
+    codecs: list[Codec] = list(codec) if isinstance(codec, Sequence) else [codec]
+    if not all(isinstance(stage, Codec) for stage in codecs):
         raise InvalidInputError(
             "codec",
             expected="a codec, or the pair (partial, reduced), such as `plan.sites[name].codecs`",
             found=repr(codec),
             remedy="Make codecs by calibration, or from a preset's recipe: PRESETS[name].codec(ranges).",
         )
-    if not stages or stages[0].num_sources not in (None, world_size):
+    if not codecs or codecs[0].num_sources not in (None, world_size):
         raise InvalidInputError(
             "codec",
             expected=f"one calibrated for {world_size} ranks",
-            found=f"{stages[0].num_sources}" if stages else "none",
+            found=f"{codecs[0].num_sources}" if codecs else "none",
             remedy="Calibrate with this tp_size.",
         )
-    if len(stages) == 1 and stages[0].num_sources in (None, 1):
-        stages *= 2
-    if len(stages) > 1 and stages[1].num_sources not in (None, 1):
+    if len(codecs) == 1 and codecs[0].num_sources in (None, 1):
+        codecs *= 3
+    if len(codecs) > 1 and codecs[1].num_sources not in (None, 1):
         raise InvalidInputError(
             "codec of the reduced sum",
             expected="one with a single source",
-            found=f"{stages[1].num_sources}",
+            found=f"{codecs[1].num_sources}",
             remedy="Pass codec=(partial, reduced), as `plan.sites[name].codecs` holds them.",
         )
-    return stages
+    nodes = _checked_groups(groups, world_size)
+    if nodes and len(codecs) > 2 and codecs[2].num_sources not in (None, len(nodes)):
+        raise InvalidInputError(
+            "codec between nodes",
+            expected=f"one with {len(nodes)} sources, a node each",
+            found=f"{codecs[2].num_sources}",
+            remedy="Calibrate it on the sums of these groups.",
+        )
+    return Stages(tuple(codecs), nodes)
+
+
+def _checked_groups(groups: Sequence[Sequence[int]], world_size: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each node, ascending: partial sums are added up in rank order."""
+    well_formed = all(isinstance(group, Sequence) and len(group) > 0 for group in groups)
+    if groups and not (well_formed and sorted(chain(*groups)) == list(range(world_size))):
+        raise InvalidInputError(
+            "groups",
+            expected=f"each rank from 0 to {world_size - 1} in one group",
+            found=f"{groups}",
+            remedy="List the ranks of every node, such as groups=[[0, 1], [2, 3]].",
+        )
+    return tuple(tuple(sorted(group)) for group in groups)
 
 
 def source_of(codec: Codec, rank: int, world_size: int) -> int:
-    """The source under which `rank` codes what it gathers: its own, or the only one of a codec of reduced sums."""
+    """The source under which `rank` codes what it passes on: its own, or the only one of a codec of reduced sums."""
     checked = codec.num_sources
     if checked not in (None, 1, world_size):
         raise InvalidInputError(

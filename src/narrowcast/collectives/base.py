@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
+from narrowcast.errors import InvalidInputError
 from narrowcast.transport import Buffers
 
 
@@ -34,8 +35,17 @@ class Traffic(NamedTuple):
 
 Steps = Generator[Exchange, None, Tensor]
 
-# The codecs of a site by stage: [0] for the partial sums, [1] for the reduced value when it travels again.
-Stages = Sequence[Codec]
+
+@dataclass(frozen=True)
+class Stages:
+    """The codecs of a site by stage, and the nodes that its ranks sit in.
+
+    `codecs`: [0] for the partial sums, [1] for the reduced value when it travels again, [2] for the sums of nodes.
+    `groups`: the ranks of each node, ascending; empty where all ranks are alike.
+    """
+
+    codecs: tuple[Codec, ...]
+    groups: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +82,11 @@ def without(buffers: Sequence[Tensor], rank: int) -> list[Tensor | None]:
 def new_payload(codec: Codec, num_tokens: int, num_features: int, like: Tensor) -> Tensor:
     """Room for a payload [T, B] on the device of `like`."""
     return torch.empty(num_tokens, codec.row_nbytes(num_features), dtype=torch.uint8, device=like.device)
+
+
+def check_matrix(x_TE: Tensor) -> None:
+    """InvalidInputError unless `x_TE` is a matrix."""
+    if x_TE.ndim != 2:
+        raise InvalidInputError(
+            "collective", expected="a tensor [tokens, features]", found=f"{list(x_TE.shape)}", remedy="Reshape it."
+        )

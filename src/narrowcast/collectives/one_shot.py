@@ -13,7 +13,7 @@ from narrowcast.collectives.base import Algorithm, Stages, Steps, Traffic, to_al
 
 
 def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Steps:
-    codec = stages[0]
+    codec = stages.codecs[0]
     shape = world_size, len(x_TE), codec.row_nbytes(x_TE.shape[1])
     payloads_RTB = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
     codec.encode(x_TE, source=rank, out=payloads_RTB[rank], stats=stats)
@@ -22,13 +22,14 @@ def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tens
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
-    payloads_RTB = torch.stack([stages[0].encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
-    return stages[0].decode_sum(payloads_RTB, dtype=partials[0].dtype)
+    codec = stages.codecs[0]
+    payloads_RTB = torch.stack([codec.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
+    return codec.decode_sum(payloads_RTB, dtype=partials[0].dtype)
 
 
 def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic:
     peers = world_size - 1
-    return Traffic(peers * stages[0].payload_nbytes(num_tokens, num_features), peers * num_tokens * num_features)
+    return Traffic(peers * stages.codecs[0].payload_nbytes(num_tokens, num_features), peers * num_tokens * num_features)
 
 
 ONE_SHOT = Algorithm(steps=_steps, twin=_twin, sent=_sent)

@@ -31,7 +31,7 @@ def all_reduce(
 
 def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:
     """The tokens of the sum that each rank ends with; `partials[rank]` [T, E] is what that rank puts in."""
-    (stage, *_) = checked_stages(codec, len(partials))
+    stage = checked_stages(codec, len(partials)).codecs[0]
     payloads_RTB = torch.stack([stage.encode(x_TE, source=rank) for rank, x_TE in enumerate(partials)])
     total_TE = stage.decode_sum(payloads_RTB, dtype=partials[0].dtype)
     return [total_TE[share_of(len(total_TE), rank, len(partials))] for rank in range(len(partials))]

@@ -26,12 +26,19 @@ from narrowcast.collectives.base import (
 
 
 class Share(NamedTuple):
-    """What one rank owns: tokens and features of the sum, with the codecs of just these features."""
+    """What one rank owns: tokens and features of the sum, with the codecs by stage of just these features."""
 
     tokens: slice
     features: slice
-    partial: Codec
-    reduced: Codec
+    codecs: tuple[Codec, ...]
+
+    @property
+    def partial(self) -> Codec:
+        return self.codecs[0]
+
+    @property
+    def reduced(self) -> Codec:
+        return self.codecs[1]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,16 +51,15 @@ class Share(NamedTuple):
 
 def shares(stages: Stages, num_tokens: int, num_features: int, world_size: int) -> list[Share] | None:
     """The share of each rank; None where there is neither a token nor a feature for every rank, or no stage 1."""
-    if len(stages) < 2:
+    if len(stages.codecs) < 2:
         return None
-    partial, reduced = stages[:2]
     if num_tokens >= world_size:
         tokens = [share_of(num_tokens, rank, world_size) for rank in range(world_size)]
-        return [Share(own, slice(0, num_features), partial, reduced) for own in tokens]
+        return [Share(own, slice(0, num_features), stages.codecs) for own in tokens]
     if num_features >= world_size:
         blocks = [share_of(num_features, rank, world_size) for rank in range(world_size)]
         return [
-            Share(slice(0, num_tokens), own, *(codec.features(own.start, own.stop) for codec in (partial, reduced)))
+            Share(slice(0, num_tokens), own, tuple(codec.features(own.start, own.stop) for codec in stages.codecs))
             for own in blocks
         ]
     return None
@@ -79,9 +85,10 @@ def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tens
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
-    payloads_RTB = torch.stack([stages[0].encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
-    total_TE = stages[0].decode_sum(payloads_RTB)
-    return stages[1].decode(stages[1].encode(total_TE, source=0, stats=stats), source=0, dtype=partials[0].dtype)
+    partial, reduced = stages.codecs[:2]
+    payloads_RTB = torch.stack([partial.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
+    total_TE = partial.decode_sum(payloads_RTB)
+    return reduced.decode(reduced.encode(total_TE, source=0, stats=stats), source=0, dtype=partials[0].dtype)
 
 
 def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:

@@ -2,6 +2,7 @@
 
 import itertools
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -22,10 +23,11 @@ class Work(Protocol):
 @dataclass
 class Collectives:
     """The collectives of a group: their numbers, alike on every rank that starts the same ones in the same order,
-    and those that are under way.
+    and those that are under way. `between`: numbers of the transfers from one rank to another, alike on these two.
     """
 
     numbers: Iterator[int] = field(default_factory=itertools.count)
+    between: defaultdict[tuple[int, int], Iterator[int]] = field(default_factory=lambda: defaultdict(itertools.count))
     under_way: dict[int, Any] = field(default_factory=dict)
 
 

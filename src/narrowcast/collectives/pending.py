@@ -1,0 +1,95 @@
+"""A transfer under way: what drives an algorithm's steps. It starts the exchange that a step yields, waits, and takes
+the next step.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch.distributed as dist
+from torch import Tensor
+
+from narrowcast.collectives.base import Exchange, Steps, Traffic
+from narrowcast.transport import Collectives, TorchDistributedTransport, Transport, Work
+
+MAX_STEPS = 8  # exchanges of one collective, each of which has a tag of its own
+
+Group = dist.ProcessGroup | Transport | None
+
+
+class Pending:
+    """A collective under way, or with `pair` a transfer from one rank to another. `wait()` takes it to its end and
+    returns the tensor; calling it again is free.
+
+    A wait first ends the collectives that were started before: ranks may wait in different orders, but none may
+    hold back a step that another one needs. Transfers between two ranks hold nothing back, so no wait ends them
+    but their own: their only exchange is under way from the start.
+    """
+
+    def __init__(
+        self,
+        steps: Steps,
+        transport: Transport,
+        sent: Callable[[Traffic], None] | None = None,
+        *,
+        pair: tuple[int, int] | None = None,
+    ) -> None:
+        self._steps, self._transport, self._sent = steps, transport, sent
+        self._result: Tensor | None = None
+        exchange = next(steps)  # what is refused here takes no number, so that those of the ranks stay alike
+        self._under_way = transport.collectives.under_way
+        self._before = tuple(self._under_way)
+        self._number, self._tags = _number(transport.collectives, pair)
+        if pair is None:
+            self._under_way[self._number] = self
+        self._work: Work | None = self._start(exchange)
+
+    def _start(self, exchange: Exchange) -> Work:
+        if self._sent is not None:
+            self._sent(Traffic(_nbytes(exchange), exchange.num_values))
+        try:
+            return self._transport.exchange(exchange.sends, exchange.recvs, tag=next(self._tags))
+        except BaseException:
+            self._end()
+            raise
+
+    def _end(self) -> None:
+        if self._under_way.get(self._number) is self:
+            del self._under_way[self._number]
+
+    def wait(self) -> Tensor:
+        """The result; PeerLostError if a rank is lost."""
+        for number in self._before:
+            if number in self._under_way:
+                self._under_way[number].wait()
+        try:
+            while self._work is not None:
+                self._work.wait()
+                self._work = self._start(next(self._steps))
+        except StopIteration as end:
+            self._work, self._result = None, end.value
+        finally:
+            self._end()
+        assert self._result is not None
+        return self._result
+
+
+def _number(collectives: Collectives, pair: tuple[int, int] | None) -> tuple[int, Iterator[int]]:
+    """A number that both ends count alike, and its tags: even ones for collectives, odd ones between two ranks."""
+    if pair is None:
+        number = next(collectives.numbers)
+        return number, iter(range(2 * number * MAX_STEPS, 2 * (number + 1) * MAX_STEPS, 2))
+    number = next(collectives.between[pair])
+    return number, iter([2 * number + 1])
+
+
+def transport_of(group: Group) -> Transport:
+    """`group` as a transport."""
+    return group if isinstance(group, Transport) else TorchDistributedTransport(group)
+
+
+def finish(pending: Pending, async_op: bool) -> Tensor | Pending:
+    """What a collective returns: the tensor, or with `async_op` the Pending of it."""
+    return pending if async_op else pending.wait()
+
+
+def _nbytes(exchange: Exchange) -> int:
+    return sum(buffer.nbytes for buffer in exchange.sends if buffer is not None)
