@@ -18,7 +18,7 @@ from narrowcast.errors import InvalidInputError
 from ranks import Ranks
 
 Pools = Callable[[int], Ranks]
-every_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+every_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6, 8])
 
 # Fewer tokens than ranks cut features into blocks; fewer features than ranks leave one_shot alone.
 SHAPES = [(0, 5), (1, 1), (1, 19), (2, 70), (3, 7), (5, 200), (17, 64), (9, 1)]
@@ -215,12 +215,12 @@ def test_what_does_not_fit_is_refused() -> None:
         simulate.all_reduce(inputs[:2], codec=partial, algorithm="two_shot")
     with pytest.raises(InvalidInputError, match="single source, found 2"):
         simulate.all_reduce(inputs[:2], codec=(partial, partial))
-    with pytest.raises(InvalidInputError, match="auto, one_shot, two_shot, found 'ring'"):
+    with pytest.raises(InvalidInputError, match="auto, one_shot, two_shot, hierarchical, found 'ring'"):
         simulate.all_reduce(inputs[:2], codec=(partial, reduced), algorithm="ring")
     with pytest.raises(InvalidInputError, match="calibrated for 3 ranks, or for the sum"):
         simulate.all_gather(inputs, codec=partial)
     for wrong in ("int4-feature", PRESETS["int4-feature"]):
-        with pytest.raises(InvalidInputError, match=r"a codec, or the pair"):
+        with pytest.raises(InvalidInputError, match=r"a codec, or several by stage"):
             simulate.all_reduce(inputs, codec=wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"torch.distributed to be initialised"):
         narrowcast.all_reduce(inputs[0], codec=reduced)

@@ -5,23 +5,30 @@ from itertools import chain
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.base import Algorithm, Stages
+from narrowcast.collectives.hierarchical import HIERARCHICAL
 from narrowcast.collectives.one_shot import ONE_SHOT
 from narrowcast.collectives.two_shot import TWO_SHOT
 from narrowcast.errors import InvalidInputError
 
+# Those that any ranks can run, and those that must be told the ranks of each node.
 ALGORITHMS: dict[str, Algorithm] = {"one_shot": ONE_SHOT, "two_shot": TWO_SHOT}
+NODE_ALGORITHMS: dict[str, Algorithm] = {"hierarchical": HIERARCHICAL}
 
 
 def choose(algorithm: str, stages: Stages, num_tokens: int, num_features: int, world_size: int) -> str:
-    """The algorithm to run: "auto" takes the one whose ranks send the fewest bytes, one_shot where they are equal.
+    """The algorithm to run: "auto" takes hierarchical where there are nodes and a codec for what travels between
+    them, otherwise the one whose ranks send the fewest bytes, one_shot where they are equal.
 
-    Where two_shot has neither a token nor a feature for every rank, one_shot runs in its place.
+    Where another has neither a token nor a feature for every rank that adds up, one_shot runs in its place.
     """
-    check_algorithm(algorithm, stages.codecs)
+    check_algorithm(algorithm, stages.codecs, stages.groups)
     # With a token for every rank or more, all that is sent grows in proportion to the tokens.
     shape = min(num_tokens, world_size), num_features
     if algorithm != "auto":
-        return algorithm if ALGORITHMS[algorithm].sent(stages, *shape, 0, world_size) else "one_shot"
+        return algorithm if named(algorithm).sent(stages, *shape, 0, world_size) else "one_shot"
+    for name, each in NODE_ALGORITHMS.items():
+        if each.sent(stages, *shape, 0, world_size):
+            return name
     totals = {name: _total_nbytes(each, stages, *shape, world_size) for name, each in ALGORITHMS.items()}
     return min((name for name in totals if totals[name] is not None), key=lambda name: totals[name] or 0)
 
@@ -33,12 +40,17 @@ def _total_nbytes(
     return None if None in sent else sum(each.nbytes for each in sent if each is not None)
 
 
-def check_algorithm(algorithm: str, codecs: Sequence[Codec]) -> None:
-    """InvalidInputError unless `algorithm` is known and `codecs` has those that it needs."""
-    if algorithm != "auto" and algorithm not in ALGORITHMS:
+def named(algorithm: str) -> Algorithm:
+    """The algorithm of that name."""
+    return (ALGORITHMS | NODE_ALGORITHMS)[algorithm]
+
+
+def check_algorithm(algorithm: str, codecs: Sequence[Codec], groups: Sequence[Sequence[int]] = ()) -> None:
+    """InvalidInputError unless `algorithm` is known, and has the codecs and the groups that it needs."""
+    if algorithm not in ("auto", *ALGORITHMS, *NODE_ALGORITHMS):
         raise InvalidInputError(
             "algorithm",
-            expected=f"auto, {', '.join(ALGORITHMS)}",
+            expected=f"{', '.join(('auto', *ALGORITHMS, *NODE_ALGORITHMS))}",
             found=repr(algorithm),
             remedy="Choose one of them.",
         )
@@ -48,6 +60,20 @@ def check_algorithm(algorithm: str, codecs: Sequence[Codec]) -> None:
             expected="a codec for the reduced sum, which travels again",
             found="one codec, calibrated for partial sums",
             remedy="Pass both, codec=(partial, reduced), as `plan.sites[name].codecs` holds them.",
+        )
+    if algorithm in NODE_ALGORITHMS and not groups:
+        raise InvalidInputError(
+            algorithm,
+            expected="the ranks of each node",
+            found="none",
+            remedy="Pass groups=[[0, 1], [2, 3]] to all_reduce; elsewhere choose another algorithm.",
+        )
+    if algorithm in NODE_ALGORITHMS and len(codecs) < 3:
+        raise InvalidInputError(
+            algorithm,
+            expected="codecs for partial sums, for the reduced sum, and for the sums of nodes",
+            found=f"{len(codecs)}",
+            remedy="Pass all three, codec=(partial, reduced, between).",
         )
 
 
@@ -60,7 +86,7 @@ def checked_stages(codec: Codec | Sequence[Codec], world_size: int, groups: Sequ
     if not all(isinstance(stage, Codec) for stage in codecs):
         raise InvalidInputError(
             "codec",
-            expected="a codec, or the pair (partial, reduced), such as `plan.sites[name].codecs`",
+            expected="a codec, or several by stage, (partial, reduced), such as `plan.sites[name].codecs`",
             found=repr(codec),
             remedy="Make codecs by calibration, or from a preset's recipe: PRESETS[name].codec(ranges).",
         )

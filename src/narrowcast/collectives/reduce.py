@@ -6,7 +6,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives.algorithms import ALGORITHMS, checked_stages, choose
+from narrowcast.collectives.algorithms import checked_stages, choose, named
 from narrowcast.collectives.base import Exchange, Stages, Steps, check_matrix, share_of, without
 from narrowcast.collectives.pending import Group, Pending, finish, transport_of
 from narrowcast.errors import InvalidInputError
@@ -20,6 +20,7 @@ def all_reduce(
     codec: Codec | Sequence[Codec],
     group: Group = None,
     algorithm: str = "auto",
+    groups: Sequence[Sequence[int]] = (),
     async_op: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -29,6 +30,7 @@ def all_reduce(
     codec: Codec | Sequence[Codec],
     group: Group = None,
     algorithm: str = "auto",
+    groups: Sequence[Sequence[int]] = (),
     async_op: Literal[True],
 ) -> Pending: ...
 def all_reduce(
@@ -37,17 +39,21 @@ def all_reduce(
     codec: Codec | Sequence[Codec],
     group: Group = None,
     algorithm: str = "auto",
+    groups: Sequence[Sequence[int]] = (),
     async_op: bool = False,
 ) -> Tensor | Pending:
     """Sum `x` [..., E] over the ranks of `group`, sending each partial sum coded. Returns a new tensor like `x`.
 
-    `codec`: one for the partial sums, or the pair (partial, reduced) where two_shot sends the sum again.
-    `algorithm`: "one_shot", "two_shot", or "auto", which takes the one that sends fewer bytes.
+    `codec`: one for the partial sums, or several by stage: (partial, reduced) where two_shot sends the sum again,
+    (partial, reduced, between) for hierarchical, where what travels between nodes has a codec with a source a node.
+    `algorithm`: "one_shot", "two_shot", "hierarchical", or "auto", which takes hierarchical where it can run and
+    otherwise the one that sends fewer bytes.
+    `groups`: the ranks (of `group`) in each node, such as [[0, 1], [2, 3]]; every rank passes the same.
     `async_op=True` returns at once; `.wait()` on the result gives the tensor.
-    Raises InvalidInputError for a codec that does not fit, PeerLostError when a rank is lost.
+    Raises InvalidInputError for a codec or groups that do not fit, PeerLostError when a rank is lost.
     """
     transport = transport_of(group)
-    stages = checked_stages(codec, transport.world_size)
+    stages = checked_stages(codec, transport.world_size, groups)
     if x.ndim == 0:
         raise InvalidInputError(
             "all_reduce", expected="a tensor [..., features]", found="a scalar", remedy="Reshape it."
@@ -61,7 +67,7 @@ def all_reduce_steps(
     """The steps of `algorithm` on `x` [..., E]."""
     x_TE = x.reshape(-1, x.shape[-1])
     name = choose(algorithm, stages, len(x_TE), x.shape[-1], transport.world_size)
-    y_TE = yield from ALGORITHMS[name].steps(x_TE, stages, transport.rank, transport.world_size, stats)
+    y_TE = yield from named(name).steps(x_TE, stages, transport.rank, transport.world_size, stats)
     return y_TE.view(x.shape)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives.algorithms import ALGORITHMS, checked_stages, choose, source_of
+from narrowcast.collectives.algorithms import checked_stages, choose, named, source_of
 from narrowcast.collectives.base import share_of
 
 
@@ -19,14 +19,18 @@ def all_reduce(
     *,
     codec: Codec | Sequence[Codec],
     algorithm: str = "auto",
+    groups: Sequence[Sequence[int]] = (),
     stats: Tensor | None = None,
 ) -> Tensor:
-    """The sum [..., E] that every rank ends with; `partials[rank]` is what that rank puts in."""
+    """The sum [..., E] that every rank ends with; `partials[rank]` is what that rank puts in.
+
+    `groups`: the ranks of each node, for hierarchical.
+    """
     world_size, shape = len(partials), partials[0].shape
-    stages = checked_stages(codec, world_size)
+    stages = checked_stages(codec, world_size, groups)
     flat = [x.reshape(-1, shape[-1]) for x in partials]
     name = choose(algorithm, stages, len(flat[0]), shape[-1], world_size)
-    return ALGORITHMS[name].twin(flat, stages, stats).view(shape)
+    return named(name).twin(flat, stages, stats).view(shape)
 
 
 def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:
