@@ -34,9 +34,13 @@ PUBLIC = [
     "PlanError",
     "all_gather",
     "all_reduce",
+    "all_to_all",
     "attach",
+    "broadcast",
     "calibrate",
+    "recv",
     "reduce_scatter",
+    "send",
 ]
 
 

@@ -2,7 +2,7 @@
 
 from narrowcast.calibrate import calibrate
 from narrowcast.codecs import PRESETS
-from narrowcast.collectives import all_gather, all_reduce, reduce_scatter
+from narrowcast.collectives import all_gather, all_reduce, all_to_all, broadcast, recv, reduce_scatter, send
 from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError, PlanError
 from narrowcast.integrations import attach
 from narrowcast.plan import Plan
@@ -16,7 +16,11 @@ __all__ = [
     "PlanError",
     "all_gather",
     "all_reduce",
+    "all_to_all",
     "attach",
+    "broadcast",
     "calibrate",
+    "recv",
     "reduce_scatter",
+    "send",
 ]

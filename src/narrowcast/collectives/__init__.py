@@ -9,9 +9,11 @@ from narrowcast.collectives.algorithms import (
     choose,
     named,
 )
+from narrowcast.collectives.all_to_all import all_to_all, all_to_all_steps
 from narrowcast.collectives.base import Stages
-from narrowcast.collectives.gather import all_gather, all_gather_steps
+from narrowcast.collectives.gather import all_gather, all_gather_steps, broadcast, broadcast_steps
 from narrowcast.collectives.pending import Pending, transport_of
+from narrowcast.collectives.point_to_point import recv, recv_steps, send, send_steps
 from narrowcast.collectives.reduce import all_reduce, all_reduce_steps, reduce_scatter, reduce_scatter_steps
 
 __all__ = [
@@ -23,12 +25,20 @@ __all__ = [
     "all_gather_steps",
     "all_reduce",
     "all_reduce_steps",
+    "all_to_all",
+    "all_to_all_steps",
+    "broadcast",
+    "broadcast_steps",
     "check_algorithm",
     "checked_stages",
     "choose",
     "named",
+    "recv",
+    "recv_steps",
     "reduce_scatter",
     "reduce_scatter_steps",
+    "send",
+    "send_steps",
     "simulate",
     "transport_of",
 ]

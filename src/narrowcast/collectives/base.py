@@ -90,3 +90,14 @@ def check_matrix(x_TE: Tensor) -> None:
         raise InvalidInputError(
             "collective", expected="a tensor [tokens, features]", found=f"{list(x_TE.shape)}", remedy="Reshape it."
         )
+
+
+def check_peer(name: str, peer: int, world_size: int, rank: int | None = None) -> None:
+    """InvalidInputError unless `peer` is a rank of the group, and not `rank`."""
+    if not 0 <= peer < world_size or peer == rank:
+        raise InvalidInputError(
+            name,
+            expected=f"a rank from 0 to {world_size - 1}" + (f", other than {rank}" if rank is not None else ""),
+            found=peer,
+            remedy="Count ranks within the group.",
+        )

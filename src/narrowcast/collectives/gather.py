@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.algorithms import source_of
-from narrowcast.collectives.base import Steps, check_matrix, new_payload, to_all
+from narrowcast.collectives.base import Exchange, Steps, check_matrix, check_peer, new_payload, to_all
 from narrowcast.collectives.pending import Group, Pending, finish, transport_of
 from narrowcast.errors import InvalidInputError
 
@@ -70,3 +70,76 @@ def all_gather_steps(x_TE: Tensor, codec: Codec, num_tokens: Sequence[int], rank
     for peer, (payload_TB, part_TE) in enumerate(zip(payloads, y_TE.split(list(num_tokens)), strict=True)):
         codec.decode(payload_TB, source=source_of(codec, peer, world_size), out=part_TE)
     return y_TE
+
+
+@overload
+def broadcast(
+    x_TE: Tensor | None,
+    *,
+    src: int,
+    codec: Codec,
+    num_tokens: int,
+    num_features: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    group: Group = None,
+    async_op: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def broadcast(
+    x_TE: Tensor | None,
+    *,
+    src: int,
+    codec: Codec,
+    num_tokens: int,
+    num_features: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    group: Group = None,
+    async_op: Literal[True],
+) -> Pending: ...
+def broadcast(
+    x_TE: Tensor | None,
+    *,
+    src: int,
+    codec: Codec,
+    num_tokens: int,
+    num_features: int,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    group: Group = None,
+    async_op: bool = False,
+) -> Tensor | Pending:
+    """The tensor [num_tokens, num_features] of rank `src` of `group`, decoded to `dtype` on every rank.
+
+    `x_TE` counts at `src` alone; other ranks may pass None. Sizes do not travel: every rank passes the same ones.
+    `codec`: one with a source for each rank of the group, with a single one, or without.
+    """
+    transport = transport_of(group)
+    rank, world_size = transport.rank, transport.world_size
+    check_peer("src", src, world_size)
+    source_of(codec, src, world_size)
+    if rank == src and (x_TE is None or x_TE.shape != (num_tokens, num_features)):
+        raise InvalidInputError(
+            "broadcast",
+            expected=f"a tensor [{num_tokens}, {num_features}] at rank {src}",
+            found="none" if x_TE is None else f"{list(x_TE.shape)}",
+            remedy="Pass it on the rank that it comes from, and its shape on every rank.",
+        )
+    y_TE = torch.empty(num_tokens, num_features, dtype=dtype, device=device)
+    steps = broadcast_steps(x_TE if rank == src else None, y_TE, codec, src, rank, world_size)
+    return finish(Pending(steps, transport), async_op)
+
+
+def broadcast_steps(x_TE: Tensor | None, y_TE: Tensor, codec: Codec, src: int, rank: int, world_size: int) -> Steps:
+    """Steps of filling `y_TE` on every rank with what `src` has in `x_TE`."""
+    source = source_of(codec, src, world_size)
+    payload_TB = new_payload(codec, len(y_TE), y_TE.shape[1], like=y_TE)
+    nobody: list[Tensor | None] = [None] * world_size
+    if x_TE is None:
+        yield Exchange(nobody, [payload_TB if peer == src else None for peer in range(world_size)], 0)
+    else:
+        codec.encode(x_TE, source=source, out=payload_TB)
+        num_values = (world_size - 1) * x_TE.numel()
+        yield Exchange([None if peer == rank else payload_TB for peer in range(world_size)], nobody, num_values)
+    return codec.decode(payload_TB, source=source, out=y_TE)

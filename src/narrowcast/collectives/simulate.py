@@ -11,6 +11,7 @@ from torch import Tensor
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.algorithms import checked_stages, choose, named, source_of
+from narrowcast.collectives.all_to_all import check_counts
 from narrowcast.collectives.base import share_of
 
 
@@ -43,8 +44,26 @@ def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:
 
 def all_gather(parts: Sequence[Tensor], *, codec: Codec) -> Tensor:
     """All ranks' tokens [T0 + T1 + ..., E] in rank order, as every rank decodes them."""
-    decoded = []
-    for rank, x_TE in enumerate(parts):
-        source = source_of(codec, rank, len(parts))
-        decoded.append(codec.decode(codec.encode(x_TE, source=source), source=source, dtype=x_TE.dtype))
-    return torch.cat(decoded)
+    return torch.cat([send(x_TE, src=rank, world_size=len(parts), codec=codec) for rank, x_TE in enumerate(parts)])
+
+
+def all_to_all(inputs: Sequence[Tensor], *, codec: Codec, send_counts: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The tokens that each rank ends with; `send_counts[src][dst]` of those of `inputs[src]` go from src to dst."""
+    world_size = len(inputs)
+    received: list[list[Tensor]] = [[] for _ in inputs]
+    for rank, (x_TE, counts) in enumerate(zip(inputs, send_counts, strict=True)):
+        check_counts(counts, [row[rank] for row in send_counts], len(x_TE), rank, world_size)
+        for dst, part_TE in enumerate(x_TE.split(list(counts))):
+            received[dst].append(send(part_TE, src=rank, world_size=world_size, codec=codec))
+    return [torch.cat(parts) for parts in received]
+
+
+def broadcast(x_TE: Tensor, *, src: int, world_size: int, codec: Codec, dtype: torch.dtype | None = None) -> Tensor:
+    """What every rank ends with when `src` broadcasts `x_TE`."""
+    return send(x_TE, src=src, world_size=world_size, codec=codec, dtype=dtype)
+
+
+def send(x_TE: Tensor, *, src: int, world_size: int, codec: Codec, dtype: torch.dtype | None = None) -> Tensor:
+    """What a rank receives when `src` sends it `x_TE`, in `dtype` (None: that of `x_TE`)."""
+    source = source_of(codec, src, world_size)
+    return codec.decode(codec.encode(x_TE, source=source), source=source, dtype=dtype or x_TE.dtype)
