@@ -12,13 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, PeerLostError, Plan
 from narrowcast.codecs import CastCodec
 from narrowcast.integrations import load_engine
-from narrowcast.transport import TorchDistributedTransport, connect
+from narrowcast.transport import TorchDistributedTransport, Transport, connect
 from ranks import Ranks
 
 TIMEOUT_S = 3.0
@@ -41,8 +42,44 @@ def wait_for_all(folder: Path, count: int) -> None:
         time.sleep(0.05)
 
 
-def sum_until_lost(marks: Path, algorithm: str, timeout_s: float) -> tuple[tuple[int, ...], float]:
-    """Whom this rank misses, and how long its last sum took. A mark says that the first sum is done."""
+FP32 = CastCodec(dtype=torch.float32)
+
+
+def one_shot(x: Tensor, group: Transport) -> None:
+    narrowcast.all_reduce(x, codec=FP32, group=group, algorithm="one_shot")
+
+
+def two_shot(x: Tensor, group: Transport) -> None:
+    narrowcast.all_reduce(x, codec=FP32, group=group, algorithm="two_shot")
+
+
+def hierarchical(x: Tensor, group: Transport) -> None:
+    """Rank 1 owns nothing: it never hears from the other node."""
+    narrowcast.all_reduce(x, codec=FP32, group=group, groups=[[0, 1], [2]], algorithm="hierarchical")
+
+
+def all_to_all(x: Tensor, group: Transport) -> None:
+    narrowcast.all_to_all(x[:6], codec=FP32, group=group, send_counts=[2] * 3, recv_counts=[2] * 3)
+
+
+def broadcast(x: Tensor, group: Transport) -> None:
+    for src in range(3):
+        narrowcast.broadcast(
+            x, src=src, codec=FP32, num_tokens=len(x), num_features=x.shape[1], dtype=x.dtype, group=group
+        )
+
+
+def send_and_recv(x: Tensor, group: Transport) -> None:
+    """Each to the next one, and the last one to the first."""
+    sent = narrowcast.send(x, dst=(group.rank + 1) % 3, codec=FP32, group=group, async_op=True)
+    narrowcast.recv(*x.shape, src=(group.rank - 1) % 3, codec=FP32, dtype=x.dtype, group=group)
+    sent.wait()
+
+
+def repeat_until_lost(
+    marks: Path, transfer: Callable[[Tensor, Transport], None], timeout_s: float
+) -> tuple[tuple[int, ...], float]:
+    """Whom this rank misses, and how long its last transfer took. A mark says that the first one is done."""
     transport = TorchDistributedTransport(timeout_s=timeout_s)
     x = torch.ones(64, 64)
     logged: list[str] = []
@@ -52,18 +89,23 @@ def sum_until_lost(marks: Path, algorithm: str, timeout_s: float) -> tuple[tuple
     while True:
         started = time.monotonic()
         try:
-            narrowcast.all_reduce(x, codec=CastCodec(dtype=torch.float32), group=transport, algorithm=algorithm)
+            transfer(x, transport)
             (marks / f"{transport.rank}").touch()
         except PeerLostError as error:
-            assert f"lost rank {error.ranks[0]} " in str(error)
-            assert logged == [f"rank {transport.rank}: lost rank {error.ranks[0]} of the tensor-parallel group"]
+            assert f"lost rank {error.ranks[0]} while exchanging payloads" in str(error)
+            assert logged == [f"rank {transport.rank}: lost rank {error.ranks[0]}"]
             return error.ranks, time.monotonic() - started
 
 
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-@pytest.mark.parametrize("lost", [0, 1, 2])
-def test_a_killed_rank_is_named_by_every_survivor(three: Ranks, tmp_path: Path, lost: int, algorithm: str) -> None:
-    three.start(sum_until_lost, tmp_path, algorithm, 60.0)
+@pytest.mark.parametrize(
+    ("transfer", "lost"),
+    [(transfer, lost) for transfer in (one_shot, two_shot) for lost in range(3)]
+    + [(hierarchical, 2), (all_to_all, 1), (broadcast, 0), (send_and_recv, 1)],
+)
+def test_a_killed_rank_is_named_by_every_survivor(
+    three: Ranks, tmp_path: Path, lost: int, transfer: Callable[[Tensor, Transport], None]
+) -> None:
+    three.start(repeat_until_lost, tmp_path, transfer, 60.0)
     wait_for_all(tmp_path, 3)
     os.kill(three.processes[lost].pid, signal.SIGKILL)
     for survivor in {0, 1, 2} - {lost}:
@@ -72,8 +114,41 @@ def test_a_killed_rank_is_named_by_every_survivor(three: Ranks, tmp_path: Path, 
         assert seconds < 50  # as it happens, before the deadline
 
 
+def work_in_two_groups(marks: Path, port: int | None) -> tuple[int, ...]:
+    """Four ranks, tensor parallel in pairs, and each pair's ranks in a pipeline with those of the other."""
+    if port is not None:
+        assert join(port, dist.get_rank(), 4, 60.0) == ()
+    rank = dist.get_rank()
+    rows, columns = [dist.new_group([0, 1]), dist.new_group([2, 3])], [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    row, column = rows[rank // 2], columns[rank % 2]
+    x = torch.full((8, 64), float(rank))
+    try:
+        while True:
+            assert narrowcast.all_reduce(x, codec=FP32, group=row)[0, 0] == (1 if rank < 2 else 5)
+            if rank < 2:
+                narrowcast.send(x, dst=1, codec=FP32, group=column)
+            else:
+                assert narrowcast.recv(8, 64, src=0, codec=FP32, dtype=x.dtype, group=column)[0, 0] == rank - 2
+            (marks / f"{rank}").touch()
+    except PeerLostError as error:
+        return error.ranks
+
+
+@pytest.mark.parametrize(("lost", "held_by_rank_0"), [(3, False), (0, True)])
+def test_survivors_in_every_group_name_the_lost_rank(tmp_path: Path, lost: int, held_by_rank_0: bool) -> None:
+    """By its rank in the world, even those that share no group with it, and if the store is lost with it."""
+    pool = Ranks(4)
+    try:
+        pool.start(work_in_two_groups, tmp_path, free_port() if held_by_rank_0 else None)
+        wait_for_all(tmp_path, 4)
+        os.kill(pool.processes[lost].pid, signal.SIGKILL)
+        assert [pool.result(survivor) for survivor in range(4) if survivor != lost] == [(lost,)] * 3
+    finally:
+        pool.close()
+
+
 def test_a_rank_that_hangs_is_named_after_the_deadline(three: Ranks, tmp_path: Path) -> None:
-    three.start(sum_until_lost, tmp_path, "two_shot", TIMEOUT_S)
+    three.start(repeat_until_lost, tmp_path, two_shot, TIMEOUT_S)
     wait_for_all(tmp_path, 3)
     os.kill(three.processes[1].pid, signal.SIGSTOP)
     try:
@@ -116,7 +191,7 @@ def leave(*_: object, **__: object) -> None:
 def join_then_sum(port: int, marks: Path, timeout_s: float = 60.0) -> tuple[int, ...]:
     """As torchrun's ranks do, with a store that rank 0 holds."""
     assert join(port, dist.get_rank(), 3, 60.0) == ()
-    return sum_until_lost(marks, "two_shot", timeout_s)[0]
+    return repeat_until_lost(marks, two_shot, timeout_s)[0]
 
 
 def free_port() -> int:
@@ -151,6 +226,21 @@ def test_a_rank_that_hangs_with_the_store_is_named(three: Ranks, tmp_path: Path)
 
 def test_a_rank_lost_while_the_group_forms_is_named(three: Ranks) -> None:
     assert three.run(join_but_rank_one_leaves, free_port())[::2] == [(1,), (1,)]
+
+
+def share_in_a_group() -> tuple[int, ...]:
+    """Rank 2, which is rank 1 of the group, does not come."""
+    group = dist.new_group([1, 2])
+    try:
+        if dist.get_rank() == 1:
+            TorchDistributedTransport(group, timeout_s=1.0).share("", "agreeing")
+    except PeerLostError as error:
+        return error.ranks
+    return ()
+
+
+def test_a_rank_that_does_not_agree_is_named_as_in_the_world(ranks: Callable[[int], Ranks]) -> None:
+    assert ranks(3).run(share_in_a_group) == [(), (2,), ()]
 
 
 def generate_until_lost(folder: Path, plan: Path, marks: Path) -> tuple[int, ...]:
@@ -200,7 +290,7 @@ def test_a_rank_that_does_not_attach_is_named(served: tuple[Path, Path]) -> None
     pool = Ranks(2)
     try:
         pool.start(attach_late, *served, 1)
-        assert "lost rank 1 of the tensor-parallel group while comparing plans" in pool.result(0)
+        assert "lost rank 1 while comparing plans" in pool.result(0)
     finally:
         pool.close()
 

@@ -40,13 +40,13 @@ class PlanMismatchError(PlanError):
 
 
 class PeerLostError(NarrowcastError, RuntimeError):
-    """Other ranks of the tensor-parallel group died, hang, or never came."""
+    """Other ranks died, hang, or never came. `ranks` are numbers in the whole world, whatever group was at work."""
 
     def __init__(self, ranks: Sequence[int], doing: str) -> None:
         self.ranks = tuple(ranks)
         self.doing = doing
         names = ", ".join(str(rank) for rank in self.ranks) or "unknown"
-        super().__init__(f"lost rank {names} of the tensor-parallel group while {doing}")
+        super().__init__(f"lost rank {names} while {doing}")
 
     def __reduce__(self) -> tuple[object, ...]:
         return (PeerLostError, (self.ranks, self.doing))

@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
-from torch.distributed.distributed_c10d import _get_process_group_store, _set_pg_timeout
+from torch.distributed.distributed_c10d import _get_default_store, _get_process_group_store, _set_pg_timeout
 
 from narrowcast.errors import InvalidInputError, PeerLostError
 from narrowcast.transport.base import Buffers, Collectives, Transport
@@ -60,6 +60,8 @@ class TorchDistributedTransport(Transport):
                 remedy="Call it on its ranks only.",
             )
         self._store = PrefixStore("narrowcast", _get_process_group_store(self.group))
+        self._world_store = PrefixStore("narrowcast", _get_default_store())
+        self._global_ranks = dist.get_process_group_ranks(self.group)
         self.collectives = _collectives.setdefault(self.group, Collectives())
 
     def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> "TorchDistributedWork":
@@ -67,8 +69,8 @@ class TorchDistributedTransport(Transport):
         sending, receiving = _travelling(sends), _travelling(recvs)
         work = TorchDistributedWork(self, [], time.monotonic() + self.timeout_s)
         if any(buffer.is_cuda for _, buffer in receiving + sending):
-            # NCCL must see sends and receives as one batch, knows no tags (ranks wait in one order), and has its
-            # own watchdog for lost peers.
+            # NCCL must see sends and receives as one batch, knows no tags (ranks wait in one order), wants all ranks
+            # in a group's first batch, and has its own watchdog for lost peers.
             batch = [dist.P2POp(dist.irecv, buffer, group=self.group, group_peer=peer) for peer, buffer in receiving]
             batch += [dist.P2POp(dist.isend, buffer, group=self.group, group_peer=peer) for peer, buffer in sending]
             work.pending += [(None, started) for started in dist.batch_isend_irecv(batch)]
@@ -85,7 +87,7 @@ class TorchDistributedTransport(Transport):
         def call() -> list[str]:
             ordinal = self._store.add(f"shares/{self.rank}", 1)  # kept by the store: groups may come and go on it
             store = PrefixStore(f"share/{ordinal}", self._store)
-            return roll_call(store, self.rank, self.world_size, text, doing, timeout_s=self.timeout_s)
+            return roll_call(store, dist.get_rank(), self._global_ranks, text, doing, timeout_s=self.timeout_s)
 
         try:
             return _within(self.timeout_s + 2 * LINGER.total_seconds(), call)
@@ -93,22 +95,29 @@ class TorchDistributedTransport(Transport):
             raise PeerLostError([0], doing) from error
 
     def lost(self, peer: int) -> PeerLostError:
-        """The error for a peer that failed us: it names the rank that was lost first, which may have taken it along."""
-        first = str(peer)
-        with contextlib.suppress(
-            RuntimeError, TimeoutError
-        ):  # the store is gone, or hangs, with the rank that holds it
-            first = _within(LINGER.total_seconds(), lambda: self._store.compare_set("lost", "", first).decode())
-        logger.error("rank %d: lost rank %s of the tensor-parallel group", self.rank, first)
-        self._hang_up()
+        """The error for a peer that failed us: it names the rank that was lost first, which may have taken it along.
+
+        Ranks are those of the whole world: the first to be lost may be in another group.
+        """
+        mine = str(self._global_ranks[peer])
+        try:
+            first = _within(LINGER.total_seconds(), lambda: self._world_store.compare_set("lost", "", mine).decode())
+        except (RuntimeError, TimeoutError):  # the store is gone, or hangs, with rank 0: its peers see that themselves
+            first = mine if 0 in self._global_ranks else "0"
+        logger.error("rank %d: lost rank %s", dist.get_rank(), first)
+        _hang_up()
         return PeerLostError([int(first)], "exchanging payloads")
 
-    def _hang_up(self) -> None:
-        """Close all connections, so that peers who wait for this rank learn of it now and not at their deadline."""
-        for peer in set(range(self.world_size)) - {self.rank}:
+
+def _hang_up() -> None:
+    """Close all connections of all groups, so that peers who wait for this rank learn of it now and not at their
+    deadline, in whichever group they wait.
+    """
+    for group in [group for group in _collectives if group in dist.distributed_c10d._world.pg_map]:
+        for peer in set(range(group.size())) - {group.rank()}:
             with contextlib.suppress(RuntimeError):  # gloo closes the connection of a wait that runs out of time
                 nothing = torch.empty(1, dtype=torch.uint8)
-                self.group.recv([nothing], peer, _HANG_UP_TAG).wait(timedelta(milliseconds=1))
+                group.recv([nothing], peer, _HANG_UP_TAG).wait(timedelta(milliseconds=1))
 
 
 @dataclass
@@ -154,7 +163,8 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     except RuntimeError as error:
         raise PeerLostError([0], "joining the group") from error
     attempt = PrefixStore(f"narrowcast/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    roll_call(PrefixStore("roll", attempt), rank, world_size, "", "joining the group", timeout_s=timeout_s)
+    ranks = range(world_size)
+    roll_call(PrefixStore("roll", attempt), rank, ranks, "", "joining the group", timeout_s=timeout_s)
     backend = "gloo"
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
@@ -162,18 +172,18 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
     try:
         dist.init_process_group(backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout)
     except RuntimeError as error:  # somebody was lost between the roll call and here: who is still there?
-        roll_call(PrefixStore("again", attempt), rank, world_size, "", "joining the group", timeout_s=timeout_s / 4)
+        roll_call(PrefixStore("again", attempt), rank, ranks, "", "joining the group", timeout_s=timeout_s / 4)
         raise PeerLostError([], "joining the group") from error
     # The engine's own waits, while ranks load a large model at different speeds, are not ours to cut short.
     _set_pg_timeout(ENGINE_TIMEOUT)
 
 
 def roll_call(
-    store: Store, rank: int, world_size: int, text: str, doing: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
+    store: Store, rank: int, ranks: Sequence[int], text: str, doing: str, *, timeout_s: float = DEFAULT_TIMEOUT_S
 ) -> list[str]:
-    """The texts of all ranks in rank order; PeerLostError names those who do not come in time."""
+    """The texts of `ranks`, `rank` being one of them; PeerLostError names those who do not come in time."""
     store.set(str(rank), text)
-    keys = [str(other) for other in range(world_size)]
+    keys = [str(other) for other in ranks]
     try:
         store.wait(keys, timedelta(seconds=timeout_s))
     except RuntimeError as error:
@@ -186,12 +196,12 @@ def roll_call(
 def _missing(store: Store, rank: int, keys: list[str]) -> list[int]:
     """Ranks without a key. Who is there stays until all of those have looked: one of them may hold the store."""
     try:
-        missing = [other for other, key in enumerate(keys) if not store.check([key])]
+        missing = [int(key) for key in keys if not store.check([key])]
     except RuntimeError:
         return [0]  # the store is gone, and with it the rank that held it
     with contextlib.suppress(RuntimeError):
         store.set(f"{rank}/looked", "")
-        store.wait([f"{key}/looked" for other, key in enumerate(keys) if other not in missing], LINGER)
+        store.wait([f"{key}/looked" for key in keys if int(key) not in missing], LINGER)
     return missing
 
 
