@@ -147,6 +147,15 @@ def test_the_twin_is_a_sum_within_the_bounds_of_its_codecs(
     assert ((found - torch.stack(inputs).sum(dim=0)).abs() <= total_TE * 3.1 * 2**-8 + 1e-6).all()
 
 
+def test_ranks_of_a_node_are_added_up_in_rank_order() -> None:
+    """However the group lists them: 2**24 + 1 - 2**24 is 0 in fp32, 2**24 - 2**24 + 1 is not."""
+    inputs = [torch.full((1, 3), value) for value in (2.0**24, 1.0, -(2.0**24))]
+    for group in ([0, 1, 2], [2, 0, 1], [1, 2, 0]):
+        codec = CastCodec(dtype=torch.float32)
+        found = simulate.all_reduce(inputs, codec=codec, groups=[group], algorithm="hierarchical")
+        assert found.tolist() == [[0, 0, 0]]
+
+
 def test_between_nodes_travels_less_than_a_flat_sum_sends_there() -> None:
     """Two nodes of four: an owner sends a quarter of one 4-bit payload to the other node."""
     groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
