@@ -33,7 +33,7 @@ def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:
     """The tokens of the sum that each rank ends with; `partials[rank]` [T, E] is what that rank puts in."""
     (stage, *_) = checked_stages(codec, len(partials))
     payloads_RTB = torch.stack([stage.encode(x_TE, source=rank) for rank, x_TE in enumerate(partials)])
-    total_TE = stage.decode_sum(payloads_RTB, dtype=partials[0].dtype)
+    total_TE = stage.decode_sum(payloads_RTB, dtype=partials[0].dtype, num_features=partials[0].shape[1])
     return [total_TE[share_of(len(total_TE), rank, len(partials))] for rank in range(len(partials))]
 
 
@@ -42,5 +42,6 @@ def all_gather(parts: Sequence[Tensor], *, codec: Codec) -> Tensor:
     decoded = []
     for rank, x_TE in enumerate(parts):
         source = source_of(codec, rank, len(parts))
-        decoded.append(codec.decode(codec.encode(x_TE, source=source), source=source, dtype=x_TE.dtype))
+        payload_TB = codec.encode(x_TE, source=source)
+        decoded.append(codec.decode(payload_TB, source=source, dtype=x_TE.dtype, num_features=x_TE.shape[1]))
     return torch.cat(decoded)
