@@ -130,6 +130,18 @@ def test_what_is_not_finite_comes_out_as_the_canonical_nan(preset: str, dtype: t
     assert set(nan.view(torch.int32 if dtype == torch.float32 else torch.int16).tolist()) == {canonical}
 
 
+@every_preset
+def test_nan_of_any_bit_pattern_is_nan(preset: str) -> None:
+    """Directed rounding works on bits, where some patterns of NaN would run over into numbers."""
+    codec, _ = calibrated(preset, random(1, 20, 70))
+    patterns = [0x7FFFFFFF, -1, 0x7F800001, 0x7FFF0000, -0x7FFFFF, -0x80000000 + 0x7FFF8000]
+    for pattern in patterns:
+        x_TE = random(2, 70)
+        x_TE[0, 40] = torch.tensor(pattern, dtype=torch.int32).view(torch.float32)
+        decoded = coded(codec, x_TE)
+        assert decoded[0, 40].isnan() and decoded[1].isfinite().all()
+
+
 @pytest.mark.parametrize("preset", ["bf16", "fp32", "int4-feature", "fp8-e4m3-token", "fp8-e5m2-group128", "mxfp8"])
 def test_a_format_with_a_code_for_nan_uses_it(preset: str) -> None:
     assert calibrated(preset, torch.ones(1, 1, 70))[0].nan_reach == 1

@@ -128,7 +128,7 @@ def _fit(x_TGS: Tensor, num_features: int, num_bits: int, symmetric: bool, spike
         span_TG, num_steps = high_TG - zero_TG.float(), 2**num_bits - 1
         sign_TG = torch.ones_like(span_TG)
     step_TG = ops.bfloat16_up((span_TG / num_steps).clamp_(min=SMALLEST_STEP))
-    bad_TG = ops.not_finite(span_TG) | ops.not_finite(step_TG.float() * num_steps)
+    bad_TG = ops.not_finite(span_TG) | ops.not_finite(zero_TG.float() + step_TG.float() * num_steps)
     for spike_TG in spikes_TG:
         bad_TG |= ops.not_finite(spike_TG)
     step_TG = (step_TG * sign_TG.bfloat16()).masked_fill_(bad_TG, torch.nan)
