@@ -91,6 +91,17 @@ def test_plan_inspect_shows_and_draws(plan: Path, tmp_path: Path) -> None:
     assert "a file that exists" in refused("plan", "inspect", plan, "--plot", picture)
 
 
+def test_plan_inspect_of_codecs_that_calibrate_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    arguments = "--tp", 2, "--text", TEXT, "--sequences", 1, "--length", 32
+    narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", "int2-group32-spike")
+    rows = [line for line in narrowcast("plan", "inspect", path).stdout.splitlines() if "self_attn.o_proj" in line]
+    assert len(rows) == 16
+    assert all("int2-group32-spike" in row and "4.5000" in row and "…" not in row for row in rows)
+    assert "Inspect it without --plot." in refused("plan", "inspect", path, "--plot", tmp_path / "picture")
+    assert not (tmp_path / "picture").exists()
+
+
 def test_doctor() -> None:
     shown = narrowcast("doctor").stdout
     for what in ("narrowcast", "torch", "transformers", "cpu", "kernels on cpu", "gloo"):

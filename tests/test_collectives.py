@@ -1,5 +1,6 @@
 """Collectives on real gloo ranks: bit for bit the twins in `simulate`, and alike on all ranks."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -14,6 +15,7 @@ from models import calibrated
 from narrowcast.codecs import PRESETS, CastCodec
 from narrowcast.collectives import ALGORITHMS, Pending, Stages, choose, simulate
 from narrowcast.collectives.base import Traffic
+from narrowcast.collectives.two_shot import shares
 from narrowcast.errors import InvalidInputError
 from ranks import Ranks
 
@@ -53,6 +55,73 @@ def test_all_reduce_equals_its_twin(ranks: Pools, world_size: int, preset: str) 
         ranks(world_size).run(check_all_reduce, shape, preset)
 
 
+# Blocks of whole groups for each rank, the last one short; too few groups; a scale for the whole token.
+GROUPED = ["int4-group128", "int3-group32-sym", "int2-group32-spike", "mxfp4", "mxfp8", "nvfp4", "fp8-e4m3-token"]
+GROUPED_SHAPES = [(1, 5), (1, 165), (2, 290), (3, 64), (4, 650), (7, 129)]
+
+
+def check_groups(preset: str) -> None:
+    for shape in GROUPED_SHAPES:
+        check_all_reduce(shape, preset)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
+@pytest.mark.parametrize("preset", GROUPED)
+def test_codecs_with_groups_equal_their_twins(ranks: Pools, world_size: int, preset: str) -> None:
+    ranks(world_size).run(check_groups, preset)
+
+
+def check_mixed_stages() -> None:
+    """Groups of 32 and of 128, and calibrated features: cut where all of them may be cut."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    fine, coarse = PRESETS["int4-group32"], PRESETS["int8-group128"]
+    _, feature = calibrated("int6-feature", torch.stack(partials(world_size, 30, 700, seed=1)))
+    inputs = partials(world_size, 1, 700)
+    for codecs in ((fine, coarse), (coarse, fine), (fine, feature), (coarse, feature), (PRESETS["bf16"], fine)):
+        found = narrowcast.all_reduce(inputs[rank], codec=codecs, algorithm="two_shot")
+        assert same_bits(found, simulate.all_reduce(inputs, codec=codecs, algorithm="two_shot"))
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_stages_of_different_granularity(ranks: Pools, world_size: int) -> None:
+    ranks(world_size).run(check_mixed_stages)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    num_tokens=st.integers(0, 8),
+    num_features=st.integers(1, 2000),
+    world_size=st.integers(1, 8),
+    presets=st.tuples(*[st.sampled_from(["bf16", "int4-group32", "int4-group128", "nvfp4"])] * 2),
+)
+def test_shares_are_whole_groups_and_cover_all(
+    num_tokens: int, num_features: int, world_size: int, presets: tuple[str, str]
+) -> None:
+    stages = Stages(tuple(PRESETS[preset] for preset in presets))
+    owners = shares(stages, num_tokens, num_features, world_size)
+    grains = [codec.granularity for codec in stages.codecs]
+    if owners is None:
+        assert num_tokens < world_size
+        assert None in grains or -(-num_features // math.lcm(*grains)) < world_size
+        return
+    seen = torch.zeros(num_tokens, num_features, dtype=torch.int64)
+    for owner in owners:
+        seen[owner.tokens, owner.features] += 1
+        assert owner.features.start < owner.features.stop
+        assert num_tokens >= world_size or all(owner.features.start % grain == 0 for grain in grains)
+    assert (seen == 1).all()
+
+
+def test_with_fewer_groups_than_ranks_one_shot_runs() -> None:
+    codec = PRESETS["int4-group128"]
+    stages = Stages((codec, codec))
+    assert choose("two_shot", stages, 1, 4096, 8) == "two_shot"
+    assert choose("two_shot", stages, 1, 7 * 128, 8) == "one_shot"
+    assert choose("two_shot", stages, 1, 7 * 128 + 1, 8) == "two_shot"
+    assert choose("auto", Stages((PRESETS["nvfp4"],) * 2), 7, 4096, 8) == "one_shot"
+    assert choose("auto", Stages((PRESETS["nvfp4"],) * 2), 8, 4096, 8) == "two_shot"
+
+
 def check_scatter_and_gather(preset: str) -> None:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     partial, reduced = calibrated(preset, torch.stack(partials(world_size, 30, 70, seed=1)))
@@ -68,7 +137,7 @@ def check_scatter_and_gather(preset: str) -> None:
 
 
 @every_world
-@pytest.mark.parametrize("preset", ["fp16", "int4-feature"])
+@pytest.mark.parametrize("preset", ["fp16", "int4-feature", "int4-group32", "nvfp4"])
 def test_reduce_scatter_and_all_gather_equal_their_twins(ranks: Pools, world_size: int, preset: str) -> None:
     ranks(world_size).run(check_scatter_and_gather, preset)
 

@@ -10,8 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import narrowcast
+from models import calibrated
+from narrowcast.codecs import PRESETS
 
 ROOT = Path(__file__).parents[1]
 
@@ -43,6 +46,26 @@ MODULES = [
 def test_docstrings_tell_the_truth(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0
+
+
+def test_examples_in_the_formats_are_right() -> None:
+    result = doctest.testfile(str(ROOT / "docs" / "formats.md"), module_relative=False)
+    assert result.failed == 0 and result.attempted > 5
+
+
+def test_the_table_of_presets_is_complete_and_right() -> None:
+    rows = re.findall(
+        r"^\|[^|]*\| (`.*`) \| ([\d., ]+) \|$", (ROOT / "docs" / "formats.md").read_text("utf8"), re.MULTILINE
+    )
+    told = [
+        (name, float(bits))
+        for names, values in rows
+        for name, bits in zip(re.findall("`(.*?)`", names), values.split(", "), strict=True)
+    ]
+    assert len(told) == len(dict(told)) and dict(told).keys() == PRESETS.keys()
+    for name, bits in told:
+        codec, _ = calibrated(name, torch.ones(1, 1, 4096))
+        assert bits == float(f"{8 * codec.row_nbytes(4096) / 4096:.5g}"), name
 
 
 def test_links_between_documents_lead_somewhere() -> None:

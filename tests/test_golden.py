@@ -1,7 +1,7 @@
 """Yesterday's payloads: every preset's bytes and what they decode to, as first committed.
 
-A file here is never written again: another layout is another codec id. `python tests/test_golden.py` adds files
-for presets that have none yet.
+Every preset has a file. A file here is never written again: another layout is another codec id.
+`python tests/test_golden.py` adds files for presets that have none yet.
 """
 
 import json
@@ -37,7 +37,7 @@ def test_payloads_are_those_of_the_first_day(preset: str) -> None:
     x_RTE, payloads_RTB, sum_TE = (from_json(golden[key]) for key in ("values", "payloads", "sum"))
     for rank, x_TE in enumerate(x_RTE):
         assert torch.equal(codec.encode(x_TE, source=rank), payloads_RTB[rank])
-    found = codec.decode_sum(payloads_RTB)
+    found = codec.decode_sum(payloads_RTB, num_features=x_RTE.shape[2])
     assert torch.equal(found.view(torch.int32), sum_TE.view(torch.int32))
 
 
@@ -47,10 +47,10 @@ def write_missing() -> None:
         if path.exists():
             continue
         generator = torch.Generator().manual_seed(len(preset))
-        x_RTE = torch.randn(2, 3, 130, generator=generator)
+        x_RTE = torch.randn(2, 2, 130, generator=generator)
         codec, _ = calibrated(preset, x_RTE * 0.9)
-        x_RTE[0, 1, ::17], x_RTE[1, 2, 4] = torch.inf, torch.nan
-        x_RTE[1, 0] = 0.0
+        x_RTE[0, 1, 128], x_RTE[1, 1, 4] = torch.inf, torch.nan
+        x_RTE[1, 0, :65] = 0.0
         payloads_RTB = torch.stack([codec.encode(x_TE, source=rank) for rank, x_TE in enumerate(x_RTE)])
         config, tensors = codec.state()
         golden = {
@@ -59,7 +59,7 @@ def write_missing() -> None:
             "tensors": {name: to_json(tensor) for name, tensor in tensors.items()},
             "values": to_json(x_RTE),
             "payloads": to_json(payloads_RTB),
-            "sum": to_json(codec.decode_sum(payloads_RTB)),
+            "sum": to_json(codec.decode_sum(payloads_RTB, num_features=x_RTE.shape[2])),
         }
         path.write_text(json.dumps(golden, indent=1) + "\n", encoding="utf8")
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from narrowcast.codecs import Codec, FeatureCodec
-from narrowcast.errors import MissingDependencyError
+from narrowcast.codecs import PRESETS, Codec, FeatureCodec
+from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.plan import Plan, check_writable
 
 app = typer.Typer(help="Look into plans.", no_args_is_help=True)
@@ -48,21 +48,28 @@ def inspect(
 def _table(plan: Plan, stage: int, title: str, algorithm: str) -> Table:
     title += f": scales, and the error (relative RMS) of {algorithm}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("site", no_wrap=True)
-    for column in ("codec", "bits", "outliers", "min", "median", "max", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
+    num_features = plan.model.config.get("hidden_size", 4096)
     prefix = "model.layers." if all(name.startswith("model.layers.") for name in plan.sites) else ""
+    rows = []
     for name, site in plan.sites.items():
         if stage < len(site.codecs):
             error = f"{site.error[algorithm]:.3f}" if algorithm in site.error else ""
-            table.add_row(name.removeprefix(prefix), *_details(site.codecs[stage]), error)
+            rows.append((name.removeprefix(prefix), *_details(site.codecs[stage], num_features), error))
+    columns = "site", "codec", "bits", "outliers", "min", "median", "max", "error"
+    shown = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    for place in shown:
+        table.add_column(columns[place], justify="right" if place else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
     return table
 
 
-def _details(codec: Codec) -> tuple[str, ...]:
-    """Codec, bits a value, outliers; smallest, median and largest scale."""
+def _details(codec: Codec, num_features: int) -> tuple[str, ...]:
+    """Codec (without calibrated tensors, its preset), bits a value, outliers; smallest, median and largest scale."""
     if not isinstance(codec, FeatureCodec):
-        return codec.id, f"{8 * codec.row_nbytes(1):.3f}", "", "", "", ""
+        presets: dict[str, object] = dict(PRESETS)
+        name = next((name for name, preset in presets.items() if preset == codec), codec.id)
+        return name, f"{8 * codec.row_nbytes(num_features) / num_features:.4f}", "", "", "", ""
     scale, num_features = codec.scale.float(), codec.scale.shape[1]
     bits = 8 * codec.row_nbytes(num_features) / num_features
     spread = (f"{value:.2g}" for value in (scale.min(), scale.median(), scale.max()))
@@ -76,6 +83,13 @@ def draw_ranges(plan: Plan, path: Path) -> None:
     except ModuleNotFoundError as error:
         raise MissingDependencyError("matplotlib", "plot") from error
     sites = {name: site.codecs[0] for name, site in plan.sites.items() if isinstance(site.codecs[0], FeatureCodec)}
+    if not sites:
+        raise InvalidInputError(
+            "--plot",
+            expected="a plan with calibrated ranges, such as int4-feature's",
+            found="codecs that find their ranges in each token",
+            remedy="Inspect it without --plot.",
+        )
     figure = Figure(figsize=(max(6, 1.5 + 0.3 * len(sites)), 5), layout="constrained")
     axes = figure.subplots()
     for place, codec in enumerate(sites.values()):

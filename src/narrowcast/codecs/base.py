@@ -1,8 +1,9 @@
 """What every codec is: a byte format with its parameters, and the ranges it may be calibrated from."""
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any, ClassVar, Protocol, Self
 
@@ -28,6 +29,16 @@ class Codec(ABC):
     @abstractmethod
     def num_sources(self) -> int | None:
         """Ranks this codec is calibrated for; None if any rank's values may be coded."""
+
+    @property
+    @abstractmethod
+    def granularity(self) -> int | None:
+        """How many features, counted from the first, share parameters and stay together; None for all of a token."""
+
+    @property
+    def nan_reach(self) -> int | None:
+        """How many features a value that is not finite turns into NaN: 1 if the format has a code for it."""
+        return 1
 
     @abstractmethod
     def row_nbytes(self, num_features: int) -> int:
@@ -57,15 +68,27 @@ class Codec(ABC):
         source: int,
         out: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
+        num_features: int | None = None,
     ) -> Tensor:
-        """Values [T, E] of the payload of rank `source`, in `out` or as `dtype`."""
+        """Values [T, E] of the payload of rank `source`, in `out` or as `dtype`.
+
+        `num_features` is E, needed without `out` where several E take as many bytes (`self.num_features`).
+        """
         self._check_source(source)
-        return self._decode_into(payload_TB[None], slice(source, source + 1), out, dtype)
+        return self._decode_into(payload_TB[None], slice(source, source + 1), out, dtype, num_features)
 
     def decode_sum(
-        self, payloads_RTB: Tensor, *, out: Tensor | None = None, dtype: torch.dtype = torch.float32
+        self,
+        payloads_RTB: Tensor,
+        *,
+        out: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        num_features: int | None = None,
     ) -> Tensor:
-        """Sum [T, E] over the payloads of all ranks: fp32, in rank order, rounded once to `out` or `dtype`."""
+        """Sum [T, E] over the payloads of all ranks: fp32, in rank order, rounded once to `out` or `dtype`.
+
+        `num_features` as in `decode`.
+        """
         if self.num_sources not in (None, len(payloads_RTB)):
             raise InvalidInputError(
                 f"{self.id} codec",
@@ -73,12 +96,28 @@ class Codec(ABC):
                 found=f"{len(payloads_RTB)}",
                 remedy="Use a codec that was calibrated for this many ranks.",
             )
-        return self._decode_into(payloads_RTB, slice(None), out, dtype)
+        return self._decode_into(payloads_RTB, slice(None), out, dtype, num_features)
 
-    def _decode_into(self, payloads_RTB: Tensor, sources: slice, out: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def _decode_into(
+        self,
+        payloads_RTB: Tensor,
+        sources: slice,
+        out: Tensor | None,
+        dtype: torch.dtype,
+        num_features: int | None,
+    ) -> Tensor:
+        num_tokens, row_nbytes = payloads_RTB.shape[1:]
         if out is None:
-            shape = payloads_RTB.shape[1], self.num_features(payloads_RTB.shape[2])
-            out = torch.empty(shape, dtype=dtype, device=payloads_RTB.device)
+            num_features = self.num_features(row_nbytes) if num_features is None else num_features
+            out = torch.empty(num_tokens, num_features, dtype=dtype, device=payloads_RTB.device)
+        shape = num_tokens, out.shape[-1] if num_features is None else num_features
+        if out.shape != shape or self.row_nbytes(shape[1]) != row_nbytes:
+            raise InvalidInputError(
+                f"{self.id} codec",
+                expected=f"{list(shape)} values, {self.row_nbytes(shape[1])} bytes a token",
+                found=f"{row_nbytes} bytes a token, to be decoded into {list(out.shape)}",
+                remedy="Decode what was encoded, with its number of features.",
+            )
         if out.numel():
             self._decode_sum(payloads_RTB, sources, out)
         return out
@@ -89,12 +128,26 @@ class Codec(ABC):
     @abstractmethod
     def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None: ...
 
-    @abstractmethod
     def num_features(self, row_nbytes: int) -> int:
-        """Features E of a payload whose rows have `row_nbytes`."""
+        """Features E of a payload whose rows have `row_nbytes`; InvalidInputError if no E or several fit."""
+        reach = range(8 * row_nbytes + 1)  # no codec takes less than a bit a feature
+        first = bisect_left(reach, row_nbytes, key=self.row_nbytes)
+        fits = [each for each in (first, first + 1) if self.row_nbytes(each) == row_nbytes]
+        if len(fits) != 1:
+            raise InvalidInputError(
+                f"{self.id} codec",
+                expected="num_features=E, the number of features that were encoded",
+                found=f"rows of {row_nbytes} bytes, as {'several' if fits else 'no'} numbers of features take",
+                remedy="Pass num_features, or out.",
+            )
+        return fits[0]
 
     def features(self, start: int, stop: int) -> "Codec":
-        """The codec of the features `start` to `stop` alone: their values decode as they would among all."""
+        """The codec of the features `start` to `stop` alone: their values decode as they would among all.
+
+        `start` is a multiple of `granularity`, and so is `stop` unless it is E.
+        """
+        assert start == 0 or (self.granularity is not None and start % self.granularity == 0)
         if (start, stop) not in self._blocks:
             self._blocks[start, stop] = self._features(start, stop)
         return self._blocks[start, stop]
@@ -156,6 +209,29 @@ class Codec(ABC):
                 found=f"{list(x_TE.shape)} in {x_TE.dtype}",
                 remedy="Reshape or convert them first.",
             )
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DynamicCodec(Codec):
+    """A codec without calibrated tensors: any rank's values may be coded, and it is its own recipe."""
+
+    @property
+    def num_sources(self) -> None:
+        return None
+
+    def codec(self, ranges: "Ranges") -> Self:
+        """Itself: what it needs to know of the values it finds in each token."""
+        return self
+
+    def _features(self, start: int, stop: int) -> Self:
+        return self
+
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}, {}
+
+    @classmethod
+    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        return cls(**config)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,14 +7,31 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from narrowcast.codecs.base import FLOAT_DTYPES, Codec, Ranges
+from narrowcast import ops
+from narrowcast.codecs.base import FLOAT_DTYPES, DynamicCodec
 from narrowcast.errors import InvalidInputError
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
+@ops.operator("cast_encode(Tensor x, ScalarType dtype, Tensor(a!) out, Tensor(b!)? stats) -> ()")
+def cast_encode(x_TE: Tensor, dtype: torch.dtype, out_TB: Tensor, stats: Tensor | None) -> None:
+    """Round to `dtype` and store the bits; what is not finite afterwards becomes the canonical NaN."""
+    values_TE = x_TE.to(dtype, copy=True)
+    values_TE.masked_fill_(ops.not_finite(values_TE), torch.nan)
+    out_TB.copy_(values_TE.view(torch.uint8))
+    if stats is not None:
+        stats[ops.NON_FINITE] += ops.not_finite(x_TE).count_nonzero()
+
+
+@ops.operator("cast_decode_sum(Tensor payloads, ScalarType dtype, Tensor(a!) out) -> ()")
+def cast_decode_sum(payloads_RTB: Tensor, dtype: torch.dtype, out_TE: Tensor) -> None:
+    """Sum the values of all ranks in fp32, in rank order."""
+    ops.store_sum([ops.values(payload_TB, dtype) for payload_TB in payloads_RTB], out_TE)
+
+
 @dataclass(frozen=True, kw_only=True)
-class CastCodec(Codec):
+class CastCodec(DynamicCodec):
     """Each value as a `dtype`, little-endian: 16 bits a value, or 32.
 
     Finite values stay finite in bf16 and fp32; in fp16 those beyond 65504 become NaN.
@@ -40,14 +57,11 @@ class CastCodec(Codec):
             )
 
     @property
-    def num_sources(self) -> None:
-        return None
+    def granularity(self) -> int:
+        return 1
 
     def row_nbytes(self, num_features: int) -> int:
         return num_features * self.dtype.itemsize
-
-    def num_features(self, row_nbytes: int) -> int:
-        return row_nbytes // self.dtype.itemsize
 
     def _encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
         torch.ops.narrowcast.cast_encode(x_TE, self.dtype, out_TB, stats)
@@ -55,17 +69,10 @@ class CastCodec(Codec):
     def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None:
         torch.ops.narrowcast.cast_decode_sum(payloads_RTB, self.dtype, out_TE)
 
-    def _features(self, start: int, stop: int) -> "CastCodec":
-        return self
-
     def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
         # Round to nearest: half a unit in the last place, and half the smallest subnormal near zero.
         info = torch.finfo(self.dtype)
         return torch.clamp(x_TE.float().abs() * (info.eps / 2), min=info.smallest_normal * info.eps / 2)
-
-    def codec(self, ranges: Ranges) -> "CastCodec":
-        """Itself: a cast needs no calibration."""
-        return self
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {"dtype": str(self.dtype).removeprefix("torch.")}, {}

@@ -19,6 +19,72 @@ from narrowcast.errors import InvalidInputError
 RANDOM_SEED = 241107942  # nobody's default, so that no other random choice repeats ours
 
 
+@ops.operator(
+    "feature_encode(Tensor x, Tensor reciprocal, Tensor outliers, Tensor holes, Tensor fillers, int num_bits,"
+    " Tensor(a!) out, Tensor(b!)? stats) -> ()"
+)
+def feature_encode(
+    x_TE: Tensor,
+    reciprocal_E: Tensor,
+    outliers_K: Tensor,
+    holes: Tensor,
+    fillers: Tensor,
+    num_bits: int,
+    out_TB: Tensor,
+    stats: Tensor | None,
+) -> None:
+    """One pass over all features as if none were an outlier, then as many moves as the outliers left holes."""
+    num_outliers, num_coded = len(outliers_K), x_TE.shape[1] - len(outliers_K)
+    largest, offset = 2 ** (num_bits - 1) - 1, 2 ** (num_bits - 1)
+    x_TE = x_TE.float()
+    not_finite_TE = ops.not_finite(x_TE)
+    steps_TE = (x_TE * reciprocal_E).round_()
+    codes_TE = steps_TE.clamp(-largest, largest)
+    if stats is not None:
+        clipped_TE = (codes_TE != steps_TE).masked_fill_(not_finite_TE, False)
+        clipped_TE[:, outliers_K] = False
+        stats[ops.SATURATED] += clipped_TE.count_nonzero()
+        stats[ops.NON_FINITE] += not_finite_TE.count_nonzero()
+    codes_TE.add_(offset).masked_fill_(not_finite_TE, 0)  # the free code point
+    codes_TE[:, holes] = codes_TE[:, fillers]
+    if num_outliers:
+        outliers_TK = x_TE[:, outliers_K].bfloat16()
+        outliers_TK.masked_fill_(ops.not_finite(outliers_TK), torch.nan)
+        out_TB[:, : 2 * num_outliers] = outliers_TK.view(torch.uint8)
+    out_TB[:, 2 * num_outliers :] = ops.pack(codes_TE[:, :num_coded].to(torch.uint8), num_bits)
+
+
+@ops.operator(
+    "feature_decode_sum(Tensor payloads, Tensor scale, Tensor outliers, Tensor holes, Tensor fillers, int num_bits,"
+    " Tensor(a!) out) -> ()"
+)
+def feature_decode_sum(
+    payloads_RTB: Tensor,
+    scale_RE: Tensor,
+    outliers_K: Tensor,
+    holes: Tensor,
+    fillers: Tensor,
+    num_bits: int,
+    out_TE: Tensor,
+) -> None:
+    """Decode each rank's payload with its own scales and sum in fp32, in rank order."""
+    num_outliers, num_coded = len(outliers_K), scale_RE.shape[1] - len(outliers_K)
+    offset = 2 ** (num_bits - 1)
+    decoded = []
+    for payload_TB, scale_E in zip(payloads_RTB, scale_RE, strict=True):
+        codes_TN = ops.unpack(payload_TB[:, 2 * num_outliers :], num_bits, num_coded)
+        steps_TE = torch.zeros(out_TE.shape, device=payload_TB.device)
+        steps_TE[:, :num_coded] = codes_TN.float().sub_(offset).masked_fill_(codes_TN == 0, torch.nan)
+        steps_TE[:, fillers] = steps_TE[:, holes]
+        values_TE = steps_TE.mul_(scale_E.float())
+        if num_outliers:
+            values_TE[:, outliers_K] = ops.values(payload_TB[:, : 2 * num_outliers], torch.bfloat16)
+            first = payload_TB[:, 0].int() | payload_TB[:, 1].int() << 8
+            values_TE.masked_fill_((first == ops.GUARD_MARK)[:, None], torch.nan)
+        decoded.append(values_TE)
+    ops.store_sum(decoded, out_TE)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FeatureCodec(Codec):
     """Symmetric integers of `num_bits` (2 to 8) with one scale per (source, feature), outliers in BF16.
@@ -67,6 +133,10 @@ class FeatureCodec(Codec):
         return len(self.scale)
 
     @property
+    def granularity(self) -> int:
+        return 1
+
+    @property
     def _num_coded(self) -> int:
         return self.scale.shape[1] - len(self.outliers)
 
@@ -92,7 +162,7 @@ class FeatureCodec(Codec):
         return 2 * len(self.outliers) + ops.packed_nbytes(self._num_coded, self.num_bits)
 
     def num_features(self, row_nbytes: int) -> int:
-        return self.scale.shape[1]
+        return self.scale.shape[1]  # more features may take as many bytes, but not with this codec
 
     def _encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
         torch.ops.narrowcast.feature_encode(
@@ -160,18 +230,14 @@ class FeatureRecipe:
             order = torch.randperm(num_features, generator=torch.Generator().manual_seed(RANDOM_SEED))
         return FeatureCodec(
             num_bits=self.num_bits,
-            scale=_round_up(ranges.scale_largest / (2 ** (self.num_bits - 1) - 1)),
+            scale=_reaching(ranges.scale_largest / (2 ** (self.num_bits - 1) - 1)),
             outliers=order[:num_outliers].sort().values,
         )
 
 
-def _round_up(scale: Tensor) -> Tensor:
+def _reaching(scale: Tensor) -> Tensor:
     """Smallest normal BF16 not below `scale`, so that the largest value never clips for rounding alone."""
-    smallest = torch.finfo(torch.bfloat16).smallest_normal
-    scale = scale.float().clamp(min=smallest)
-    rounded = scale.bfloat16()
-    next_up = (rounded.view(torch.int16) + 1).view(torch.bfloat16)
-    return torch.where(rounded.float() < scale, next_up, rounded)
+    return ops.bfloat16_up(scale.float().clamp(min=torch.finfo(torch.bfloat16).smallest_normal))
 
 
 def _is_positive(scale: Tensor) -> bool:

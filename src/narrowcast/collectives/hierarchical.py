@@ -74,7 +74,7 @@ def _sum_in_node(x_TE: Tensor, seat: Seat, stats: Tensor | None) -> Generator[Ex
     payload_TB = sends[seat.rank]
     payloads_MTB = payload_TB.expand(len(seat.members), *payload_TB.shape).contiguous()
     yield seat.exchange(sends, dict(zip(seat.members, payloads_MTB, strict=True)), num_values)
-    return own.partial.sources(seat.members).decode_sum(payloads_MTB)
+    return own.partial.sources(seat.members).decode_sum(payloads_MTB, num_features=own.shape[1])
 
 
 def _sum_of_nodes(sum_TE: Tensor | None, seat: Seat, stats: Tensor | None) -> Generator[Exchange, None, Tensor | None]:
@@ -87,7 +87,7 @@ def _sum_of_nodes(sum_TE: Tensor | None, seat: Seat, stats: Tensor | None) -> Ge
     payloads_NTB = payload_TB.expand(len(seat.peers), *payload_TB.shape).contiguous()
     sends, recvs = dict.fromkeys(seat.peers, payload_TB), dict(zip(seat.peers, payloads_NTB, strict=True))
     yield seat.exchange(sends, recvs, (len(seat.peers) - 1) * sum_TE.numel())
-    return between.decode_sum(payloads_NTB)
+    return between.decode_sum(payloads_NTB, num_features=sum_TE.shape[1])
 
 
 def _gather_in_node(total_TE: Tensor | None, seat: Seat, like: Tensor, stats: Tensor | None) -> Steps:
@@ -108,10 +108,15 @@ def _gather_in_node(total_TE: Tensor | None, seat: Seat, like: Tensor, stats: Te
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
     partial, reduced, between = stages.codecs[:3]
     payloads_RTB = torch.stack([partial.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
-    sums = [partial.sources(group).decode_sum(payloads_RTB[list(group)]) for group in stages.groups]
+    dtype, num_features = partials[0].dtype, partials[0].shape[1]
+    sums = [
+        partial.sources(group).decode_sum(payloads_RTB[list(group)], num_features=num_features)
+        for group in stages.groups
+    ]
     payloads_NTB = torch.stack([between.encode(sum_TE, source=node, stats=stats) for node, sum_TE in enumerate(sums)])
-    total_TE = between.decode_sum(payloads_NTB)
-    return reduced.decode(reduced.encode(total_TE, source=0, stats=stats), source=0, dtype=partials[0].dtype)
+    total_TE = between.decode_sum(payloads_NTB, num_features=num_features)
+    payload_TB = reduced.encode(total_TE, source=0, stats=stats)
+    return reduced.decode(payload_TB, source=0, dtype=dtype, num_features=num_features)
 
 
 def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:

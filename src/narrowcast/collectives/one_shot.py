@@ -18,13 +18,13 @@ def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tens
     payloads_RTB = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
     codec.encode(x_TE, source=rank, out=payloads_RTB[rank], stats=stats)
     yield to_all(payloads_RTB[rank], payloads_RTB.unbind(), rank, x_TE.numel())
-    return codec.decode_sum(payloads_RTB, dtype=x_TE.dtype)
+    return codec.decode_sum(payloads_RTB, dtype=x_TE.dtype, num_features=x_TE.shape[1])
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
     codec = stages.codecs[0]
     payloads_RTB = torch.stack([codec.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
-    return codec.decode_sum(payloads_RTB, dtype=partials[0].dtype)
+    return codec.decode_sum(payloads_RTB, dtype=partials[0].dtype, num_features=partials[0].shape[1])
 
 
 def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic:

@@ -99,4 +99,4 @@ def reduce_scatter_steps(x_TE: Tensor, codec: Codec, rank: int, world_size: int)
     payloads_RTB = sends[rank].expand(world_size, *sends[rank].shape).contiguous()
     num_values = (num_tokens - (own.stop - own.start)) * num_features
     yield Exchange(without(sends, rank), without(payloads_RTB.unbind(), rank), num_values)
-    return codec.decode_sum(payloads_RTB, dtype=x_TE.dtype)
+    return codec.decode_sum(payloads_RTB, dtype=x_TE.dtype, num_features=x_TE.shape[1])

@@ -38,7 +38,7 @@ def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:
     """The tokens of the sum that each rank ends with; `partials[rank]` [T, E] is what that rank puts in."""
     stage = checked_stages(codec, len(partials)).codecs[0]
     payloads_RTB = torch.stack([stage.encode(x_TE, source=rank) for rank, x_TE in enumerate(partials)])
-    total_TE = stage.decode_sum(payloads_RTB, dtype=partials[0].dtype)
+    total_TE = stage.decode_sum(payloads_RTB, dtype=partials[0].dtype, num_features=partials[0].shape[1])
     return [total_TE[share_of(len(total_TE), rank, len(partials))] for rank in range(len(partials))]
 
 
@@ -63,7 +63,15 @@ def broadcast(x_TE: Tensor, *, src: int, world_size: int, codec: Codec, dtype: t
     return send(x_TE, src=src, world_size=world_size, codec=codec, dtype=dtype)
 
 
-def send(x_TE: Tensor, *, src: int, world_size: int, codec: Codec, dtype: torch.dtype | None = None) -> Tensor:
+def send(
+    x_TE: Tensor,
+    *,
+    src: int,
+    world_size: int,
+    codec: Codec,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """What a rank receives when `src` sends it `x_TE`, in `dtype` (None: that of `x_TE`)."""
     source = source_of(codec, src, world_size)
-    return codec.decode(codec.encode(x_TE, source=source), source=source, dtype=dtype or x_TE.dtype)
+    payload_TB = codec.encode(x_TE, source=source)
+    return codec.decode(payload_TB, source=source, dtype=dtype or x_TE.dtype, num_features=x_TE.shape[1])

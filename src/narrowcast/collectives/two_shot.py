@@ -1,10 +1,11 @@
 """two_shot: each rank adds up its share for all, codes the sum again, and everyone gathers the shares.
 
-Two latencies, two roundings; 2 (R - 1) / R payloads sent by each rank. The shares are tokens, or blocks of
-features when there are fewer tokens than ranks. The owner of a share decodes its coded sum like everyone else,
-so that all ranks end with the same bits.
+Two latencies, two roundings; 2 (R - 1) / R payloads sent by each rank. The shares are tokens; with fewer tokens
+than ranks they are blocks of features, cut where both codecs may be cut. The owner of a share decodes its coded
+sum like everyone else, so that all ranks end with the same bits.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,19 +51,32 @@ class Share(NamedTuple):
 
 
 def shares(stages: Stages, num_tokens: int, num_features: int, world_size: int) -> list[Share] | None:
-    """The share of each rank; None where there is neither a token nor a feature for every rank, or no stage 1."""
+    """The share of each rank; None where there is no token and no block of features for every rank, or no stage 1."""
     if len(stages.codecs) < 2:
         return None
     if num_tokens >= world_size:
         tokens = [share_of(num_tokens, rank, world_size) for rank in range(world_size)]
         return [Share(own, slice(0, num_features), stages.codecs) for own in tokens]
-    if num_features >= world_size:
-        blocks = [share_of(num_features, rank, world_size) for rank in range(world_size)]
-        return [
-            Share(slice(0, num_tokens), own, tuple(codec.features(own.start, own.stop) for codec in stages.codecs))
-            for own in blocks
-        ]
-    return None
+    blocks = _blocks([codec.granularity for codec in stages.codecs], num_features, world_size)
+    if blocks is None:
+        return None
+    return [
+        Share(slice(0, num_tokens), own, tuple(codec.features(own.start, own.stop) for codec in stages.codecs))
+        for own in blocks
+    ]
+
+
+def _blocks(granularities: Sequence[int | None], num_features: int, world_size: int) -> list[slice] | None:
+    """The features of each rank in whole units of all granularities, the last one cut short; None for too few."""
+    units = [granularity for granularity in granularities if granularity is not None]
+    if len(units) < len(granularities):
+        return None
+    unit = math.lcm(*units)
+    num_units = -(-num_features // unit)
+    if num_units < world_size:
+        return None
+    owned = [share_of(num_units, rank, world_size) for rank in range(world_size)]
+    return [slice(own.start * unit, min(own.stop * unit, num_features)) for own in owned]
 
 
 def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Steps:
@@ -73,7 +87,7 @@ def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tens
     sends = [owner.partial.encode(x_TE[owner.tokens, owner.features], source=rank, stats=stats) for owner in owners]
     partials_RTB = sends[rank].expand(world_size, *sends[rank].shape).contiguous()
     yield Exchange(without(sends, rank), without(partials_RTB.unbind(), rank), x_TE.numel() - own.num_values)
-    total_TE = own.partial.decode_sum(partials_RTB)
+    total_TE = own.partial.decode_sum(partials_RTB, num_features=own.shape[1])
 
     reduced = [new_payload(owner.reduced, *owner.shape, like=x_TE) for owner in owners]
     own.reduced.encode(total_TE, source=0, out=reduced[rank], stats=stats)
@@ -86,9 +100,11 @@ def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tens
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
     partial, reduced = stages.codecs[:2]
+    dtype, num_features = partials[0].dtype, partials[0].shape[1]
     payloads_RTB = torch.stack([partial.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
-    total_TE = partial.decode_sum(payloads_RTB)
-    return reduced.decode(reduced.encode(total_TE, source=0, stats=stats), source=0, dtype=partials[0].dtype)
+    total_TE = partial.decode_sum(payloads_RTB, num_features=num_features)
+    payload_TB = reduced.encode(total_TE, source=0, stats=stats)
+    return reduced.decode(payload_TB, source=0, dtype=dtype, num_features=num_features)
 
 
 def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:
