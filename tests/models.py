@@ -5,7 +5,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    MixtralConfig,
+    Olmo2Config,
+    Phi3Config,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+)
 
 from narrowcast.codecs import PRESETS, Codec, Ranges
 
@@ -28,7 +40,16 @@ CONFIGS = {
     "llama-tied": lambda: LlamaConfig(**SMALL, tie_word_embeddings=True),
     "llama-odd": lambda: LlamaConfig(**SMALL | {"hidden_size": 76, "intermediate_size": 141, "head_dim": 18}),
     "llama-starved": lambda: LlamaConfig(**SMALL | {"intermediate_size": 5, "vocab_size": 106}),  # a rank holds none
+    "mistral": lambda: MistralConfig(**SMALL, head_dim=24, sliding_window=6),
+    "qwen2": lambda: Qwen2Config(**SMALL),
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=24),
+    "gemma2": lambda: Gemma2Config(**SMALL, head_dim=24, query_pre_attn_scalar=24, sliding_window=6),
+    "phi3": lambda: Phi3Config(**SMALL, resid_pdrop=0.0),  # fused projections
+    "olmo2": lambda: Olmo2Config(**SMALL),  # norms over all heads: q, k and v are gathered
+    "mixtral": lambda: MixtralConfig(**SMALL | {"intermediate_size": 96}, num_local_experts=4, num_experts_per_tok=2),
+    "qwen3-moe": lambda: Qwen3MoeConfig(
+        **SMALL, head_dim=24, num_experts=8, num_experts_per_tok=3, moe_intermediate_size=64, mlp_only_layers=[0]
+    ),
 }
 
 

@@ -83,7 +83,7 @@ def test_order_and_text_do_change_the_plan(model: nn.Module) -> None:
     assert len({plan.fingerprint for plan in plans}) == 3
 
 
-@pytest.mark.parametrize("tp_size", [1, 3, 5, 8, 97])
+@pytest.mark.parametrize("tp_size", [2, 3, 5, 8, 97])
 def test_any_tp_size_also_indivisible(model: nn.Module, tp_size: int) -> None:
     """At 97 some ranks hold nothing: their partial sums are zeros."""
     plan = narrowcast.calibrate(model, sequences(), tp_size=tp_size)
@@ -170,6 +170,14 @@ def test_wrong_input_is_refused(model: nn.Module) -> None:
         narrowcast.calibrate(model, [], tp_size=2)
     with pytest.raises(InvalidInputError, match="tp_size >= 1"):
         narrowcast.calibrate(model, sequences(), tp_size=0)
+    for alone in ({}, {"tp_size": 1}):
+        with pytest.raises(InvalidInputError, match="tp_size or pp_size above 1, found one rank"):
+            narrowcast.calibrate(model, sequences(), **alone)
+    for wrong_codec in ({"sums": "bf16"}, {"sum": "int99"}):
+        with pytest.raises(InvalidInputError, match=r"kinds of sites among sum, gather.*found sums|one of bf16"):
+            narrowcast.calibrate(model, sequences(), tp_size=2, codec=wrong_codec)
+    with pytest.raises(InvalidInputError, match="each rank from 0 to 3 in one group"):
+        narrowcast.calibrate(model, sequences(), tp_size=4, groups=[[0, 1], [1, 2]])
     with pytest.raises(InvalidInputError, match=r"input_ids \[B, T\]"):
         narrowcast.calibrate(model, [torch.ones(3, dtype=torch.long)], tp_size=2)
     for wrong in ([{"input_ids": [[1, 2]]}], {"input_ids": torch.ones(1, 3)}, ["text"]):
@@ -188,7 +196,7 @@ def test_partial_sums_that_are_not_finite_are_refused(model: nn.Module) -> None:
     with torch.no_grad():
         layer.weight[3, 5] += torch.inf
     try:
-        with pytest.raises(InvalidInputError, match=r"model.layers.0.mlp.down_proj: expected finite partial sums"):
+        with pytest.raises(InvalidInputError, match=r"model.layers.0.mlp.down_proj: expected finite values"):
             narrowcast.calibrate(model, sequences(), tp_size=2)
     finally:
         with torch.no_grad():

@@ -19,6 +19,7 @@ from models import random_ids, save_random
 from narrowcast import InvalidInputError, PeerLostError, Plan
 from narrowcast.codecs import CastCodec
 from narrowcast.integrations import load_engine
+from narrowcast.split import Split
 from narrowcast.transport import TorchDistributedTransport, Transport, connect
 from ranks import Ranks
 
@@ -244,7 +245,7 @@ def test_a_rank_that_does_not_agree_is_named_as_in_the_world(ranks: Callable[[in
 
 
 def generate_until_lost(folder: Path, plan: Path, marks: Path) -> tuple[int, ...]:
-    model = load_engine().load(folder, tp_size=2)
+    model = load_engine().load(folder, split=Split(tp_size=2))
     with narrowcast.attach(model, Plan.load(plan)):
         while True:
             (marks / f"{dist.get_rank()}").touch()
@@ -255,7 +256,7 @@ def generate_until_lost(folder: Path, plan: Path, marks: Path) -> tuple[int, ...
 
 
 def attach_late(folder: Path, plan: Path, late: int) -> str:
-    model = load_engine().load(folder, tp_size=2)
+    model = load_engine().load(folder, split=Split(tp_size=2))
     if dist.get_rank() == late:
         time.sleep(TIMEOUT_S + 2)
     try:
@@ -296,7 +297,7 @@ def test_a_rank_that_does_not_attach_is_named(served: tuple[Path, Path]) -> None
 
 
 def attach_another_plan(folder: Path, plans: list[Path]) -> str:
-    model = load_engine().load(folder, tp_size=2)
+    model = load_engine().load(folder, split=Split(tp_size=2))
     try:
         narrowcast.attach(model, Plan.load(plans[dist.get_rank()]))
     except InvalidInputError as error:

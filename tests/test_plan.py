@@ -15,6 +15,7 @@ from models import calibrated
 from narrowcast import InvalidInputError, Plan, PlanError
 from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.plan import ModelFingerprint, Site
+from narrowcast.split import Split
 
 MODEL = ModelFingerprint(
     config={"model_type": "llama", "hidden_size": 70}, samples={"embedding": ["a", "b"], "o_proj": ["c", "d"]}
@@ -27,7 +28,7 @@ def plan(seed: int = 0, preset: str = "int4-feature") -> Plan:
         name: Site(kind="sum", codecs=calibrated(preset, x_RTE * factor), error={"one_shot": 0.1, "two_shot": 0.2})
         for name, factor in (("layers.0.o_proj", 1.0), ("layers.0.down_proj", 2.0))
     }
-    return Plan(tp_size=2, model=MODEL, calibration={"codec": preset}, sites=sites)
+    return Plan(split=Split(tp_size=2), model=MODEL, calibration={"codec": preset}, sites=sites)
 
 
 def names(folder: Path) -> list[str]:
@@ -58,10 +59,10 @@ def test_the_fingerprint_sees_every_part() -> None:
     same, parts = plan(), [plan(seed=1), plan(preset="int4")]
     base = plan()
     parts += [
-        Plan(tp_size=4, model=base.model, calibration=base.calibration, sites=base.sites),
-        Plan(tp_size=2, model=base.model, calibration={"codec": "other"}, sites=base.sites),
+        Plan(split=Split(tp_size=4), model=base.model, calibration=base.calibration, sites=base.sites),
+        Plan(split=Split(tp_size=2), model=base.model, calibration={"codec": "other"}, sites=base.sites),
         Plan(
-            tp_size=2,
+            split=Split(tp_size=2),
             model=ModelFingerprint(config={}, samples=MODEL.samples),
             calibration=base.calibration,
             sites=base.sites,
@@ -151,7 +152,7 @@ def test_another_format_version_is_refused(saved: Path) -> None:
 @pytest.mark.parametrize(
     "edit",
     [
-        lambda header, _: header.update(tp_size=4),
+        lambda header, _: header["split"].update(tp_size=4),
         lambda header, _: header["sites"].popitem(),
         lambda _, tensors: tensors["layers.0.o_proj/0/scale"].mul_(2),
         lambda _, tensors: tensors.update(more=torch.zeros(1)),
@@ -207,11 +208,17 @@ UNKNOWN = {"codec": "os.system", "config": {}, "tensors": []}
         [],
         {},
         {"format_version": 1},
-        {"format_version": 1, "tp_size": 2, "model": {"config": {}, "samples": {}, "more": 1}},
-        {"format_version": 1, "tp_size": 2, "model": {"config": {}, "samples": {}}, "calibration": {}, "sites": []},
+        {"format_version": 1, "split": {"tp_size": 2}, "model": {"config": {}, "samples": {}, "more": 1}},
         {
             "format_version": 1,
-            "tp_size": 2,
+            "split": {"tp_size": 2},
+            "model": {"config": {}, "samples": {}},
+            "calibration": {},
+            "sites": [],
+        },
+        {
+            "format_version": 1,
+            "split": {"tp_size": 2},
             "model": {"config": {}, "samples": {}},
             "calibration": {},
             "sites": {"a": {"kind": "sum", "error": {}, "stages": [UNKNOWN]}},
@@ -226,23 +233,25 @@ def test_a_header_that_makes_no_sense_is_refused(tmp_path: Path, header: object)
 
 def test_another_model_or_tp_size_is_refused_with_what_to_do() -> None:
     made = plan()
-    made.check(MODEL, tp_size=2)
-    with pytest.raises(PlanMismatchError, match=r"tp_size 2, .*found tp_size 4. Calibrate with tp_size=4"):
-        made.check(MODEL, tp_size=4)
+    made.check(MODEL, Split(tp_size=2))
+    with pytest.raises(PlanMismatchError, match=r"tp_size 2, .*found tp_size 4. Calibrate with tp_size 4"):
+        made.check(MODEL, Split(tp_size=4))
     other = ModelFingerprint(config={"model_type": "llama", "hidden_size": 71}, samples=MODEL.samples)
     with pytest.raises(PlanMismatchError, match="hidden_size = 70, found 71"):
-        made.check(other, tp_size=2)
+        made.check(other, Split(tp_size=2))
     other = ModelFingerprint(config=MODEL.config, samples=MODEL.samples | {"o_proj": ["c", "x"]})
     with pytest.raises(PlanError, match="weights that the plan was calibrated on in o_proj"):
-        made.check(other, tp_size=2)
+        made.check(other, Split(tp_size=2))
 
 
 def test_a_rank_checks_the_samples_that_it_holds() -> None:
     made = plan()
     made.check(
-        ModelFingerprint(config=MODEL.config, samples={"embedding": ["a", None], "o_proj": [None, "d"]}), tp_size=2
+        ModelFingerprint(config=MODEL.config, samples={"embedding": ["a", None], "o_proj": [None, "d"]}),
+        Split(tp_size=2),
     )
     with pytest.raises(PlanMismatchError):
         made.check(
-            ModelFingerprint(config=MODEL.config, samples={"embedding": ["a", None], "o_proj": [None, "x"]}), tp_size=2
+            ModelFingerprint(config=MODEL.config, samples={"embedding": ["a", None], "o_proj": [None, "x"]}),
+            Split(tp_size=2),
         )

@@ -60,24 +60,16 @@ def main(folder: str) -> None:
 def sums(preset: str, repeats: int) -> int:
     """Bytes that this rank counted while it summed `repeats` times."""
     from models import calibrated
-    from narrowcast.communicator import Communicator
-    from narrowcast.plan import ModelFingerprint, Plan, Site
+    from narrowcast.communicator import Communicator, SiteCodecs
     from narrowcast.transport import TorchDistributedTransport
 
-    codecs = calibrated(preset, torch.ones(2, 1, NUM_FEATURES))
-    plan = Plan(
-        tp_size=2,
-        model=ModelFingerprint(config={}, samples={}),
-        calibration={},
-        sites={"site": Site(kind="sum", codecs=codecs, error={})},
-    )
-    transport = TorchDistributedTransport()
-    communicator = Communicator(plan, transport, algorithm="auto", device=torch.device("cpu"))
+    codecs = SiteCodecs({"site": calibrated(preset, torch.ones(2, 1, NUM_FEATURES))}, (), "auto", torch.device("cpu"))
+    communicator = Communicator(codecs, tp=TorchDistributedTransport(), pp=None)
     dist.barrier()
     for _ in range(repeats):
         communicator.all_reduce(torch.ones(NUM_TOKENS, NUM_FEATURES), "site")
     dist.barrier()
-    report = communicator.monitor.report()
+    report = codecs.monitor.report()
     assert report.num_tokens == NUM_TOKENS * repeats
     return round(report.wire_bytes_per_token * report.num_tokens)
 

@@ -1,84 +1,201 @@
-"""A plan at work: looks up a site's codecs, runs the collective, counts what travels.
+"""Codecs at work: looks up a site's codecs, runs the collective, counts what travels.
 
-`Communicator` works on the ranks of a group, `Simulator` on the partial sums of all ranks in one process.
+`Communicator` works on the ranks of a split model. A site without codecs travels as it is; with `count_only` every
+site does, and what its codecs would send is counted.
 """
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import CastCodec
-from narrowcast.collectives import ALGORITHMS, Pending, all_gather_steps, all_reduce_steps, choose, simulate
-from narrowcast.collectives.base import Stages
-from narrowcast.monitor import Kind, Monitor
-from narrowcast.plan import Plan
+from narrowcast.codecs import CastCodec, Codec
+from narrowcast.collectives import (
+    Pending,
+    Stages,
+    all_gather_features_steps,
+    all_gather_steps,
+    all_reduce_steps,
+    all_to_all_steps,
+    broadcast_steps,
+    choose,
+    named,
+    recv_steps,
+    send_steps,
+)
+from narrowcast.collectives.base import Steps, Traffic
+from narrowcast.monitor import Monitor, SiteCounters
 from narrowcast.transport import Transport
+
+Codecs = Mapping[str, Sequence[Codec]]
+
+
+class SiteCodecs:
+    """The codecs of sites on one device, with counters. Where there are none, values travel in their own dtype."""
+
+    def __init__(self, codecs: Codecs, groups: Sequence[Sequence[int]], algorithm: str, device: torch.device) -> None:
+        nodes = tuple(tuple(group) for group in groups)
+        self._coded = {
+            name: Stages(tuple(codec.to(device) for codec in stages), nodes) for name, stages in codecs.items()
+        }
+        self._algorithm = algorithm
+        self._chosen: dict[tuple[str, int, int], str] = {}
+        self.monitor = Monitor(device)
+
+    def of(self, site: str, x: Tensor) -> Stages:
+        """The codecs by stage for values like `x`."""
+        return self._coded[site] if site in self._coded else plain(x.dtype)
+
+    def counters(self, site: str) -> SiteCounters:
+        """The site's counters."""
+        return self.monitor.site(site, coded=site in self._coded)
+
+    def algorithm(self, site: str, stages: Stages, num_tokens: int, num_features: int, world_size: int) -> str:
+        """The algorithm for a sum: more tokens than ranks do not change the choice."""
+        key = site, min(num_tokens, world_size), num_features
+        if key not in self._chosen:
+            self._chosen[key] = choose(self._algorithm, stages, num_tokens, num_features, world_size)
+        return self._chosen[key]
+
+
+def plain(dtype: torch.dtype) -> Stages:
+    """The stages of values that travel as they are."""
+    return Stages((CastCodec(dtype=dtype),) * 2)
 
 
 class Communicator:
-    """Sums and gathers of one rank, over `transport`, as `plan` has them."""
+    """What one rank sends and receives: `tp` joins the ranks that share its layers, `pp` the stages of its pipeline."""
 
-    def __init__(self, plan: Plan, transport: Transport, *, algorithm: str, device: torch.device) -> None:
-        self.transport = transport
-        self.monitor = Monitor(device)
-        self._algorithm = algorithm
-        self._stages = stages_on(plan, device)
-        self._chosen: dict[tuple[str, int], str] = {}
+    def __init__(
+        self,
+        codecs: SiteCodecs,
+        *,
+        tp: Transport | None,
+        pp: Transport | None,
+        count_only: bool = False,
+    ) -> None:
+        self._tp, self.pp, self._codecs, self._count_only = tp, pp, codecs, count_only
+
+    @property
+    def tp(self) -> Transport:
+        """The tensor-parallel ranks."""
+        assert self._tp is not None, "only a model with shared layers asks"
+        return self._tp
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
-        """Sum partial sums `x` [..., E] with the site's codecs."""
-        return self._all_reduce(x, site, self._stages[site], "coded")
+        """Sum partial sums `x` [..., E]."""
+        planned, world_size = self._codecs.of(site, x), self.tp.world_size
+        num_tokens, num_features = math.prod(x.shape[:-1]), x.shape[-1]
+        name = self._codecs.algorithm(site, planned, num_tokens, num_features, world_size)
 
-    def all_reduce_uncompressed(self, x: Tensor, site: str) -> Tensor:
-        """Sum `x` [..., E] at a site that the plan does not code, each value in its own dtype."""
-        return self._all_reduce(x, site, Stages((CastCodec(dtype=x.dtype),) * 2), "uncompressed")
+        def sent() -> Traffic:
+            found = named(name).sent(planned, num_tokens, num_features, self.tp.rank, world_size)
+            assert found is not None, "`choose` names only algorithms that can run"
+            return found
+
+        stages = plain(x.dtype) if self._count_only else planned
+        steps = all_reduce_steps(x, stages, self.tp, "auto" if self._count_only else name, self._stats(site))
+        return self._drive(steps, self.tp, site, num_tokens, x.dtype, sent)
 
     def all_gather_features(self, x: Tensor, site: str, num_features: Sequence[int]) -> Tensor:
-        """Concatenate the last dimension over ranks, uncompressed; rank r holds `num_features[r]` of it."""
-        counters = self.monitor.site(site, "uncompressed")
-        flat = x.reshape(-1, 1)
-        num_tokens = math.prod(x.shape[:-1])
+        """Put the last dimensions of all ranks side by side; rank r holds `num_features[r]` of it."""
+        rank, peers = self.tp.rank, self.tp.world_size - 1
+        x_TE, own = x.reshape(-1, x.shape[-1]), _block(num_features, self.tp.rank)
+        planned = self._codecs.of(site, x).codecs[0]
+
+        def sent() -> Traffic:
+            nbytes = planned.features(own.start, own.stop).payload_nbytes(*x_TE.shape)
+            return Traffic(peers * nbytes, peers * x_TE.numel())
+
+        steps = all_gather_features_steps(x_TE, self._used(planned, x), num_features, rank, self._stats(site))
+        y_TE = self._drive(steps, self.tp, site, len(x_TE), x.dtype, sent)
+        return y_TE.view(*x.shape[:-1], -1)
+
+    def all_gather_tokens(self, x_TE: Tensor, site: str, num_tokens: Sequence[int]) -> Tensor:
+        """The tokens of all ranks in rank order; rank r holds `num_tokens[r]` of them."""
+        planned, peers = self._codecs.of(site, x_TE).codecs[0], self.tp.world_size - 1
+        steps = all_gather_steps(x_TE, self._used(planned, x_TE), num_tokens, self.tp.rank, self._stats(site))
+        return self._drive(
+            steps, self.tp, site, sum(num_tokens), x_TE.dtype, lambda: _copies(planned, x_TE.shape, peers)
+        )
+
+    def all_to_all(self, x_TE: Tensor, site: str, send_counts: Sequence[int], recv_counts: Sequence[int]) -> Tensor:
+        """The tokens for each rank, in rank order, sent there; what comes from each, in rank order."""
+        planned, rank = self._codecs.of(site, x_TE).codecs[0], self.tp.rank
+        steps = all_to_all_steps(x_TE, self._used(planned, x_TE), send_counts, recv_counts, rank, self._stats(site))
+        shape = torch.Size((sum(send_counts) - send_counts[rank], x_TE.shape[1]))
+        return self._drive(steps, self.tp, site, 0, x_TE.dtype, lambda: _copies(planned, shape, 1))
+
+    def send(self, x: Tensor, site: str, *, dst: int) -> None:
+        """Send `x` [..., E] to stage `dst`."""
+        assert self.pp is not None, "only a pipeline sends from stage to stage"
+        x_TE, planned = x.reshape(-1, x.shape[-1]), self._codecs.of(site, x).codecs[0]
+        rank, num_stages = self.pp.rank, self.pp.world_size
+        steps = send_steps(x_TE, self._used(planned, x), dst, rank, num_stages, self._stats(site))
+        pair = rank, dst
+        self._drive(steps, self.pp, site, len(x_TE), x.dtype, lambda: _copies(planned, x_TE.shape, 1), pair=pair)
+
+    def recv(self, shape: Sequence[int], site: str, *, src: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """What stage `src` sends: [..., E] of that shape."""
+        assert self.pp is not None, "only a pipeline sends from stage to stage"
+        y_TE = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=dtype, device=device)
+        codec = self._used(self._codecs.of(site, y_TE).codecs[0], y_TE)
+        steps, pair = recv_steps(y_TE, codec, src, self.pp.world_size), (src, self.pp.rank)
+        self._drive(steps, self.pp, site, len(y_TE), dtype, lambda: Traffic(0, 0), pair=pair)
+        return y_TE.view(*shape)
+
+    def broadcast(
+        self, x: Tensor | None, shape: Sequence[int], site: str, *, src: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """What stage `src` holds, `x` [..., E] of that shape there, at every stage."""
+        assert self.pp is not None, "only a pipeline sends from stage to stage"
+        y_TE = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=dtype, device=device)
+        planned, (rank, num_stages) = self._codecs.of(site, y_TE).codecs[0], (self.pp.rank, self.pp.world_size)
+        steps = broadcast_steps(
+            None if x is None else x.reshape(y_TE.shape),
+            y_TE,
+            self._used(planned, y_TE),
+            src,
+            rank,
+            num_stages,
+            self._stats(site),
+        )
+        copies = num_stages - 1 if rank == src else 0
+        self._drive(steps, self.pp, site, len(y_TE), dtype, lambda: _copies(planned, y_TE.shape, copies))
+        return y_TE.view(*shape)
+
+    def _used(self, planned: Codec, x: Tensor) -> Codec:
+        return CastCodec(dtype=x.dtype) if self._count_only else planned
+
+    def _stats(self, site: str) -> Tensor:
+        return self._codecs.counters(site).stats
+
+    def _drive(
+        self,
+        steps: Steps,
+        transport: Transport,
+        site: str,
+        num_tokens: int,
+        dtype: torch.dtype,
+        planned: Callable[[], Traffic],
+        pair: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Run the steps; count what they send, or, if only counting, what was planned."""
+        counters = self._codecs.counters(site)
         counters.num_tokens += num_tokens
-        counts = [num_tokens * count for count in num_features]
-        steps = all_gather_steps(flat, CastCodec(dtype=x.dtype), counts, self.transport.rank)
-        parts = Pending(steps, self.transport, counters.count_sent).wait().split(counts)
-        shaped = [part.view(*x.shape[:-1], count) for part, count in zip(parts, num_features, strict=True)]
-        return torch.cat(shaped, dim=-1)
-
-    def _all_reduce(self, x: Tensor, site: str, stages: Stages, kind: Kind) -> Tensor:
-        counters = self.monitor.site(site, kind)
-        num_tokens, world_size = math.prod(x.shape[:-1]), self.transport.world_size
-        counters.num_tokens += num_tokens
-        key = site, min(num_tokens, world_size)  # more tokens than ranks do not change the choice
-        if key not in self._chosen:
-            self._chosen[key] = choose(self._algorithm, stages, num_tokens, x.shape[-1], world_size)
-        steps = all_reduce_steps(x, stages, self.transport, self._chosen[key], counters.stats)
-        return Pending(steps, self.transport, counters.count_sent).wait()
+        if self._count_only:
+            counters.count_sent(planned(), dtype.itemsize)
+            return Pending(steps, transport, pair=pair).wait()
+        sent = functools.partial(counters.count_sent, itemsize=dtype.itemsize)
+        return Pending(steps, transport, sent, pair=pair).wait()
 
 
-class Simulator:
-    """The same sums for all ranks at once: equal bits. Bytes are counted as rank 0 sends them, clipping for all."""
-
-    def __init__(self, plan: Plan, *, algorithm: str, device: torch.device) -> None:
-        self.monitor = Monitor(device)
-        self._tp_size, self._algorithm = plan.tp_size, algorithm
-        self._stages = stages_on(plan, device)
-
-    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
-        """Sum the partial sums [..., E] of all ranks with the site's codecs."""
-        stages, counters = self._stages[site], self.monitor.site(site, "coded")
-        num_features = partials[0].shape[-1]
-        num_tokens = math.prod(partials[0].shape[:-1])
-        counters.num_tokens += num_tokens
-        name = choose(self._algorithm, stages, num_tokens, num_features, self._tp_size)
-        sent = ALGORITHMS[name].sent(stages, num_tokens, num_features, 0, self._tp_size)
-        assert sent is not None, "`choose` names only algorithms that can run"
-        counters.count_sent(sent)
-        return simulate.all_reduce(partials, codec=stages.codecs, algorithm=self._algorithm, stats=counters.stats)
+def _copies(codec: Codec, shape: torch.Size, copies: int) -> Traffic:
+    return Traffic(copies * codec.payload_nbytes(*shape), copies * math.prod(shape))
 
 
-def stages_on(plan: Plan, device: torch.device) -> Mapping[str, Stages]:
-    """The plan's codecs by site, with their tensors on `device`."""
-    return {name: Stages(tuple(codec.to(device) for codec in site.codecs)) for name, site in plan.sites.items()}
+def _block(num_features: Sequence[int], rank: int) -> slice:
+    start = sum(num_features[:rank])
+    return slice(start, start + num_features[rank])

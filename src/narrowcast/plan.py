@@ -9,18 +9,21 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from narrowcast.codecs import CODECS, Codec
 from narrowcast.errors import InvalidInputError, PlanFormatError, PlanMismatchError
+from narrowcast.split import Split
+
+T = TypeVar("T")
 
 FORMAT_VERSION = 1
 
@@ -35,12 +38,17 @@ class ModelFingerprint:
     config: Mapping[str, Any]
     samples: Mapping[str, Sequence[str | None]]
 
-    def difference(self, found: "ModelFingerprint") -> tuple[str, str] | None:
-        """(expected, found) of the first thing in which `found` differs from this one; None if it agrees."""
+    def difference(self, found: "ModelFingerprint", *, whole: bool = True) -> tuple[str, str] | None:
+        """(expected, found) of the first thing in which `found` differs from this one; None if it agrees.
+
+        Where `found` is not of the `whole` depth of the model, weights may be missing in it.
+        """
         for key, value in self.config.items():
             if found.config.get(key) != value:
                 return f"a model with {key} = {value!r}", repr(found.config.get(key))
         for name, digests in self.samples.items():
+            if name not in found.samples and not whole:
+                continue
             other = found.samples.get(name, ())
             if len(digests) != len(other):
                 return f"a model with {name}", "one without it"
@@ -48,12 +56,22 @@ class ModelFingerprint:
                 return f"the weights that the plan was calibrated on in {name}", "others"
         return None
 
+    def merged(self, other: "ModelFingerprint") -> "ModelFingerprint":
+        """What this one and `other`, made on another rank of the same split model, know together."""
+        samples = {name: list(digests) for name, digests in self.samples.items()}
+        for name, digests in other.samples.items():
+            known = samples.get(name, [None] * len(digests))
+            samples[name] = [mine or theirs for mine, theirs in zip(known, digests, strict=True)]
+        return ModelFingerprint(config=self.config, samples=samples)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
-    """A named place where a tensor travels. `codecs` by stage: [0] partial sums, [1] the reduced sum.
+    """A named place where a tensor travels. `kind`: one of `split.KINDS`.
 
-    `error`: expected relative RMS error of the coded sum by algorithm, measured on calibration data.
+    `codecs` by stage: [0] what the ranks put in, [1] a reduced sum where it travels again.
+    `error`: expected relative RMS error by algorithm (of a sum; "once" for what travels once as it is), measured
+    on calibration data.
     """
 
     kind: str
@@ -63,31 +81,39 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plan:
-    """The calibrated artifact: for one model, split over `tp_size` ranks.
+    """The calibrated artifact: for one model, spread as `split` says.
 
-    `calibration` says how it was made (JSON values); `sites` maps a layer's name to its codecs.
+    `groups`: the tensor-parallel ranks of each node, where sums go within nodes first.
+    `calibration` says how it was made (JSON values); `sites` maps a layer's name to its codecs. What travels
+    elsewhere is not coded.
     """
 
-    tp_size: int
+    split: Split
+    groups: tuple[tuple[int, ...], ...] = ()
     model: ModelFingerprint
     calibration: Mapping[str, Any]
     sites: Mapping[str, Site]
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that share a layer."""
+        return self.split.tp_size
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of everything in the plan: equal plans, and only those, have equal fingerprints."""
         return _digest(*self._contents())
 
-    def check(self, model: ModelFingerprint, *, tp_size: int) -> None:
-        """PlanMismatchError unless the plan is for this model, split over `tp_size` ranks."""
-        if tp_size != self.tp_size:
+    def check(self, model: ModelFingerprint, split: Split) -> None:
+        """PlanMismatchError unless the plan is for this model, spread in this way."""
+        if split != self.split:
             raise PlanMismatchError(
                 "plan",
-                expected=f"tp_size {self.tp_size}, for which it was calibrated",
-                found=f"tp_size {tp_size}",
-                remedy=f"Calibrate with tp_size={tp_size}.",
+                expected=f"{self.split}, for which it was calibrated",
+                found=str(split),
+                remedy=f"Calibrate with {split}.",
             )
-        if difference := self.model.difference(model):
+        if difference := self.model.difference(model, whole=split.pp_size == 1):
             expected, found = difference
             raise PlanMismatchError("plan", expected=expected, found=found, remedy="Calibrate this model.")
 
@@ -95,12 +121,10 @@ class Plan:
         """Write the plan whole or not at all. InvalidInputError if `path` exists and `overwrite` is not set."""
         path = Path(path)
         check_writable(path, overwrite=overwrite)
-        header, tensors = self._contents()
-        metadata = {"narrowcast": header, "sha256": self.fingerprint}
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
             with temporary.open("xb") as file:
-                file.write(safetensors.torch.save(tensors, metadata))
+                file.write(self.to_bytes())
                 file.flush()
                 os.fsync(file.fileno())
             if overwrite or not _link(temporary, path):
@@ -114,7 +138,20 @@ class Plan:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read a plan; PlanFormatError if it is none, or truncated, altered, or of another format version."""
-        metadata, tensors = _read(Path(path))
+        path = Path(path)
+        if not path.is_file():
+            raise _unusable(path, expected="a plan file", found="a folder" if path.is_dir() else "no such file")
+        return cls.from_bytes(path.read_bytes(), path)
+
+    def to_bytes(self) -> bytes:
+        """The contents of a plan file."""
+        header, tensors = self._contents()
+        return safetensors.torch.save(tensors, {"narrowcast": header, "sha256": self.fingerprint})
+
+    @classmethod
+    def from_bytes(cls, data: bytes, path: str | os.PathLike[str]) -> "Plan":
+        """The plan in `data`, the contents of `path`; raises as `load` does."""
+        metadata, tensors = _read(data, path)
         header = _parse(path, metadata["narrowcast"])
         if header.get("format_version") != FORMAT_VERSION:
             raise _unusable(
@@ -127,7 +164,8 @@ class Plan:
             raise _unusable(path, expected="the contents that were saved", found="altered ones")
         try:
             return cls(
-                tp_size=header["tp_size"],
+                split=Split(**header["split"]),
+                groups=tuple(tuple(group) for group in header["groups"]),
                 model=ModelFingerprint(**header["model"]),
                 calibration=header["calibration"],
                 sites={name: _site(name, entry, tensors) for name, entry in header["sites"].items()},
@@ -138,7 +176,7 @@ class Plan:
     def _contents(self) -> tuple[str, dict[str, Tensor]]:
         sites: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
-        for name, site in self.sites.items():
+        for name, site in _in_order(self.sites):
             stages = []
             for stage, codec in enumerate(site.codecs):
                 config, own = codec.state()
@@ -147,12 +185,18 @@ class Plan:
             sites[name] = {"kind": site.kind, "stages": stages, "error": dict(site.error)}
         header = {
             "format_version": FORMAT_VERSION,
-            "tp_size": self.tp_size,
-            "model": {"config": dict(self.model.config), "samples": dict(self.model.samples)},
+            "split": asdict(self.split),
+            "groups": self.groups,
+            "model": {"config": dict(self.model.config), "samples": dict(_in_order(self.model.samples))},
             "calibration": dict(self.calibration),
             "sites": sites,
         }
         return json.dumps(header), tensors
+
+
+def _in_order(by_name: Mapping[str, T]) -> list[tuple[str, T]]:
+    """By name, layer 10 after layer 9: whoever made a plan, and in whatever order, its contents stand alike."""
+    return sorted(by_name.items(), key=lambda item: [(part.isdigit(), part.zfill(9)) for part in item[0].split(".")])
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
@@ -181,15 +225,13 @@ def _link(source: Path, path: Path) -> bool:
     return True
 
 
-def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    if not path.is_file():
-        raise _unusable(path, expected="a plan file", found="a folder" if path.is_dir() else "no such file")
+def _read(data: bytes, path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
+        tensors = safetensors.torch.load(data)
     except SafetensorError as error:
         raise _unusable(path, expected="a whole safetensors file", found=str(error)) from error
+    header_nbytes = int.from_bytes(data[:8], "little")
+    metadata: dict[str, str] = json.loads(data[8 : 8 + header_nbytes]).get("__metadata__") or {}
     if "narrowcast" not in metadata:
         raise _unusable(path, expected="a narrowcast plan", found="a safetensors file of another kind")
     return metadata, tensors

@@ -14,12 +14,14 @@ from rich.table import Table
 from torch import Tensor
 
 import narrowcast
+from narrowcast.cli.calibrate import Options, observe_with_bar
 from narrowcast.cli.files import check_report, sequences, write_report
 from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks
-from narrowcast.cli.model import Algorithm, TensorParallel, observe_with_bar
+from narrowcast.cli.options import Algorithm, TensorParallel
 from narrowcast.codecs import recipe
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
+from narrowcast.split import Split
 
 BASELINES = ["bf16", "int4", "int4-random"]
 WHAT = {
@@ -54,7 +56,7 @@ def demo(
     batches = sequences(tokenizer, folder / "scoring.txt", length=LENGTH, limit=NUM_SCORING)
     prompts = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
     with tempfile.TemporaryDirectory(prefix="narrowcast-") as plans, reference_of(whole, batches) as reference:
-        seen = observe_with_bar(whole, text, tp_size=tp)
+        seen = observe_with_bar(whole, text, Split(tp_size=tp), Options())
         for name in names:
             seen.plan(name).save(f"{plans}/{name}")
         job = Job(
@@ -66,7 +68,7 @@ def demo(
             prompts=prompts,
             max_new_tokens=MAX_NEW_TOKENS,
         )
-        outcomes = dict(zip(names, run_on_ranks(job, tp), strict=True))
+        outcomes = dict(zip(names, run_on_ranks(job, Split(tp_size=tp)), strict=True))
     rows = [_row(name, outcome, outcomes["bf16"]) for name, outcome in outcomes.items()]
     if json is not None:
         write_report(json, {"tp_size": tp, "algorithm": algorithm, "codecs": rows})

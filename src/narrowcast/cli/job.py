@@ -20,6 +20,7 @@ from narrowcast.cli.launch import is_first_rank, on_ranks
 from narrowcast.evaluate import Score, compare, log_probs
 from narrowcast.integrations import device_of, load_engine
 from narrowcast.monitor import Report
+from narrowcast.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 
@@ -35,6 +36,7 @@ class Job:
     reference: Path | None = None
     prompts: Sequence[Tensor] = ()
     max_new_tokens: int = 0
+    count_only: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +48,9 @@ class Outcome:
     continuations: list[list[int]] = field(default_factory=list)
 
 
-def run_on_ranks(job: Job, tp_size: int) -> list[Outcome]:
-    """One outcome a plan, from rank 0 of `tp_size` processes that hold a part of the model each."""
-    return on_ranks(_on_rank, tp_size, job.timeout_s, job, tp_size)
+def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
+    """One outcome a plan, from rank 0 of processes that hold a part of the model each."""
+    return on_ranks(_on_rank, split.world_size, job.timeout_s, job, split)
 
 
 def run_simulated(job: Job, model: nn.Module) -> list[Outcome]:
@@ -65,15 +67,20 @@ def reference_of(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _on_rank(job: Job, tp_size: int) -> list[Outcome]:
-    return _outcomes(job, load_engine().load(job.model, tp_size=tp_size), simulate=False)
+def _on_rank(job: Job, split: Split) -> list[Outcome]:
+    return _outcomes(job, load_engine().load(job.model, split=split), simulate=False)
 
 
 def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
     outcomes = []
     for path in job.plans:
         with narrowcast.attach(
-            model, Plan.load(path), simulate=simulate, algorithm=job.algorithm, timeout_s=job.timeout_s
+            model,
+            Plan.load(path),
+            simulate=simulate,
+            count_only=job.count_only,
+            algorithm=job.algorithm,
+            timeout_s=job.timeout_s,
         ) as handle:
             score, of_scoring = (_score(job, model), handle.report()) if job.batches else (None, None)
             continuations = _continue(model, job.prompts, job.max_new_tokens) if job.prompts else []
@@ -96,6 +103,8 @@ def _score(job: Job, model: nn.Module) -> Score | None:
 @torch.no_grad()
 def _continue(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
     """Ids of greedy continuations, up to the end of text, of all prompts in one batch, padded on the left."""
+    if len(prompts) > 1 and load_engine().split_of(model).pp_size > 1:  # no stage but the first knows of padding
+        return [ids for prompt in prompts for ids in _continue(model, [prompt], max_new_tokens)]
     width = max(prompt.shape[1] for prompt in prompts)
     ids = torch.cat([functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts])
     mask = torch.cat([functional.pad(torch.ones_like(prompt), (width - prompt.shape[1], 0)) for prompt in prompts])

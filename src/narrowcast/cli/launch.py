@@ -1,4 +1,4 @@
-"""Running a function on `tp_size` ranks: started here, or, under torchrun, those that it started."""
+"""Running a function on `world_size` ranks: started here, or, under torchrun, those that it started."""
 
 import contextlib
 import ctypes
@@ -26,17 +26,17 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def on_ranks(function: Callable[P, T], tp_size: int, timeout_s: float, *args: P.args, **kwargs: P.kwargs) -> T:
+def on_ranks(function: Callable[P, T], world_size: int, timeout_s: float, *args: P.args, **kwargs: P.kwargs) -> T:
     """What `function` returns on rank 0. Its arguments must be picklable; ranks join within `timeout_s`."""
     if under_torchrun():
-        _check_world_size(tp_size)
+        _check_world_size(world_size)
         return cast(T, _rank_main(function, timeout_s, args, kwargs))
     _silence_launcher()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=tp_size,
+        nproc_per_node=world_size,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -89,11 +89,11 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _check_world_size(tp_size: int) -> None:
-    world_size = int(os.environ["WORLD_SIZE"])
-    if world_size != tp_size:
+def _check_world_size(world_size: int) -> None:
+    found = int(os.environ["WORLD_SIZE"])
+    if found != world_size:
         raise InvalidInputError(
-            "torchrun", expected=f"{tp_size} ranks, as the plan has", found=world_size, remedy="Start that many."
+            "torchrun", expected=f"{world_size} ranks, as the plan has", found=found, remedy="Start that many."
         )
 
 

@@ -1,91 +1,22 @@
-"""`narrowcast calibrate`, `evaluate` and `generate`: a model, and a plan for it."""
+"""`narrowcast evaluate` and `generate`: a model, and a plan for it."""
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor, nn
 
-import narrowcast
 from narrowcast import Plan
-from narrowcast.calibrate import DEFAULT_FIRST_TOKENS, DEFAULT_NUM_FIRST, FirstTokens, Observations, observe
 from narrowcast.cli.files import DEFAULT_LENGTH, check_report, sequences, write_report
 from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks, run_simulated
 from narrowcast.cli.launch import is_first_rank
-from narrowcast.codecs import recipe
+from narrowcast.cli.options import Algorithm, Device, Length, ModelArgument, PlanOption, Timeout
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
-from narrowcast.plan import check_writable
 from narrowcast.transport import DEFAULT_TIMEOUT_S
-
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
-TensorParallel = Annotated[int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=2, help="Number of ranks.")]
-Device = Annotated[str, typer.Option(help="Where the whole model computes: cpu, cuda, ...")]
-PlanOption = Annotated[Path, typer.Option("--plan", help="A plan that calibrate wrote.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens a sequence at most.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a rank before it counts as lost.")]
-Algorithm = Annotated[Literal["auto", "one_shot", "two_shot"], typer.Option(help="How the ranks add up.")]
-
-
-def calibrate(
-    model: ModelArgument,
-    tp: TensorParallel,
-    text: Annotated[Path, typer.Option(help="Text to calibrate on; form feeds split documents.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")],
-    codec: Annotated[str, typer.Option(help=f"A preset: {', '.join(narrowcast.PRESETS)}.")] = "int4-feature",
-    num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 128,
-    length: Length = DEFAULT_LENGTH,
-    first_tokens: Annotated[
-        FirstTokens, typer.Option(help="How each sequence's first tokens count: for all, for outliers only, not.")
-    ] = DEFAULT_FIRST_TOKENS,
-    num_first: Annotated[int, typer.Option(min=0, help="How many tokens those are.")] = DEFAULT_NUM_FIRST,
-    device: Device = "cpu",
-    overwrite: Annotated[bool, typer.Option(help="Replace the plan if it exists.")] = False,
-) -> None:
-    """Calibrate MODEL for --tp ranks and write a plan."""
-    check_writable(output, overwrite=overwrite)
-    recipe(codec)
-    engine = load_engine()
-    found = sequences(engine.load_tokenizer(model), text, length=length, limit=num_sequences)
-    seen = observe_with_bar(
-        engine.load(model, device=device), found, tp_size=tp, first_tokens=first_tokens, num_first=num_first
-    )
-    plan = seen.plan(codec)
-    plan.save(output, overwrite=overwrite)
-    typer.echo(f"{output}: {len(plan.sites)} sites, tp_size {tp}, {codec}, from {len(found)} sequences")
-
-
-def observe_with_bar(
-    model: nn.Module,
-    found: Sequence[Tensor],
-    *,
-    tp_size: int,
-    first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
-    num_first: int = DEFAULT_NUM_FIRST,
-) -> Observations:
-    """`observe` under a bar with rate and remaining time."""
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(found), rate="")
-
-        def advance(done: int) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=done, rate=f"{speed:.1f} sequences/s" if speed else "")
-
-        return observe(model, found, tp_size=tp_size, first_tokens=first_tokens, num_first=num_first, progress=advance)
 
 
 def evaluate(
@@ -105,7 +36,7 @@ def evaluate(
     The uncompressed model's log-probabilities wait in the temporary folder: 4 bytes a token and vocabulary entry.
     """
     check_report(json)
-    tp_size = Plan.load(plan).tp_size
+    split = Plan.load(plan).split
     engine = load_engine()
     batches = sequences(
         engine.load_tokenizer(model), text or Path(model) / "scoring.txt", length=length, limit=num_sequences
@@ -115,15 +46,15 @@ def evaluate(
         job = Job(
             model=model, plans=[plan], algorithm=algorithm, timeout_s=timeout, batches=batches, reference=reference
         )
-        (outcome,) = run_on_ranks(job, tp_size) if real else run_simulated(job, whole)
+        (outcome,) = run_on_ranks(job, split) if real else run_simulated(job, whole)
     if not is_first_rank():
         return
     assert outcome.score is not None, "there were batches"
-    figures = asdict(outcome.score) | outcome.report.to_json() | {"tp_size": tp_size, "algorithm": algorithm}
+    figures = asdict(outcome.score) | outcome.report.to_json() | asdict(split) | {"algorithm": algorithm}
     if json is not None:
         write_report(json, figures | {"model": model, "plan": str(plan), "real": real})
     where = "real ranks" if real else "simulated"
-    _print_figures(outcome, escape(f"{model}, {plan}, tp_size {tp_size}, {where}"))
+    _print_figures(outcome, escape(f"{model}, {plan}, {split}, {where}"))
 
 
 def generate(
@@ -135,7 +66,7 @@ def generate(
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
-    tp_size = Plan.load(plan).tp_size
+    split = Plan.load(plan).split
     tokenizer = load_engine().load_tokenizer(model)
     prompts = [tokenizer(each, return_tensors="pt").input_ids for each in prompt]
     if any(ids.shape[1] == 0 for ids in prompts):
@@ -148,7 +79,7 @@ def generate(
         prompts=prompts,
         max_new_tokens=max_new_tokens,
     )
-    (outcome,) = run_on_ranks(job, tp_size)
+    (outcome,) = run_on_ranks(job, split)
     if not is_first_rank():
         return
     for start, ids in zip(prompts, outcome.continuations, strict=True):

@@ -35,7 +35,7 @@ def inspect(
         check_writable(plot, overwrite=overwrite)
     plan = Plan.load(path)
     console = Console()
-    console.print(f"[bold]{escape(str(path))}[/]  tp_size {plan.tp_size}  fingerprint {plan.fingerprint[:16]}")
+    console.print(f"[bold]{escape(str(path))}[/]  {plan.split}  fingerprint {plan.fingerprint[:16]}")
     console.print("model: " + ", ".join(f"{key} {value}" for key, value in plan.model.config.items()))
     console.print("calibration: " + ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
     for stage, title, algorithm in STAGES:
@@ -103,5 +103,5 @@ def draw_ranges(plan: Plan, path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xticks(range(len(sites)), list(sites), rotation=90, fontsize=7)
     axes.set_ylabel("range of a feature's partial sums\n(largest magnitude, mean over ranks)")
-    axes.set_title(f"quartiles and extremes over features, tp_size {plan.tp_size};\noutliers, sent in BF16, in red")
+    axes.set_title(f"quartiles and extremes over features, {plan.split};\noutliers, sent in BF16, in red")
     figure.savefig(path, dpi=120, format="png")

@@ -5,13 +5,20 @@ from narrowcast.collectives.algorithms import (
     ALGORITHMS,
     NODE_ALGORITHMS,
     check_algorithm,
+    checked_groups,
     checked_stages,
     choose,
     named,
 )
 from narrowcast.collectives.all_to_all import all_to_all, all_to_all_steps
 from narrowcast.collectives.base import Stages
-from narrowcast.collectives.gather import all_gather, all_gather_steps, broadcast, broadcast_steps
+from narrowcast.collectives.gather import (
+    all_gather,
+    all_gather_features_steps,
+    all_gather_steps,
+    broadcast,
+    broadcast_steps,
+)
 from narrowcast.collectives.pending import Pending, transport_of
 from narrowcast.collectives.point_to_point import recv, recv_steps, send, send_steps
 from narrowcast.collectives.reduce import all_reduce, all_reduce_steps, reduce_scatter, reduce_scatter_steps
@@ -22,6 +29,7 @@ __all__ = [
     "Pending",
     "Stages",
     "all_gather",
+    "all_gather_features_steps",
     "all_gather_steps",
     "all_reduce",
     "all_reduce_steps",
@@ -30,6 +38,7 @@ __all__ = [
     "broadcast",
     "broadcast_steps",
     "check_algorithm",
+    "checked_groups",
     "checked_stages",
     "choose",
     "named",

@@ -106,7 +106,7 @@ def checked_stages(codec: Codec | Sequence[Codec], world_size: int, groups: Sequ
             found=f"{codecs[1].num_sources}",
             remedy="Pass codec=(partial, reduced), as `plan.sites[name].codecs` holds them.",
         )
-    nodes = _checked_groups(groups, world_size)
+    nodes = checked_groups(groups, world_size)
     if nodes and len(codecs) > 2 and codecs[2].num_sources not in (None, len(nodes)):
         raise InvalidInputError(
             "codec between nodes",
@@ -117,7 +117,7 @@ def checked_stages(codec: Codec | Sequence[Codec], world_size: int, groups: Sequ
     return Stages(tuple(codecs), nodes)
 
 
-def _checked_groups(groups: Sequence[Sequence[int]], world_size: int) -> tuple[tuple[int, ...], ...]:
+def checked_groups(groups: Sequence[Sequence[int]], world_size: int) -> tuple[tuple[int, ...], ...]:
     """The ranks of each node, ascending: partial sums are added up in rank order."""
     well_formed = all(isinstance(group, Sequence) and len(group) > 0 for group in groups)
     if groups and not (well_formed and sorted(chain(*groups)) == list(range(world_size))):

@@ -60,11 +60,16 @@ def all_to_all(
 
 
 def all_to_all_steps(
-    x_TE: Tensor, codec: Codec, send_counts: Sequence[int], recv_counts: Sequence[int], rank: int
+    x_TE: Tensor,
+    codec: Codec,
+    send_counts: Sequence[int],
+    recv_counts: Sequence[int],
+    rank: int,
+    stats: Tensor | None = None,
 ) -> Steps:
     """Steps of an all_to_all."""
     world_size, num_features = len(send_counts), x_TE.shape[1]
-    sends = codec.encode(x_TE, source=source_of(codec, rank, world_size)).split(list(send_counts))
+    sends = codec.encode(x_TE, source=source_of(codec, rank, world_size), stats=stats).split(list(send_counts))
     recvs = new_payload(codec, sum(recv_counts), num_features, like=x_TE).split(list(recv_counts))
     recvs[rank].copy_(sends[rank])
     num_values = (len(x_TE) - send_counts[rank]) * num_features

@@ -4,6 +4,7 @@ The sender decodes its own payload too, so that no rank holds other bits than th
 """
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Literal, overload
 
 import torch
@@ -60,16 +61,39 @@ def all_gather(
     return finish(Pending(all_gather_steps(x_TE, codec, counts, transport.rank), transport), async_op)
 
 
-def all_gather_steps(x_TE: Tensor, codec: Codec, num_tokens: Sequence[int], rank: int) -> Steps:
+def all_gather_steps(
+    x_TE: Tensor, codec: Codec, num_tokens: Sequence[int], rank: int, stats: Tensor | None = None
+) -> Steps:
     """Steps of an all_gather where rank r holds `num_tokens[r]` tokens."""
     world_size, num_features = len(num_tokens), x_TE.shape[1]
     payloads = [new_payload(codec, count, num_features, like=x_TE) for count in num_tokens]
-    codec.encode(x_TE, source=source_of(codec, rank, world_size), out=payloads[rank])
+    codec.encode(x_TE, source=source_of(codec, rank, world_size), out=payloads[rank], stats=stats)
     yield to_all(payloads[rank], payloads, rank, x_TE.numel())
     y_TE = torch.empty(sum(num_tokens), num_features, dtype=x_TE.dtype, device=x_TE.device)
     for peer, (payload_TB, part_TE) in enumerate(zip(payloads, y_TE.split(list(num_tokens)), strict=True)):
         codec.decode(payload_TB, source=source_of(codec, peer, world_size), out=part_TE)
     return y_TE
+
+
+def all_gather_features_steps(
+    x_TE: Tensor, codec: Codec, num_features: Sequence[int], rank: int, stats: Tensor | None = None
+) -> Steps:
+    """Steps of an all_gather [T, E0 + E1 + ...] of columns, of which rank r holds `num_features[r]`."""
+    num_tokens, blocks = len(x_TE), blocks_of(num_features)
+    codecs = [codec.features(block.start, block.stop) for block in blocks]
+    payloads = [new_payload(own, num_tokens, num, like=x_TE) for own, num in zip(codecs, num_features, strict=True)]
+    codecs[rank].encode(x_TE, source=source_of(codec, rank, len(blocks)), out=payloads[rank], stats=stats)
+    yield to_all(payloads[rank], payloads, rank, x_TE.numel())
+    y_TE = torch.empty(num_tokens, sum(num_features), dtype=x_TE.dtype, device=x_TE.device)
+    for peer, (payload_TB, block) in enumerate(zip(payloads, blocks, strict=True)):
+        codecs[peer].decode(payload_TB, source=source_of(codec, peer, len(blocks)), out=y_TE[:, block])
+    return y_TE
+
+
+def blocks_of(num_features: Sequence[int]) -> list[slice]:
+    """Which columns of the whole each rank holds."""
+    stops = list(accumulate(num_features))
+    return [slice(stop - num, stop) for num, stop in zip(num_features, stops, strict=True)]
 
 
 @overload
@@ -131,7 +155,15 @@ def broadcast(
     return finish(Pending(steps, transport), async_op)
 
 
-def broadcast_steps(x_TE: Tensor | None, y_TE: Tensor, codec: Codec, src: int, rank: int, world_size: int) -> Steps:
+def broadcast_steps(
+    x_TE: Tensor | None,
+    y_TE: Tensor,
+    codec: Codec,
+    src: int,
+    rank: int,
+    world_size: int,
+    stats: Tensor | None = None,
+) -> Steps:
     """Steps of filling `y_TE` on every rank with what `src` has in `x_TE`."""
     source = source_of(codec, src, world_size)
     payload_TB = new_payload(codec, len(y_TE), y_TE.shape[1], like=y_TE)
@@ -139,7 +171,7 @@ def broadcast_steps(x_TE: Tensor | None, y_TE: Tensor, codec: Codec, src: int, r
     if x_TE is None:
         yield Exchange(nobody, [payload_TB if peer == src else None for peer in range(world_size)], 0)
     else:
-        codec.encode(x_TE, source=source, out=payload_TB)
+        codec.encode(x_TE, source=source, out=payload_TB, stats=stats)
         num_values = (world_size - 1) * x_TE.numel()
         yield Exchange([None if peer == rank else payload_TB for peer in range(world_size)], nobody, num_values)
     return codec.decode(payload_TB, source=source, out=y_TE)

@@ -33,9 +33,9 @@ def send(x_TE: Tensor, *, dst: int, codec: Codec, group: Group = None, async_op:
     return finish(pending, async_op)
 
 
-def send_steps(x_TE: Tensor, codec: Codec, dst: int, rank: int, world_size: int) -> Steps:
+def send_steps(x_TE: Tensor, codec: Codec, dst: int, rank: int, world_size: int, stats: Tensor | None = None) -> Steps:
     """Steps of a send from `rank` to `dst`."""
-    payload_TB = codec.encode(x_TE, source=source_of(codec, rank, world_size))
+    payload_TB = codec.encode(x_TE, source=source_of(codec, rank, world_size), stats=stats)
     sends = [payload_TB if peer == dst else None for peer in range(world_size)]
     yield Exchange(sends, [None] * world_size, x_TE.numel())
     return x_TE

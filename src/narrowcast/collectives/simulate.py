@@ -13,6 +13,7 @@ from narrowcast.codecs import Codec
 from narrowcast.collectives.algorithms import checked_stages, choose, named, source_of
 from narrowcast.collectives.all_to_all import check_counts
 from narrowcast.collectives.base import share_of
+from narrowcast.collectives.gather import blocks_of
 
 
 def all_reduce(
@@ -47,6 +48,16 @@ def all_gather(parts: Sequence[Tensor], *, codec: Codec) -> Tensor:
     return torch.cat([send(x_TE, src=rank, world_size=len(parts), codec=codec) for rank, x_TE in enumerate(parts)])
 
 
+def all_gather_features(parts: Sequence[Tensor], *, codec: Codec, stats: Tensor | None = None) -> Tensor:
+    """All ranks' columns [T, E0 + E1 + ...] side by side, as every rank decodes them."""
+    decoded = []
+    blocks = blocks_of([x_TE.shape[1] for x_TE in parts])
+    for rank, (x_TE, block) in enumerate(zip(parts, blocks, strict=True)):
+        own = codec.features(block.start, block.stop)
+        decoded.append(send(x_TE, src=rank, world_size=len(parts), codec=own, stats=stats))
+    return torch.cat(decoded, dim=1)
+
+
 def all_to_all(inputs: Sequence[Tensor], *, codec: Codec, send_counts: Sequence[Sequence[int]]) -> list[Tensor]:
     """The tokens that each rank ends with; `send_counts[src][dst]` of those of `inputs[src]` go from src to dst."""
     world_size = len(inputs)
@@ -70,8 +81,9 @@ def send(
     world_size: int,
     codec: Codec,
     dtype: torch.dtype | None = None,
+    stats: Tensor | None = None,
 ) -> Tensor:
     """What a rank receives when `src` sends it `x_TE`, in `dtype` (None: that of `x_TE`)."""
     source = source_of(codec, src, world_size)
-    payload_TB = codec.encode(x_TE, source=source)
+    payload_TB = codec.encode(x_TE, source=source, stats=stats)
     return codec.decode(payload_TB, source=source, dtype=dtype or x_TE.dtype, num_features=x_TE.shape[1])

@@ -3,18 +3,21 @@
 import importlib
 import json
 import logging
+from collections.abc import Mapping
 from typing import Self, cast
 
 import torch
 from torch import nn
 
 from narrowcast.collectives import check_algorithm
-from narrowcast.communicator import Communicator, Simulator
+from narrowcast.communicator import Communicator, SiteCodecs
 from narrowcast.errors import InvalidInputError, MissingDependencyError, PlanMismatchError
-from narrowcast.integrations.base import Engine
-from narrowcast.integrations.forwards import Forwards, split_virtually
+from narrowcast.integrations.base import Engine, Groups
+from narrowcast.integrations.forwards import Forwards
 from narrowcast.monitor import Monitor, Report
 from narrowcast.plan import Plan
+from narrowcast.simulator import Simulator
+from narrowcast.split import SUMS, Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport, Transport
 
 ENGINES: dict[str, str] = {"transformers": "narrowcast.integrations.transformers"}
@@ -53,14 +56,16 @@ def attach(
     plan: Plan,
     *,
     simulate: bool = False,
+    count_only: bool = False,
     algorithm: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Handle:
-    """Make `model` send its partial sums as `plan` says; every rank calls this with the same plan.
+    """Make `model` send its partial sums, and what else the plan names, as `plan` says; every rank calls this.
 
-    `model`: one that its engine has split over the ranks of the plan, or, with `simulate=True`, a whole one,
-    which then does the same arithmetic for all ranks in this process.
-    `algorithm`: "one_shot", "two_shot", or "auto", which takes the one that sends fewer bytes.
+    `model`: one that its engine has split as the plan says, or, with `simulate=True`, a whole one, which then does
+    the same arithmetic for all ranks in this process.
+    `count_only=True`: everything travels uncoded, and the report says what would have been sent.
+    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, or "auto", which takes the one that sends fewest bytes.
     `timeout_s`: how long to wait for a rank before it counts as lost.
     Raises InvalidInputError for a model that cannot be served, PlanMismatchError for a plan that is not for this
     model or not the same on every rank, PeerLostError when a rank does not come.
@@ -69,32 +74,41 @@ def attach(
     if not isinstance(plan, Plan):
         raise InvalidInputError("attach", expected="a Plan", found=repr(plan), remedy="Load it with Plan.load(path).")
     for site in plan.sites.values():
-        check_algorithm(algorithm, site.codecs)
+        if site.kind in SUMS:
+            check_algorithm(algorithm, site.codecs, plan.groups)
+    codecs = {name: site.codecs for name, site in plan.sites.items()}
+    sites = SiteCodecs(codecs, plan.groups, algorithm, device_of(model))
     if simulate:
-        _check_attachable(engine, model, plan, tp_size=plan.tp_size, whole=True)
-        simulator = Simulator(plan, algorithm=algorithm, device=device_of(model))
-        layers = engine.row_parallel_layers(model)
-        return Handle(model, split_virtually(layers, plan.tp_size, simulator.all_reduce), simulator.monitor)
-    tp_size = engine.tp_size(model)
-    if tp_size == 1:
+        _check_attachable(engine, model, plan, whole=True)
+        simulator = Simulator(sites, count_only=count_only)
+        return Handle(model, engine.split_virtually(model, plan.split, simulator), sites.monitor)
+    if engine.split_of(model) == Split():
         raise InvalidInputError(
             type(model).__name__,
-            expected=f"a model split over {plan.tp_size} ranks",
+            expected=f"a model split by {plan.split}",
             found="a whole one",
             remedy="Load it with distributed_config=DistributedConfig(tp_size=...), or pass simulate=True.",
         )
-    transport = TorchDistributedTransport(engine.group(model), timeout_s=timeout_s)
+    tp, pp = transports_of(engine.groups(model), timeout_s=timeout_s)
     refusal = None
     try:
-        _check_attachable(engine, model, plan, tp_size=tp_size, whole=False)
+        _check_attachable(engine, model, plan, whole=False)
     except InvalidInputError as error:
         refusal = error
-    _agree(transport, plan, algorithm, refusal)
-    communicator = Communicator(plan, transport, algorithm=algorithm, device=device_of(model))
-    logger.info(
-        "rank %d: plan %s at %d sites, algorithm %s", transport.rank, plan.fingerprint[:12], len(plan.sites), algorithm
-    )
-    return Handle(model, engine.take_over(model, communicator), communicator.monitor)
+    mine = {"plan": plan.fingerprint, "algorithm": algorithm, "count_only": str(count_only)}
+    for transport in (transport for transport in (tp, pp) if transport is not None):
+        refusal = _agree(transport, mine, refusal)
+    if refusal is not None:
+        raise refusal
+    communicator = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
+    logger.info("plan %s at %d sites, algorithm %s", plan.fingerprint[:12], len(plan.sites), algorithm)
+    return Handle(model, engine.take_over(model, communicator), sites.monitor)
+
+
+def transports_of(groups: Groups, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[Transport | None, Transport | None]:
+    """Transports between the ranks that share layers, and between the stages of a pipeline."""
+    tp, pp = (None if group is None else TorchDistributedTransport(group, timeout_s=timeout_s) for group in groups)
+    return tp, pp
 
 
 def engine_of(model: nn.Module) -> Engine:
@@ -136,46 +150,51 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, tp_size: int, whole: bool) -> None:
+def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bool) -> None:
     check_detached(model)
-    if whole and engine.tp_size(model) != 1:
+    found = engine.split_of(model)
+    if whole and found != Split():
         raise InvalidInputError(
             type(model).__name__,
             expected="a whole model to simulate on",
-            found=f"one split over {engine.tp_size(model)} ranks",
+            found=f"one split by {found}",
             remedy="Load it without distributed_config, or attach without simulate=True.",
         )
-    plan.check(engine.fingerprint(model), tp_size=tp_size)
-    layers = set(engine.row_parallel_layers(model))
-    if layers != set(plan.sites):
+    plan.check(engine.fingerprint(model), plan.split if whole else found)
+    coded = {site.kind for site in plan.sites.values()}
+    here = {name for name, kind in engine.sites(model, plan.split).items() if kind in coded}
+    elsewhere = set(plan.sites) - here
+    if here - set(plan.sites) or (elsewhere and found.pp_size == 1):
         raise PlanMismatchError(
             "plan",
-            expected=f"the sites {sorted(layers)[:2]}, ...",
-            found=f"differences at {sorted(layers ^ set(plan.sites))[:3]}",
+            expected=f"the sites {sorted(here)[:2]}, ...",
+            found=f"differences at {sorted(here ^ set(plan.sites))[:3]}",
             remedy="Calibrate this model.",
         )
 
 
-def _agree(transport: Transport, plan: Plan, algorithm: str, refusal: InvalidInputError | None) -> None:
-    """All ranks go on together, or every one of them raises."""
-    mine = {"plan": plan.fingerprint, "algorithm": algorithm}
+def _agree(
+    transport: Transport, mine: Mapping[str, str], refusal: InvalidInputError | None
+) -> InvalidInputError | None:
+    """The refusal of any rank of the group, this one's first, or of a plan that they do not share."""
     refused = {"refusal": None if refusal is None else str(refusal)}
-    texts = transport.share(json.dumps(mine | refused), "comparing plans")
+    texts = transport.share(json.dumps({**mine, **refused}), "comparing plans")
     if refusal is not None:
-        raise refusal
+        return refusal
     for rank, theirs in enumerate(json.loads(text) for text in texts):
         if theirs["refusal"] is not None:
-            raise PlanMismatchError(
+            return PlanMismatchError(
                 "plan", expected="one that every rank takes", found=f"rank {rank} refused it", remedy=theirs["refusal"]
             )
         for key, value in mine.items():
             if theirs[key] != value:
-                raise PlanMismatchError(
+                return PlanMismatchError(
                     f"{key} of rank {rank}",
                     expected=f"that of rank {transport.rank}, {value[:12]}",
                     found=theirs[key][:12],
-                    remedy="Give every rank the same plan and algorithm.",
+                    remedy="Give every rank the same plan and options.",
                 )
+    return None
 
 
 __all__ = [
@@ -187,4 +206,5 @@ __all__ = [
     "device_of",
     "engine_of",
     "load_engine",
+    "transports_of",
 ]

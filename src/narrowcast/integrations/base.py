@@ -1,42 +1,77 @@
-"""What an engine must tell: where a model's partial sums are made, how to reach them, and what the model is."""
+"""What an engine must tell: where a model's values travel, how to reach these places, and what the model is."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from narrowcast.communicator import Communicator
 from narrowcast.integrations.forwards import Forwards
 from narrowcast.plan import ModelFingerprint
+from narrowcast.split import Split
+
+
+class Groups(NamedTuple):
+    """The process groups of a split model: the ranks that share this rank's layers, and those of its pipeline."""
+
+    tp: torch.distributed.ProcessGroup | None
+    pp: torch.distributed.ProcessGroup | None
+
+
+class Wires(Protocol):
+    """Where the values of all ranks travel in one process: what the ranks put in at a site, what they get."""
+
+    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
+        """The sum [..., E] of what each rank puts in."""
+        ...
+
+    def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
+        """The parts [..., E0], [..., E1], ... of the ranks, side by side."""
+        ...
+
+    def move(self, x: Tensor, site: str, num_sent: int) -> Tensor:
+        """`x` [..., E] as another rank receives it; rank 0 (of a stage) sends `num_sent` tokens in all."""
+        ...
+
+    def all_to_all(self, x_PE: Tensor, site: str, num_sent: int) -> Tensor:
+        """The same for tokens on their way to experts or back, which are in no order."""
+        ...
 
 
 class Engine(Protocol):
     """One inference engine. Modules of this package fulfil it; no other file imports the engine."""
 
-    def load(self, path: str | Path, *, tp_size: int = 1, device: str | None = None) -> nn.Module:
-        """The model in a folder or of a hub name, on `device`; with `tp_size` > 1 this rank's part of it."""
+    def load(self, path: str | Path, *, split: Split = ..., device: str | None = None) -> nn.Module:
+        """The model in a folder or of a hub name, on `device`; or this rank's part of it as `split` says."""
         ...
 
     def load_tokenizer(self, path: str | Path) -> Any:
         """The tokenizer beside the model."""
         ...
 
-    def row_parallel_layers(self, model: nn.Module) -> Mapping[str, nn.Linear]:
-        """The layers whose outputs are partial sums, by name, split or not; InvalidInputError if there are none."""
+    def split_of(self, model: nn.Module) -> Split:
+        """How the engine has spread the model; Split() if it is whole."""
         ...
 
-    def tp_size(self, model: nn.Module) -> int:
-        """Ranks over which the engine has split the model; 1 if it is whole."""
+    def sites(self, model: nn.Module, split: Split) -> Mapping[str, str]:
+        """Kinds of the sites by name, of a whole model as if it were split, or of this rank's part of it.
+
+        InvalidInputError if there are none, or if something would travel that is not supported.
+        """
         ...
 
     def fingerprint(self, model: nn.Module) -> ModelFingerprint:
         """The model's fingerprint: the same for the whole model and for any split of it."""
         ...
 
-    def group(self, model: nn.Module) -> torch.distributed.ProcessGroup:
-        """The tensor-parallel group of a split model."""
+    def groups(self, model: nn.Module) -> Groups:
+        """The groups of a split model."""
+        ...
+
+    def split_virtually(self, model: nn.Module, split: Split, wires: Wires) -> Forwards:
+        """Let a whole model compute what all ranks of `split` would, its values travelling over `wires`."""
         ...
 
     def take_over(self, model: nn.Module, communicator: Communicator) -> Forwards:

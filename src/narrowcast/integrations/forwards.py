@@ -1,28 +1,30 @@
-"""Replacing a module's forward, exactly undone; and a whole model that computes as if it were split."""
+"""Replacing a module's forward, exactly undone; and lending a module other weights for one call."""
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from narrowcast.errors import InvalidInputError
 
-Forward = Callable[[Tensor], Tensor]
-Reduce = Callable[[Sequence[Tensor], str], Tensor]
+Forward = Callable[..., Any]
 
 
 class Forwards:
-    """Forwards that were replaced on module instances."""
+    """Attributes of modules that were replaced, `forward` above all."""
 
     def __init__(self) -> None:
-        self._originals: list[tuple[nn.Module, Forward | None]] = []
+        self._originals: list[tuple[Any, str, Any]] = []
 
     def replace(self, module: nn.Module, forward: Forward) -> None:
         """Let `module` call `forward`, without gradients. Training on it raises InvalidInputError."""
 
-        def inference(x: Tensor) -> Tensor:
-            if module.training and x.requires_grad:
+        @functools.wraps(module.forward)  # engines look at the signature to see what a model takes
+        def inference(*args: Any, **kwargs: Any) -> Any:
+            if module.training and any(isinstance(x, Tensor) and x.requires_grad for x in args):
                 raise InvalidInputError(
                     "model",
                     expected="inference",
@@ -30,44 +32,51 @@ class Forwards:
                     remedy="Call model.eval(), or remove() the plan before training.",
                 )
             with torch.no_grad():
-                return forward(x)
+                return forward(*args, **kwargs)
 
-        self._originals.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = inference
+        self.set(module, "forward", inference)
+
+    def set(self, owner: Any, name: str, value: Any) -> None:
+        """Give `owner` an attribute of its own."""
+        self._originals.append((owner, name, vars(owner).get(name, _ABSENT)))
+        vars(owner)[name] = value
 
     def restore(self) -> None:
-        """Give every module the forward that it had."""
+        """Give everything back what it had."""
         while self._originals:
-            module, original = self._originals.pop()
-            if original is None:
-                del module.__dict__["forward"]
+            owner, name, original = self._originals.pop()
+            if original is _ABSENT:
+                del vars(owner)[name]
             else:
-                module.__dict__["forward"] = original
+                vars(owner)[name] = original
+
+
+_ABSENT = object()
+
+
+def call_with(module: nn.Module, attributes: dict[str, Any], *args: Any, forward: Forward | None = None) -> Any:
+    """What `forward` (by default of the module's class) computes where these parameters and attributes stand in."""
+    with _lent(module, attributes):
+        return (forward or type(module).forward)(module, *args)
+
+
+@contextmanager
+def _lent(module: nn.Module, attributes: dict[str, Any]) -> Iterator[None]:
+    homes = {name: module._parameters if name in module._parameters else vars(module) for name in attributes}
+    originals = {name: home[name] for name, home in homes.items()}
+    try:
+        for name, home in homes.items():
+            home[name] = attributes[name]
+        yield
+    finally:
+        for name, home in homes.items():
+            home[name] = originals[name]
 
 
 def chunk(size: int, rank: int, tp_size: int) -> slice:
     """What `rank` holds of a dimension by DTensor's rule (torch.chunk): the last ranks may hold less, or none."""
     width = -(-size // tp_size)
     return slice(min(rank * width, size), min((rank + 1) * width, size))
-
-
-def split_virtually(layers: Mapping[str, nn.Linear], tp_size: int, reduce: Reduce) -> Forwards:
-    """Let each row-parallel layer compute the partial sums of `tp_size` ranks; `reduce(partials, name)` adds them."""
-    forwards = Forwards()
-    for name, layer in layers.items():
-        forwards.replace(layer, _virtual_forward(name, layer, tp_size, reduce))
-    return forwards
-
-
-def _virtual_forward(name: str, layer: nn.Linear, tp_size: int, reduce: Reduce) -> Forward:
-    chunks = [chunk(layer.in_features, rank, tp_size) for rank in range(tp_size)]
-
-    def forward(x: Tensor) -> Tensor:
-        weight = layer.weight
-        partials = [functional.linear(x[..., own].contiguous(), weight[:, own].contiguous()) for own in chunks]
-        return add_bias(reduce(partials, name), layer.bias)
-
-    return forward
 
 
 def add_bias(y: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,158 @@
+"""`narrowcast calibrate`: a model and text in, a plan out, in one process or on the ranks of the split model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+import narrowcast
+from narrowcast.calibrate import (
+    DEFAULT_FIRST_TOKENS,
+    DEFAULT_NUM_FIRST,
+    CodecByKind,
+    Observations,
+    observe,
+    recipes_by_kind,
+)
+from narrowcast.calibrate.observers import FirstTokens
+from narrowcast.cli.files import DEFAULT_LENGTH, sequences
+from narrowcast.cli.launch import is_first_rank, on_ranks
+from narrowcast.cli.options import Device, Length, ModelArgument, Timeout
+from narrowcast.codecs import recipe
+from narrowcast.errors import InvalidInputError
+from narrowcast.integrations import load_engine
+from narrowcast.plan import Plan, check_writable
+from narrowcast.split import KINDS, UNCODED, Experts, Split
+from narrowcast.transport import DEFAULT_TIMEOUT_S
+
+CODEC_HELP = (
+    f"A preset: {', '.join(narrowcast.PRESETS)}; or KIND=PRESET (again and again) for one kind of site: "
+    f"{', '.join(KINDS)}. The last two are sent as they are unless named."
+)
+
+
+def calibrate(
+    model: ModelArgument,
+    text: Annotated[Path, typer.Option(help="Text to calibrate on; form feeds split documents.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")],
+    tp: Annotated[
+        int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=1, help="Ranks that share each layer.")
+    ] = 1,
+    pp: Annotated[int, typer.Option("--pp", "--pipeline-parallel-size", min=1, help="Stages of layers.")] = 1,
+    experts: Annotated[
+        Experts, typer.Option(help="A slice of every expert on each rank; or whole experts, summed or travelled to.")
+    ] = "slices",
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Nodes that hold --tp ranks in equal parts: sums go within nodes first.")
+    ] = 1,
+    within: Annotated[str, typer.Option(help="The preset for sums within a node.")] = "bf16",
+    codec: Annotated[list[str], typer.Option(help=CODEC_HELP)] = ["int4-feature"],  # noqa: B006 (typer copies it)
+    num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 128,
+    length: Length = DEFAULT_LENGTH,
+    first_tokens: Annotated[
+        FirstTokens, typer.Option(help="How each sequence's first tokens count: for all, for outliers only, not.")
+    ] = DEFAULT_FIRST_TOKENS,
+    num_first: Annotated[int, typer.Option(min=0, help="How many tokens those are.")] = DEFAULT_NUM_FIRST,
+    device: Device = "cpu",
+    real: Annotated[
+        bool, typer.Option("--real", help="On real ranks, each with its part: for a model too large for one process.")
+    ] = False,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    overwrite: Annotated[bool, typer.Option(help="Replace the plan if it exists.")] = False,
+) -> None:
+    """Calibrate MODEL, split over --tp ranks and --pp stages, and write a plan."""
+    split, chosen = Split(tp_size=tp, pp_size=pp, experts=experts), codec_by_kind(codec)
+    if split.world_size == 1:
+        raise InvalidInputError("calibrate", expected="--tp or --pp above 1", found="one rank", remedy="Pass --tp 2.")
+    recipe(within)
+    if is_first_rank():
+        check_writable(output, overwrite=overwrite)
+    options = Options(groups=_groups(tp, nodes), within=within, first_tokens=first_tokens, num_first=num_first)
+    found = sequences(load_engine().load_tokenizer(model), text, length=length, limit=num_sequences)
+    if real:
+        plan = on_ranks(_on_rank, split.world_size, timeout, model, split, found, chosen, options)
+    else:
+        whole = load_engine().load(model, device=device)
+        plan = observe_with_bar(whole, found, split, options).plan(chosen, within=within)
+    if is_first_rank():
+        plan.save(output, overwrite=overwrite)
+        typer.echo(f"{output}: {len(plan.sites)} sites, {split}, {', '.join(codec)}, from {len(found)} sequences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of calibration."""
+
+    groups: Sequence[Sequence[int]] = ()
+    within: str = "bf16"
+    first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS
+    num_first: int = DEFAULT_NUM_FIRST
+
+
+def _groups(tp_size: int, num_nodes: int) -> list[range]:
+    if tp_size % num_nodes:
+        raise InvalidInputError(
+            "--nodes", expected=f"a divisor of --tp {tp_size}", found=num_nodes, remedy="Choose another number."
+        )
+    size = tp_size // num_nodes
+    return [range(node * size, (node + 1) * size) for node in range(num_nodes)] if num_nodes > 1 else []
+
+
+def codec_by_kind(options: Sequence[str]) -> CodecByKind:
+    """What `--codec` says: a preset for all kinds that are coded unless asked otherwise, others for single kinds."""
+    by_kind = dict(option.split("=", 1) for option in options if "=" in option)
+    general = [option for option in options if "=" not in option]
+    if len(general) > 1:
+        raise InvalidInputError(
+            "--codec", expected="one preset for all kinds", found=" and ".join(general), remedy="Use KIND=PRESET."
+        )
+    chosen = dict.fromkeys((kind for kind in KINDS if kind not in UNCODED), general[0]) if general else {}
+    codec: CodecByKind = chosen | by_kind if by_kind else general[0]
+    recipes_by_kind(codec)
+    return codec
+
+
+def observe_with_bar(
+    model: nn.Module,
+    found: Sequence[Tensor],
+    split: Split,
+    options: Options,
+) -> Observations:
+    """`observe` under a bar with rate and remaining time."""
+    columns = (
+        TextColumn("calibrating"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    hidden = not (is_first_rank() and console.is_terminal)
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("", total=len(found), rate="")
+
+        def advance(done: int) -> None:
+            speed = bar.tasks[0].speed
+            bar.update(task, completed=done, rate=f"{speed:.1f} sequences/s" if speed else "")
+
+        return observe(
+            model,
+            found,
+            tp_size=split.tp_size,
+            pp_size=split.pp_size,
+            experts=split.experts,
+            groups=options.groups,
+            first_tokens=options.first_tokens,
+            num_first=options.num_first,
+            progress=advance,
+        )
+
+
+def _on_rank(model: str, split: Split, found: Sequence[Tensor], codec: CodecByKind, options: Options) -> Plan:
+    part = load_engine().load(model, split=split)
+    return observe_with_bar(part, found, split, options).plan(codec, within=options.within)

@@ -1,0 +1,69 @@
+"""What the ranks of a split model send each other, in one process: equal bits, and bytes as they would be counted."""
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from narrowcast.codecs import Codec
+from narrowcast.collectives import named, simulate
+from narrowcast.collectives.base import Traffic
+from narrowcast.communicator import SiteCodecs, plain
+
+
+class Simulator:
+    """The values of all ranks travel over this. Bytes are those of rank 0 (of a stage), clipping is counted for all."""
+
+    def __init__(self, codecs: SiteCodecs, *, count_only: bool = False) -> None:
+        self._codecs, self._count_only = codecs, count_only
+
+    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
+        """Sum the partial sums [..., E] of all ranks."""
+        x, world_size = partials[0], len(partials)
+        planned, num_tokens = self._codecs.of(site, x), math.prod(x.shape[:-1])
+        name = self._codecs.algorithm(site, planned, num_tokens, x.shape[-1], world_size)
+        sent = named(name).sent(planned, num_tokens, x.shape[-1], 0, world_size)
+        assert sent is not None, "`choose` names only algorithms that can run"
+        stats = self._count(site, x, num_tokens, sent)
+        stages = plain(x.dtype) if self._count_only else planned
+        return simulate.all_reduce(
+            partials,
+            codec=stages.codecs,
+            groups=stages.groups,
+            algorithm="auto" if self._count_only else name,
+            stats=stats,
+        )
+
+    def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
+        """Put the last dimensions of all ranks side by side."""
+        x, peers = parts[0], len(parts) - 1
+        planned, num_tokens = self._codecs.of(site, x).codecs[0], math.prod(x.shape[:-1])
+        nbytes = planned.features(0, x.shape[-1]).payload_nbytes(num_tokens, x.shape[-1])
+        stats = self._count(site, x, num_tokens, Traffic(peers * nbytes, peers * x.numel()))
+        codec = plain(x.dtype).codecs[0] if self._count_only else planned
+        flat = [part.reshape(num_tokens, part.shape[-1]) for part in parts]
+        return simulate.all_gather_features(flat, codec=codec, stats=stats).view(*x.shape[:-1], -1)
+
+    def move(self, x: Tensor, site: str, num_sent: int) -> Tensor:
+        """`x` [..., E] as another rank receives it; rank 0 sends `num_sent` tokens in all."""
+        planned, num_features = self._codecs.of(site, x).codecs[0], x.shape[-1]
+        traffic = Traffic(planned.payload_nbytes(num_sent, num_features), num_sent * num_features)
+        stats = self._count(site, x, math.prod(x.shape[:-1]), traffic)
+        return self._sent(x, planned, stats)
+
+    def all_to_all(self, x_PE: Tensor, site: str, num_sent: int) -> Tensor:
+        """The same for pairs of a token and an expert, which do not count as tokens."""
+        planned, num_features = self._codecs.of(site, x_PE).codecs[0], x_PE.shape[1]
+        traffic = Traffic(planned.payload_nbytes(num_sent, num_features), num_sent * num_features)
+        return self._sent(x_PE, planned, self._count(site, x_PE, 0, traffic))
+
+    def _sent(self, x: Tensor, planned: Codec, stats: Tensor) -> Tensor:
+        if self._count_only:
+            return x
+        return simulate.send(x.reshape(-1, x.shape[-1]), src=0, world_size=1, codec=planned, stats=stats).view(x.shape)
+
+    def _count(self, site: str, x: Tensor, num_tokens: int, traffic: Traffic) -> Tensor:
+        counters = self._codecs.counters(site)
+        counters.num_tokens += num_tokens
+        counters.count_sent(traffic, x.dtype.itemsize)
+        return counters.stats
