@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import MODEL
 from models import save_random
@@ -67,6 +68,56 @@ def test_evaluate_real_equals_simulated(plan: Path, tmp_path: Path) -> None:
     assert real["perplexity"] == pytest.approx(simulated["perplexity"], rel=0.01)
     assert 0.7 < real["top1_agreement"] < 1
     assert real["uncompressed_bytes_per_token"] == {"model.embed_tokens": 512.0, "lm_head": 4096.0}
+
+
+def test_count_shows_what_would_travel_before_there_is_a_plan(tmp_path: Path) -> None:
+    """Per token of two ranks: 134 of 512 bytes at each sum; an embedding row and half of the logits as they are."""
+    path = tmp_path / "report.json"
+    shown = narrowcast("count", MODEL, "--tp", 2, "--tokens", 10, "--json", path).stdout
+    report = json.loads(path.read_text(encoding="utf8"))
+    rows = {row.pop("site"): row for row in report["sites"]}
+    coded = {
+        "kind": "sum",
+        "number": 8,
+        "prompt": 80 * 134,
+        "prompt_plain": 80 * 512,
+        "token": 1072,
+        "token_plain": 4096,
+    }
+    assert rows["model.layers.*.mlp.down_proj"] == rows["model.layers.*.self_attn.o_proj"] == coded
+    assert (rows["model.embed_tokens"]["prompt"], rows["lm_head"]["prompt"]) == (10 * 512, 4096)
+    assert "1.90 times fewer for a token" in shown
+    assert "--tp or --pp above 1, found one rank" in refused("count", MODEL)
+
+
+def test_calibrate_on_ranks_writes_the_plan_of_one_process(plan: Path, tmp_path: Path) -> None:
+    """At 1 thread a rank, matrix products may round differently: the same sites, and ranges within a rounding."""
+    path = tmp_path / "real"
+    arguments = ["--text", TEXT, "--sequences", 8, "--length", 64]
+    done = narrowcast("calibrate", MODEL, "--tp", 2, *arguments, "-o", path, "--real")
+    assert done.stdout == f"{path}: 16 sites, tp_size 2, int4-feature, from 8 sequences\n"
+    found, expected = Plan.load(path), Plan.load(plan)
+    assert found.model == expected.model and found.calibration == expected.calibration
+    for name, site in expected.sites.items():
+        for mine, theirs in zip(found.sites[name].codecs, site.codecs, strict=True):
+            assert torch.allclose(mine.scale.float(), theirs.scale.float(), rtol=0.05)
+    assert "a new file" in refused("calibrate", MODEL, "--tp", 2, *arguments, "-o", path, "--real")
+
+
+def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
+    path = tmp_path / "plan"
+    codecs = ["--codec", "int8-feature", "--codec", "logits=int8-group128"]
+    done = narrowcast(
+        "calibrate", MODEL, "--pp", 2, *codecs, "--text", TEXT, "--sequences", 4, "--length", 64, "-o", path
+    )
+    assert "2 sites, tp_size 1, pp_size 2, int8-feature, logits=int8-group128" in done.stdout
+    assert "boundary" in narrowcast("plan", "inspect", path).stdout
+    prompts = ["--prompt", "The sea", "--prompt", "A much longer prompt about"]
+    done = narrowcast("generate", MODEL, "--plan", path, *prompts, "--max-new-tokens", 8)
+    assert done.stdout.startswith("The sea") and "\nA much longer prompt about" in done.stdout
+    assert "uncompressed" not in done.stderr
+    wrong = refused("calibrate", MODEL, "--tp", 2, "--codec", "sums=bf16", "--text", TEXT, "-o", tmp_path / "other")
+    assert "kinds of sites among sum, gather" in wrong
 
 
 def test_generate_starts_its_ranks_or_uses_those_of_torchrun(plan: Path) -> None:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli import calibrate, demo, doctor, model, plan
+from narrowcast.cli import calibrate, count, demo, doctor, model, plan
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +25,7 @@ def version(
 
 
 app.command()(demo.demo)
+app.command()(count.count)
 app.command()(calibrate.calibrate)
 app.command()(model.evaluate)
 app.command()(model.generate)

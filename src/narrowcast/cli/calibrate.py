@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-import narrowcast
 from narrowcast.calibrate import (
     DEFAULT_FIRST_TOKENS,
     DEFAULT_NUM_FIRST,
@@ -22,36 +21,37 @@ from narrowcast.calibrate import (
 from narrowcast.calibrate.observers import FirstTokens
 from narrowcast.cli.files import DEFAULT_LENGTH, sequences
 from narrowcast.cli.launch import is_first_rank, on_ranks
-from narrowcast.cli.options import Device, Length, ModelArgument, Timeout
+from narrowcast.cli.options import (
+    CodecOption,
+    Device,
+    ExpertsOption,
+    Length,
+    ModelArgument,
+    PipelineParallel,
+    TensorParallel,
+    Timeout,
+    checked_split,
+)
 from narrowcast.codecs import recipe
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
 from narrowcast.plan import Plan, check_writable
-from narrowcast.split import KINDS, UNCODED, Experts, Split
+from narrowcast.split import KINDS, UNCODED, Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
-
-CODEC_HELP = (
-    f"A preset: {', '.join(narrowcast.PRESETS)}; or KIND=PRESET (again and again) for one kind of site: "
-    f"{', '.join(KINDS)}. The last two are sent as they are unless named."
-)
 
 
 def calibrate(
     model: ModelArgument,
     text: Annotated[Path, typer.Option(help="Text to calibrate on; form feeds split documents.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")],
-    tp: Annotated[
-        int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=1, help="Ranks that share each layer.")
-    ] = 1,
-    pp: Annotated[int, typer.Option("--pp", "--pipeline-parallel-size", min=1, help="Stages of layers.")] = 1,
-    experts: Annotated[
-        Experts, typer.Option(help="A slice of every expert on each rank; or whole experts, summed or travelled to.")
-    ] = "slices",
+    tp: TensorParallel = 1,
+    pp: PipelineParallel = 1,
+    experts: ExpertsOption = "slices",
     nodes: Annotated[
         int, typer.Option(min=1, help="Nodes that hold --tp ranks in equal parts: sums go within nodes first.")
     ] = 1,
     within: Annotated[str, typer.Option(help="The preset for sums within a node.")] = "bf16",
-    codec: Annotated[list[str], typer.Option(help=CODEC_HELP)] = ["int4-feature"],  # noqa: B006 (typer copies it)
+    codec: CodecOption = ["int4-feature"],  # noqa: B006 (typer copies it)
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 128,
     length: Length = DEFAULT_LENGTH,
     first_tokens: Annotated[
@@ -66,9 +66,7 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option(help="Replace the plan if it exists.")] = False,
 ) -> None:
     """Calibrate MODEL, split over --tp ranks and --pp stages, and write a plan."""
-    split, chosen = Split(tp_size=tp, pp_size=pp, experts=experts), codec_by_kind(codec)
-    if split.world_size == 1:
-        raise InvalidInputError("calibrate", expected="--tp or --pp above 1", found="one rank", remedy="Pass --tp 2.")
+    split, chosen = checked_split(tp, pp, experts), codec_by_kind(codec)
     recipe(within)
     if is_first_rank():
         check_writable(output, overwrite=overwrite)

@@ -17,7 +17,7 @@ import narrowcast
 from narrowcast.cli.calibrate import Options, observe_with_bar
 from narrowcast.cli.files import check_report, sequences, write_report
 from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks
-from narrowcast.cli.options import Algorithm, TensorParallel
+from narrowcast.cli.options import Algorithm
 from narrowcast.codecs import recipe
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
@@ -39,7 +39,7 @@ NUM_CALIBRATION, NUM_SCORING, LENGTH, MAX_NEW_TOKENS = 64, 32, 256, 40
 
 
 def demo(
-    tp: TensorParallel = 2,
+    tp: Annotated[int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=2, help="Number of ranks.")] = 2,
     codec: Annotated[str, typer.Option(help=f"A preset: {', '.join(narrowcast.PRESETS)}.")] = "int4-feature",
     json: Annotated[Path | None, typer.Option(help="Write the figures here; replaces an earlier report.")] = None,
     model: Annotated[Path | None, typer.Option(help="A model folder with calibration.txt and scoring.txt.")] = None,

@@ -1,16 +1,45 @@
 """Options that several commands have."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
+import narrowcast
+from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
+from narrowcast.errors import InvalidInputError
+from narrowcast.split import KINDS, Experts, Split
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
-TensorParallel = Annotated[int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=2, help="Number of ranks.")]
+TensorParallel = Annotated[
+    int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=1, help="Ranks that share each layer.")
+]
+PipelineParallel = Annotated[
+    int, typer.Option("--pp", "-pp", "--pipeline-parallel-size", min=1, help="Stages of layers.")
+]
+ExpertsOption = Annotated[
+    Experts, typer.Option(help="A slice of every expert on each rank; or whole experts, summed or travelled to.")
+]
+CodecOption = Annotated[
+    list[str],
+    typer.Option(
+        metavar="PRESET",
+        help=f"One of {', '.join(narrowcast.PRESETS)}; or KIND=PRESET (again and again) for one kind of site: "
+        f"{', '.join(KINDS)}. The last two are sent as they are unless named.",
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where the whole model computes: cpu, cuda, ...")]
 PlanOption = Annotated[Path, typer.Option("--plan", help="A plan that calibrate wrote.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a sequence at most.")]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a rank before it counts as lost.")]
 Algorithm = Annotated[
-    Literal["auto", "one_shot", "two_shot", "hierarchical"], typer.Option(help="How the ranks add up.")
+    str, typer.Option(help=f"How the ranks add up: {', '.join(('auto', *ALGORITHMS, *NODE_ALGORITHMS))}.")
 ]
+
+
+def checked_split(tp_size: int, pp_size: int, experts: Experts) -> Split:
+    """What --tp, --pp and --experts say; InvalidInputError for one rank, between which nothing travels."""
+    split = Split(tp_size=tp_size, pp_size=pp_size, experts=experts)
+    if split.world_size == 1:
+        raise InvalidInputError("split", expected="--tp or --pp above 1", found="one rank", remedy="Pass --tp 2, say.")
+    return split
