@@ -180,6 +180,13 @@ def test_any_finite_values_stay_finite_and_keep_to_the_bound(codec: MinifloatCod
         assert ((decoded - x_TE).abs() <= codec.error_bound(x_TE, source=0)).all()
 
 
+@every_minifloat
+def test_zero_keeps_its_sign(codec: MinifloatCodec) -> None:
+    codes = elements(codec, codec.encode(torch.tensor([[0.0, -0.0, -1e-30, 1.0]]), source=0), 4)
+    sign = FORMATS[codec.element].sign
+    assert codes[0, :3].tolist() == [0, sign, sign]
+
+
 def test_saturation_is_counted() -> None:
     """The block's scale is a power of two: 7.9 is divided by 1 and FP4 ends at 6, but 6.9 rounds to 6 by itself."""
     stats = torch.zeros(2, dtype=torch.int64)
