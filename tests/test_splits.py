@@ -86,6 +86,22 @@ def test_everything_coded_everywhere(ranks: Pools, tmp_path: Path, name: str, sp
     assert {site.kind for site in plan.sites.values()} >= ({"boundary", "logits"} if split.pp_size > 1 else {"sum"})
 
 
+@pytest.mark.parametrize(
+    ("name", "split", "preset"),
+    [
+        ("phi3", Split(tp_size=4), "int4-group128"),  # columns that are cut within a group
+        ("mixtral", Split(tp_size=2, experts="all_to_all"), "fp8-e4m3-token"),
+        ("qwen2", Split(tp_size=2, pp_size=2), "nvfp4"),
+    ],
+    ids=str,
+)
+def test_codecs_without_calibration_everywhere(
+    ranks: Pools, tmp_path: Path, name: str, split: Split, preset: str
+) -> None:
+    folder = save_random(name, tmp_path / "model")
+    check(ranks, folder, calibrated(folder, split, dict.fromkeys(KINDS, preset)))
+
+
 GROUPS = [[0, 1], [2, 3]]
 
 

@@ -106,7 +106,7 @@ class Communicator:
         planned = self._codecs.of(site, x).codecs[0]
 
         def sent() -> Traffic:
-            nbytes = planned.features(own.start, own.stop).payload_nbytes(*x_TE.shape)
+            nbytes = planned.part(own.start, own.stop).payload_nbytes(*x_TE.shape)
             return Traffic(peers * nbytes, peers * x_TE.numel())
 
         steps = all_gather_features_steps(x_TE, self._used(planned, x), num_features, rank, self._stats(site))

@@ -38,7 +38,7 @@ class Simulator:
         """Put the last dimensions of all ranks side by side."""
         x, peers = parts[0], len(parts) - 1
         planned, num_tokens = self._codecs.of(site, x).codecs[0], math.prod(x.shape[:-1])
-        nbytes = planned.features(0, x.shape[-1]).payload_nbytes(num_tokens, x.shape[-1])
+        nbytes = planned.part(0, x.shape[-1]).payload_nbytes(num_tokens, x.shape[-1])
         stats = self._count(site, x, num_tokens, Traffic(peers * nbytes, peers * x.numel()))
         codec = plain(x.dtype).codecs[0] if self._count_only else planned
         flat = [part.reshape(num_tokens, part.shape[-1]) for part in parts]

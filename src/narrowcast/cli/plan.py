@@ -15,8 +15,12 @@ from narrowcast.plan import Plan, check_writable
 
 app = typer.Typer(help="Look into plans.", no_args_is_help=True)
 
-# Stage, its title, and the algorithm whose expected error it completes.
-STAGES = (0, "Partial sums (stage 0)", "one_shot"), (1, "The sum, where it travels again (stage 1)", "two_shot")
+# Stage, its title, and what the expected error is of: an algorithm, or a value that is coded once.
+STAGES = (
+    (0, "What the ranks put in (stage 0)", ("one_shot", "once")),
+    (1, "Sums, where they travel again (stage 1)", ("two_shot",)),
+    (2, "Sums of nodes (stage 2)", ("hierarchical",)),
+)
 
 
 @app.callback()
@@ -38,27 +42,34 @@ def inspect(
     console.print(f"[bold]{escape(str(path))}[/]  {plan.split}  fingerprint {plan.fingerprint[:16]}")
     console.print("model: " + ", ".join(f"{key} {value}" for key, value in plan.model.config.items()))
     console.print("calibration: " + ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
-    for stage, title, algorithm in STAGES:
-        console.print(_table(plan, stage, title, algorithm))
+    if plan.groups:
+        console.print(f"nodes: {', '.join(str(list(group)) for group in plan.groups)}", highlight=False)
+    for stage, title, errors in STAGES:
+        if any(stage < len(site.codecs) for site in plan.sites.values()):
+            console.print(_table(plan, stage, title, errors))
     if plot is not None:
         draw_ranges(plan, plot)
         console.print(f"ranges drawn into {plot}", markup=False)
 
 
-def _table(plan: Plan, stage: int, title: str, algorithm: str) -> Table:
-    title += f": scales, and the error (relative RMS) of {algorithm}"
+def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table:
+    title += f": scales, and the relative RMS error of {' or '.join(errors)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     num_features = plan.model.config.get("hidden_size", 4096)
-    prefix = "model.layers." if all(name.startswith("model.layers.") for name in plan.sites) else ""
     rows = []
     for name, site in plan.sites.items():
         if stage < len(site.codecs):
-            error = f"{site.error[algorithm]:.3f}" if algorithm in site.error else ""
-            rows.append((name.removeprefix(prefix), *_details(site.codecs[stage], num_features), error))
-    columns = "site", "codec", "bits", "outliers", "min", "median", "max", "error"
-    shown = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+            error = next((f"{site.error[name]:.3f}" for name in errors if name in site.error), "")
+            short = name.removeprefix("model.").removeprefix("layers.")
+            rows.append((short, site.kind, *_details(site.codecs[stage], num_features), error))
+    columns = "site", "kind", "codec", "bits", "outliers", "min", "median", "max", "error"
+    alike = len({site.kind for site in plan.sites.values()}) == 1
+    crowded_out = {"kind"} if alike else {"min", "max"}  # a table of 80 columns
+    shown = [
+        place for place, column in enumerate(columns) if column not in crowded_out and any(row[place] for row in rows)
+    ]
     for place in shown:
-        table.add_column(columns[place], justify="right" if place else "left", no_wrap=True)
+        table.add_column(columns[place], justify="right" if place > 1 else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     return table

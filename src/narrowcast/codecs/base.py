@@ -152,6 +152,10 @@ class Codec(ABC):
             self._blocks[start, stop] = self._features(start, stop)
         return self._blocks[start, stop]
 
+    def part(self, start: int, stop: int) -> "Codec":
+        """The codec of a rank that holds the features `start` to `stop`, and codes them as a tensor of their own."""
+        return self if self.num_sources is None else self.features(start, stop)
+
     @cached_property
     def _blocks(self) -> dict[tuple[int, int], "Codec"]:
         return {}

@@ -80,7 +80,7 @@ def all_gather_features_steps(
 ) -> Steps:
     """Steps of an all_gather [T, E0 + E1 + ...] of columns, of which rank r holds `num_features[r]`."""
     num_tokens, blocks = len(x_TE), blocks_of(num_features)
-    codecs = [codec.features(block.start, block.stop) for block in blocks]
+    codecs = [codec.part(block.start, block.stop) for block in blocks]
     payloads = [new_payload(own, num_tokens, num, like=x_TE) for own, num in zip(codecs, num_features, strict=True)]
     codecs[rank].encode(x_TE, source=source_of(codec, rank, len(blocks)), out=payloads[rank], stats=stats)
     yield to_all(payloads[rank], payloads, rank, x_TE.numel())

@@ -53,7 +53,7 @@ def all_gather_features(parts: Sequence[Tensor], *, codec: Codec, stats: Tensor 
     decoded = []
     blocks = blocks_of([x_TE.shape[1] for x_TE in parts])
     for rank, (x_TE, block) in enumerate(zip(parts, blocks, strict=True)):
-        own = codec.features(block.start, block.stop)
+        own = codec.part(block.start, block.stop)
         decoded.append(send(x_TE, src=rank, world_size=len(parts), codec=own, stats=stats))
     return torch.cat(decoded, dim=1)
 
