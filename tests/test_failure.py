@@ -245,8 +245,9 @@ def test_a_rank_that_does_not_agree_is_named_as_in_the_world(ranks: Callable[[in
 
 
 def generate_until_lost(folder: Path, plan: Path, marks: Path) -> tuple[int, ...]:
-    model = load_engine().load(folder, split=Split(tp_size=2))
-    with narrowcast.attach(model, Plan.load(plan)):
+    loaded = Plan.load(plan)
+    model = load_engine().load(folder, split=loaded.split)
+    with narrowcast.attach(model, loaded, timeout_s=20.0):
         while True:
             (marks / f"{dist.get_rank()}").touch()
             try:
@@ -283,6 +284,25 @@ def test_a_rank_killed_while_a_model_generates(served: tuple[Path, Path], tmp_pa
         time.sleep(0.3)
         os.kill(pool.processes[1].pid, signal.SIGKILL)
         assert pool.result(0) == (1,)
+    finally:
+        pool.close()
+
+
+@pytest.mark.parametrize("lost", [0, 3])
+def test_a_rank_killed_in_a_pipeline_of_split_layers(tmp_path: Path, lost: int) -> None:
+    """Every rank shares layers with one other and passes hidden states to or from another: all name the lost one."""
+    folder, plan = save_random("mixtral", tmp_path / "model"), tmp_path / "plan"
+    whole = load_engine().load(folder)
+    narrowcast.calibrate(whole, [random_ids(4, 32)], tp_size=2, pp_size=2).save(plan)
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    pool = Ranks(4)
+    try:
+        pool.start(generate_until_lost, folder, plan, marks)
+        wait_for_all(marks, 4)
+        time.sleep(0.5)
+        os.kill(pool.processes[lost].pid, signal.SIGKILL)
+        assert [pool.result(rank) for rank in range(4) if rank != lost] == [(lost,)] * 3
     finally:
         pool.close()
 

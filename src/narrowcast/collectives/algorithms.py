@@ -45,8 +45,8 @@ def named(algorithm: str) -> Algorithm:
     return (ALGORITHMS | NODE_ALGORITHMS)[algorithm]
 
 
-def check_algorithm(algorithm: str, codecs: Sequence[Codec], groups: Sequence[Sequence[int]] = ()) -> None:
-    """InvalidInputError unless `algorithm` is known, and has the codecs and the groups that it needs."""
+def check_name(algorithm: str) -> None:
+    """InvalidInputError unless `algorithm` is known."""
     if algorithm not in ("auto", *ALGORITHMS, *NODE_ALGORITHMS):
         raise InvalidInputError(
             "algorithm",
@@ -54,6 +54,11 @@ def check_algorithm(algorithm: str, codecs: Sequence[Codec], groups: Sequence[Se
             found=repr(algorithm),
             remedy="Choose one of them.",
         )
+
+
+def check_algorithm(algorithm: str, codecs: Sequence[Codec], groups: Sequence[Sequence[int]] = ()) -> None:
+    """InvalidInputError unless `algorithm` is known, and has the codecs and the groups that it needs."""
+    check_name(algorithm)
     if algorithm == "two_shot" and len(codecs) < 2:
         raise InvalidInputError(
             "two_shot",

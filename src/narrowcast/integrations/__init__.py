@@ -9,7 +9,7 @@ from typing import Self, cast
 import torch
 from torch import nn
 
-from narrowcast.collectives import check_algorithm
+from narrowcast.collectives import check_algorithm, check_name
 from narrowcast.communicator import Communicator, SiteCodecs
 from narrowcast.errors import InvalidInputError, MissingDependencyError, PlanMismatchError
 from narrowcast.integrations.base import Engine, Groups
@@ -73,6 +73,7 @@ def attach(
     engine = engine_of(model)
     if not isinstance(plan, Plan):
         raise InvalidInputError("attach", expected="a Plan", found=repr(plan), remedy="Load it with Plan.load(path).")
+    check_name(algorithm)
     for site in plan.sites.values():
         if site.kind in SUMS:
             check_algorithm(algorithm, site.codecs, plan.groups)

@@ -19,7 +19,7 @@ from narrowcast.integrations.forwards import Forward, Forwards
 from narrowcast.integrations.transformers import embedding, experts, linear, pipeline, weights
 from narrowcast.integrations.transformers.loading import load, load_tokenizer
 from narrowcast.plan import ModelFingerprint
-from narrowcast.split import Split
+from narrowcast.split import Experts, Split
 
 SILENT = {"colwise", "replicate", "replicated_with_grad_allreduce", "local_params", "grouped_gemm"}
 
@@ -67,11 +67,12 @@ EXPERT_STYLES = {
 
 def split_of(model: nn.Module) -> Split:
     """From the meshes that weights are spread over, the record of the stage, and the config."""
-    meshes = [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
-    config = getattr(model.config, "distributed_config", None)
-    stage = pipeline.stage_of(model)
-    if config is not None and config.dp_size > 1:
-        raise _unsupported(model, "tensor, expert and pipeline parallelism", f"{config.dp_size} data-parallel ranks")
+    meshes, stage = _meshes(model), pipeline.stage_of(model)
+    if not meshes and stage is None:
+        return Split()
+    config: Any = getattr(cast(Any, model).config, "distributed_config", None)
+    if (dp_size := getattr(config, "dp_size", 1)) > 1:
+        raise _unsupported(model, "tensor, expert and pipeline parallelism", f"{dp_size} data-parallel ranks")
     return Split(
         tp_size=meshes[0].size() if meshes else 1,
         pp_size=1 if stage is None else stage.pp_size,
@@ -79,7 +80,11 @@ def split_of(model: nn.Module) -> Split:
     )
 
 
-def _experts(config: Any) -> Any:
+def _meshes(model: nn.Module) -> list[Any]:
+    return [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
+
+
+def _experts(config: Any) -> Experts:
     if getattr(config, "ep_size", 1) == 1:
         return "slices"
     return "all_to_all" if config.ep_implementation == "all_to_all" else "all_reduce"
@@ -99,8 +104,7 @@ def sites(model: nn.Module, split: Split) -> Mapping[str, str]:
 
 def groups(model: nn.Module) -> Groups:
     """The groups of the meshes."""
-    meshes = [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
-    stage = pipeline.stage_of(model)
+    meshes, stage = _meshes(model), pipeline.stage_of(model)
     return Groups(tp=meshes[0].get_group() if meshes else None, pp=None if stage is None else stage.pp_group)
 
 

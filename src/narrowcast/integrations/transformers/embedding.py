@@ -13,7 +13,7 @@ from narrowcast.integrations.transformers.weights import local
 
 def virtual_embedding(name: str, module: Any, tp_size: int, wires: Wires) -> Forward:
     """What each rank finds of the tokens, and their sum."""
-    chunks = [chunk(module.num_embeddings, rank, tp_size) for rank in range(tp_size)]
+    chunks = [chunk(module.weight.shape[0], rank, tp_size) for rank in range(tp_size)]
 
     def forward(ids: Tensor) -> Tensor:
         partials = [_rows(module, module.weight[own], own, ids) for own in chunks]
@@ -24,7 +24,7 @@ def virtual_embedding(name: str, module: Any, tp_size: int, wires: Wires) -> For
 
 def real_embedding(name: str, module: Any, communicator: Communicator) -> Forward:
     """What this rank finds of the tokens, added to what the others find."""
-    num_rows = module.num_embeddings
+    num_rows = module.weight.shape[0]
     own = chunk(num_rows, communicator.tp.rank, communicator.tp.world_size)
     weight = local(module.weight)
 

@@ -13,7 +13,7 @@ from narrowcast.integrations.transformers.weights import local
 
 def virtual_rows(name: str, layer: Any, tp_size: int, wires: Wires) -> Forward:
     """Partial sums of all ranks, each from its chunk of the input."""
-    chunks = [chunk(layer.in_features, rank, tp_size) for rank in range(tp_size)]
+    chunks = [chunk(layer.weight.shape[1], rank, tp_size) for rank in range(tp_size)]
 
     def forward(x: Tensor) -> Tensor:
         weight = layer.weight
@@ -36,14 +36,14 @@ def real_rows(name: str, layer: Any, communicator: Communicator) -> Forward:
 
 def real_rows_of_whole_input(name: str, layer: Any, communicator: Communicator) -> Forward:
     """The same where every rank has the whole input, as after a fused projection."""
-    own = chunk(layer.in_features, communicator.tp.rank, communicator.tp.world_size)
+    own = chunk(layer.weight.shape[1], communicator.tp.rank, communicator.tp.world_size)
     of_chunk = real_rows(name, layer, communicator)
     return lambda x: of_chunk(x[..., own].contiguous())
 
 
 def virtual_columns(name: str, layer: Any, tp_size: int, wires: Wires) -> Forward:
     """Columns of all ranks, side by side."""
-    chunks = [chunk(layer.out_features, rank, tp_size) for rank in range(tp_size)]
+    chunks = [chunk(layer.weight.shape[0], rank, tp_size) for rank in range(tp_size)]
 
     def forward(x: Tensor) -> Tensor:
         weight, bias = layer.weight, layer.bias
@@ -56,7 +56,7 @@ def virtual_columns(name: str, layer: Any, tp_size: int, wires: Wires) -> Forwar
 def real_columns(name: str, layer: Any, communicator: Communicator) -> Forward:
     """This rank's columns and those of all others."""
     world_size = communicator.tp.world_size
-    chunks = [chunk(layer.out_features, rank, world_size) for rank in range(world_size)]
+    chunks = [chunk(layer.weight.shape[0], rank, world_size) for rank in range(world_size)]
     num_features = [own.stop - own.start for own in chunks]
     weight, bias = local(layer.weight), layer.bias
 

@@ -1,7 +1,7 @@
 """Loading models and tokenizers, whole or this rank's part."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,7 +30,7 @@ def load(
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
             return cast(nn.Module, model.to(device))
         _check_divisible(AutoConfig.from_pretrained(path).get_text_config(), split)
-        with _stages_may_be_split():
+        with _stages_may_be_split() if split.pp_size > 1 else nullcontext():
             return cast(
                 nn.Module,
                 AutoModelForCausalLM.from_pretrained(
