@@ -147,6 +147,13 @@ def _communicating(model: nn.Module, split: Split) -> list[tuple[str, nn.Module,
     if split.experts != "slices":
         ep_plan = _plan(model, "ep_plan")
         whole = tuple(name for name, style in ep_plan.items() if style == "ep_dispatch_experts")
+        if not whole:
+            raise InvalidInputError(
+                type(model).__name__,
+                expected=f"a mixture of experts, as experts={split.experts!r} says",
+                found="a model without experts",
+                remedy="Leave it out.",
+            )
         plan = {name: style for name, style in plan.items() if not name.startswith(whole)} | ep_plan
         table = STYLES | {"ep_dispatch_experts": EXPERT_STYLES[split.experts]}
     found = []
@@ -159,6 +166,8 @@ def _communicating(model: nn.Module, split: Split) -> list[tuple[str, nn.Module,
                 "layers that are summed, gathered or looked up as in Llama, Gemma, Phi-3 or Mixtral",
                 f"{name} of style {style!r} ({type(module).__name__})",
             )
+        if style == "ep_dispatch_experts":
+            experts.check_divisible(name, module, split.tp_size)
         found.append((name, module, table[style]))
     return found
 

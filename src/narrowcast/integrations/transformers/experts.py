@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.communicator import Communicator
+from narrowcast.errors import InvalidInputError
 from narrowcast.integrations.base import Wires
 from narrowcast.integrations.forwards import Forward, call_with, chunk
 from narrowcast.integrations.transformers.weights import local
@@ -28,6 +29,14 @@ def is_supported(module: nn.Module) -> bool:
     """Whether the experts' weights lie as in Mixtral and Qwen3-MoE."""
     names = {name for name, _ in module.named_parameters(recurse=False)}
     return names == LAYOUT and hasattr(module, "num_experts") and not getattr(module, "is_transposed", False)
+
+
+def check_divisible(name: str, experts: Any, tp_size: int) -> None:
+    """InvalidInputError unless every rank can hold as many whole experts, as the engine wants it."""
+    if (number := experts.down_proj.shape[0]) % tp_size:
+        raise InvalidInputError(
+            name, expected=f"a number of experts that {tp_size} ranks divide", found=number, remedy="Choose another."
+        )
 
 
 def _run(experts: Any, lent: dict[str, Any], x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:

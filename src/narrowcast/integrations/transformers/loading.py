@@ -112,13 +112,6 @@ def _check_divisible(config: Any, split: Split) -> None:
                 remedy="Choose another tp_size"
                 + ("; simulation takes any." if field in ("num_attention_heads", "num_key_value_heads") else "."),
             )
-    if config.num_hidden_layers < split.pp_size:
-        raise InvalidInputError(
-            f"pp_size {split.pp_size}",
-            expected=f"at most the model's {config.num_hidden_layers} layers",
-            found=split.pp_size,
-            remedy="Choose fewer stages.",
-        )
 
 
 def load_tokenizer(path: str | Path) -> Any:

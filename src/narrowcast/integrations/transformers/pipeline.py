@@ -23,7 +23,14 @@ def stage_of(model: nn.Module) -> Any:
 def boundaries(model: nn.Module, pp_size: int) -> list[str]:
     """The last layer of each stage but the last. Stages have as many layers each; the rest goes to the last."""
     prefix = cast(Any, model).base_model_prefix
-    num_layers = len(cast(Any, model).base_model.layers)
+    num_layers = len(getattr(cast(Any, model).base_model, "layers", ()))
+    if num_layers < pp_size:
+        raise InvalidInputError(
+            f"pp_size {pp_size}",
+            expected="a model with at least as many layers, in a list named layers",
+            found=num_layers,
+            remedy="Choose fewer stages, or a model such as Llama.",
+        )
     return [f"{prefix}.layers.{stage * (num_layers // pp_size) - 1}" for stage in range(1, pp_size)]
 
 
