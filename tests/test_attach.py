@@ -70,8 +70,7 @@ def check_against_simulation(
     return results
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+@pytest.mark.parametrize(("algorithm", "world_size"), [("one_shot", 2), ("two_shot", 4)])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_real_ranks_equal_the_simulation(
     ranks: Pools, tmp_path: Path, name: str, algorithm: str, world_size: int

@@ -125,6 +125,8 @@ def test_generate_starts_its_ranks_or_uses_those_of_torchrun(plan: Path) -> None
     own = narrowcast(*arguments, "--prompt", "A much longer prompt about")
     assert own.stdout.startswith("The sea") and "\nA much longer prompt about" in own.stdout
     assert "sent 4.1875 bits a value" in own.stderr
+    assert "model.embed_tokens 512, lm_head" in own.stderr
+    assert "uncompressed" not in narrowcast(*arguments, "--replicate-vocabulary").stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "narrowcast"]
     theirs = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=150, check=True)
     assert theirs.stdout.startswith("The sea")

@@ -36,7 +36,7 @@ class Job:
     reference: Path | None = None
     prompts: Sequence[Tensor] = ()
     max_new_tokens: int = 0
-    count_only: bool = False
+    replicate_vocabulary: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,9 @@ def reference_of(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Path]:
 
 
 def _on_rank(job: Job, split: Split) -> list[Outcome]:
-    return _outcomes(job, load_engine().load(job.model, split=split), simulate=False)
+    return _outcomes(
+        job, load_engine().load(job.model, split=split, replicate_vocabulary=job.replicate_vocabulary), simulate=False
+    )
 
 
 def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
@@ -78,7 +80,6 @@ def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
             model,
             Plan.load(path),
             simulate=simulate,
-            count_only=job.count_only,
             algorithm=job.algorithm,
             timeout_s=job.timeout_s,
         ) as handle:

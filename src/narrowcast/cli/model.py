@@ -13,7 +13,7 @@ from narrowcast import Plan
 from narrowcast.cli.files import DEFAULT_LENGTH, check_report, sequences, write_report
 from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks, run_simulated
 from narrowcast.cli.launch import is_first_rank
-from narrowcast.cli.options import Algorithm, Device, Length, ModelArgument, PlanOption, Timeout
+from narrowcast.cli.options import Algorithm, Device, Length, ModelArgument, PlanOption, ReplicateVocabulary, Timeout
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
 from narrowcast.transport import DEFAULT_TIMEOUT_S
@@ -28,6 +28,7 @@ def evaluate(
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 32,
     length: Length = DEFAULT_LENGTH,
     algorithm: Algorithm = "auto",
+    replicate_vocabulary: ReplicateVocabulary = False,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     device: Device = "cpu",
 ) -> None:
@@ -44,7 +45,13 @@ def evaluate(
     whole = engine.load(model, device=device)
     with reference_of(whole, batches) as reference:
         job = Job(
-            model=model, plans=[plan], algorithm=algorithm, timeout_s=timeout, batches=batches, reference=reference
+            model=model,
+            plans=[plan],
+            algorithm=algorithm,
+            replicate_vocabulary=replicate_vocabulary,
+            timeout_s=timeout,
+            batches=batches,
+            reference=reference,
         )
         (outcome,) = run_on_ranks(job, split) if real else run_simulated(job, whole)
     if not is_first_rank():
@@ -63,6 +70,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     algorithm: Algorithm = "auto",
+    replicate_vocabulary: ReplicateVocabulary = False,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
@@ -75,6 +83,7 @@ def generate(
         model=model,
         plans=[plan],
         algorithm=algorithm,
+        replicate_vocabulary=replicate_vocabulary,
         timeout_s=timeout,
         prompts=prompts,
         max_new_tokens=max_new_tokens,

@@ -28,6 +28,12 @@ CodecOption = Annotated[
         f"{', '.join(KINDS)}. The last two are sent as they are unless named.",
     ),
 ]
+ReplicateVocabulary = Annotated[
+    bool,
+    typer.Option(
+        "--replicate-vocabulary", help="Real ranks keep all of the embedding and output layer; nothing of them travels."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where the whole model computes: cpu, cuda, ...")]
 PlanOption = Annotated[Path, typer.Option("--plan", help="A plan that calibrate wrote.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a sequence at most.")]

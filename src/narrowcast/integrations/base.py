@@ -43,8 +43,13 @@ class Wires(Protocol):
 class Engine(Protocol):
     """One inference engine. Modules of this package fulfil it; no other file imports the engine."""
 
-    def load(self, path: str | Path, *, split: Split = ..., device: str | None = None) -> nn.Module:
-        """The model in a folder or of a hub name, on `device`; or this rank's part of it as `split` says."""
+    def load(
+        self, path: str | Path, *, split: Split = ..., replicate_vocabulary: bool = False, device: str | None = None
+    ) -> nn.Module:
+        """The model in a folder or of a hub name, on `device`; or this rank's part of it as `split` says.
+
+        With `replicate_vocabulary` each rank keeps all of the embedding and of the output layer.
+        """
         ...
 
     def load_tokenizer(self, path: str | Path) -> Any:
