@@ -5,6 +5,7 @@ import importlib
 import os
 import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 import narrowcast
-from models import calibrated
+from models import calibrated, save_random
 from narrowcast.codecs import PRESETS
+from narrowcast.integrations import load_engine
+from narrowcast.split import KINDS, Split
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,6 +69,20 @@ def test_the_table_of_presets_is_complete_and_right() -> None:
     for name, bits in told:
         codec, _ = calibrated(name, torch.ones(1, 1, 4096))
         assert bits == float(f"{8 * codec.row_nbytes(4096) / 4096:.5g}"), name
+
+
+def test_the_picture_of_the_concepts_shows_the_sites_of_real_models(tmp_path: Path) -> None:
+    """A Llama of two layers over 2 x 2 ranks, and the experts of a Mixtral; and the file is what the script draws."""
+    drawing = runpy.run_path(str(ROOT / "docs" / "concepts_picture.py"))
+    assert (ROOT / "docs" / "concepts.svg").read_text(encoding="utf8") == drawing["picture"]()
+    *stages, experts = [{name: kind for what, _, kind, name in row if what == "site"} for _, _, row in drawing["ROWS"]]
+    engine = load_engine()
+    dense = engine.load(save_random("llama", tmp_path / "dense"))
+    assert stages[0] | stages[1] == engine.sites(dense, Split(tp_size=2, pp_size=2))
+    sparse = engine.load(save_random("mixtral", tmp_path / "sparse"))
+    sites = engine.sites(sparse, Split(tp_size=2, experts="all_to_all"))
+    assert experts == {name: kind for name, kind in sites.items() if "layers.1.mlp" in name}
+    assert drawing["COLOURS"].keys() == set(KINDS)
 
 
 def test_links_between_documents_lead_somewhere() -> None:
