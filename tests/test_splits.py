@@ -158,22 +158,17 @@ def test_counting_only_sends_what_the_model_sends(ranks: Pools, tmp_path: Path, 
 def test_splits_that_a_model_cannot_take_are_refused(tmp_path: Path) -> None:
     dense = transformers.load(save_random("llama", tmp_path / "dense"))
     sparse = transformers.load(save_random("mixtral", tmp_path / "sparse"))
-    for model, split, match in (
+    whole = {"tp_size": 2, "experts": "all_reduce"}
+    for model, options, match in (
         (dense, {"pp_size": 3}, "at least as many layers, in a list named layers, found 2"),
-        (dense, {"tp_size": 2, "experts": "all_reduce"}, "found a model without experts. Leave it out"),
-        (
-            sparse,
-            {"tp_size": 3, "experts": "all_to_all"},
-            "model.layers.0.mlp.experts: .* that 3 ranks divide, found 4",
-        ),
-        (
-            sparse,
-            {"tp_size": 2, "experts": "some"},
-            "experts one of slices, all_reduce, all_to_all, found 2, 1, 'some'",
-        ),
+        (dense, whole, "found a model without experts. Leave it out"),
+        (sparse, whole | {"tp_size": 3}, "model.layers.0.mlp.experts: .* that 3 ranks divide, found 4"),
+        (sparse, whole | {"pp_size": 2}, "whole experts, or a pipeline"),
+        (sparse, whole | {"experts": "some"}, "one of slices, all_reduce, all_to_all, found 2, 1, 'some'"),
+        (dense, {"tp_size": 2, "codec": {"dispatch": "bf16"}}, "one for embedding or logits or sum, found .* dispatch"),
     ):
         with pytest.raises(InvalidInputError, match=match):
-            narrowcast.calibrate(model, [random_ids(1, 8)], **split)
+            narrowcast.calibrate(model, [random_ids(1, 8)], **options)
 
 
 def refuse_padding(folder: Path) -> None:

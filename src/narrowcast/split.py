@@ -39,6 +39,14 @@ class Split:
                 remedy="Choose other values.",
             )
 
+        if self.experts != "slices" and self.pp_size > 1:
+            raise InvalidInputError(
+                "split",
+                expected="whole experts, or a pipeline: no engine splits a model both ways yet",
+                found=str(self),
+                remedy="Leave one of them out.",
+            )
+
     @property
     def world_size(self) -> int:
         """Ranks in all."""

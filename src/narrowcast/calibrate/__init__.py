@@ -140,6 +140,13 @@ class Observations:
         """The plan with this preset or recipe at every site, or with one for each kind; `within` serves in nodes."""
         recipes, engine = recipes_by_kind(codec), engine_of(self.model)
         kinds = {name: kind for name, kind in engine.sites(self.model, self.split).items() if kind in recipes}
+        if not kinds and engine.split_of(self.model).pp_size == 1:  # another stage may have some
+            raise InvalidInputError(
+                "codec",
+                expected=f"one for {' or '.join(sorted(set(engine.sites(self.model, self.split).values())))}",
+                found=f"codecs for {', '.join(recipes) or 'nothing'}",
+                remedy="Name a kind of site that this model has, such as codec={'logits': 'int8-group128'}.",
+            )
         codecs = {name: self._codecs(name, recipes[kind], recipe(within)) for name, kind in kinds.items()}
         observer = ErrorObserver(codecs, self.groups)
         with _travelling_over(observer, self.model, self.split):

@@ -10,7 +10,7 @@ from torch import Tensor
 from narrowcast.collectives.base import Exchange, Steps, Traffic
 from narrowcast.transport import Collectives, TorchDistributedTransport, Transport, Work
 
-MAX_STEPS = 8  # exchanges of one collective, each of which has a tag of its own
+MAX_STEPS = 128  # exchanges of one collective, each of which has a tag of its own: a ring over 65 ranks
 
 Group = dist.ProcessGroup | Transport | None
 
@@ -46,7 +46,9 @@ class Pending:
         if self._sent is not None:
             self._sent(Traffic(_nbytes(exchange), exchange.num_values))
         try:
-            return self._transport.exchange(exchange.sends, exchange.recvs, tag=next(self._tags))
+            tag = next(self._tags, None)
+            assert tag is not None, f"an algorithm takes {MAX_STEPS} steps at most"
+            return self._transport.exchange(exchange.sends, exchange.recvs, tag=tag)
         except BaseException:
             self._end()
             raise

@@ -71,12 +71,12 @@ def split_of(model: nn.Module) -> Split:
     if not meshes and stage is None:
         return Split()
     config: Any = getattr(cast(Any, model).config, "distributed_config", None)
-    if (dp_size := getattr(config, "dp_size", 1)) > 1:
+    if (dp_size := getattr(config, "dp_size", getattr(config, "fsdp_size", 1))) > 1:
         raise _unsupported(model, "tensor, expert and pipeline parallelism", f"{dp_size} data-parallel ranks")
     return Split(
         tp_size=meshes[0].size() if meshes else 1,
         pp_size=1 if stage is None else stage.pp_size,
-        experts=_experts(config),
+        experts=_experts(model, config),
     )
 
 
@@ -84,9 +84,11 @@ def _meshes(model: nn.Module) -> list[Any]:
     return [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
 
 
-def _experts(config: Any) -> Experts:
+def _experts(model: nn.Module, config: Any) -> Experts:
     if getattr(config, "ep_size", 1) == 1:
         return "slices"
+    if not hasattr(config, "ep_implementation"):
+        raise _unsupported(model, "expert parallelism as Transformers 5.23 has it", "that of an earlier release")
     return "all_to_all" if config.ep_implementation == "all_to_all" else "all_reduce"
 
 

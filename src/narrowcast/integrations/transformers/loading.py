@@ -29,7 +29,7 @@ def load(
         if split == WHOLE:
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
             return cast(nn.Module, model.to(device))
-        _check_version(split)
+        _check_version(split, replicate_vocabulary)
         _check_divisible(AutoConfig.from_pretrained(path).get_text_config(), split)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext():
             return cast(
@@ -46,14 +46,15 @@ def load(
         raise MissingDependencyError(error.name or "accelerate", "transformers") from error
 
 
-def _check_version(split: Split) -> None:
-    """Expert parallelism, and pipelines of split layers, were tried from 5.23 on; 5.20 has other interfaces."""
+def _check_version(split: Split, replicate_vocabulary: bool) -> None:
+    """What was tried from 5.23 on only: 5.20 has other interfaces for it, or none."""
     import transformers
 
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    if release < (5, 23) and (split.experts != "slices" or min(split.tp_size, split.pp_size) > 1):
+    new = split.experts != "slices" or min(split.tp_size, split.pp_size) > 1 or replicate_vocabulary
+    if new and release < (5, 23):
         raise InvalidInputError(
-            str(split),
+            f"{split}{', vocabulary replicated' * replicate_vocabulary}",
             expected="Transformers 5.23",
             found=transformers.__version__,
             remedy="Run pip install 'transformers>=5.23', or split by tp_size or pp_size alone.",
