@@ -45,6 +45,7 @@ CONFIGS = {
     "qwen3": lambda: Qwen3Config(**SMALL, head_dim=24),
     "gemma2": lambda: Gemma2Config(**SMALL, head_dim=24, query_pre_attn_scalar=24, sliding_window=6),
     "phi3": lambda: Phi3Config(**SMALL, resid_pdrop=0.0),  # fused projections
+    "phi3-starved": lambda: Phi3Config(**SMALL | {"intermediate_size": 1}, resid_pdrop=0.0),  # ranks without columns
     "olmo2": lambda: Olmo2Config(**SMALL),  # norms over all heads: q, k and v are gathered
     "mixtral": lambda: MixtralConfig(**SMALL | {"intermediate_size": 96}, num_local_experts=4, num_experts_per_tok=2),
     "qwen3-moe": lambda: Qwen3MoeConfig(

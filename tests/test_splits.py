@@ -27,6 +27,7 @@ CASES = [
     *(("llama-tied", split) for split in STAGES),
     *(("gemma2", split) for split in STAGES),
     ("phi3", Split(tp_size=2)),
+    ("phi3-starved", Split(tp_size=4)),
     ("llama-starved", Split(tp_size=4)),
 ]
 

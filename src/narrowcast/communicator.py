@@ -102,7 +102,7 @@ class Communicator:
     def all_gather_features(self, x: Tensor, site: str, num_features: Sequence[int]) -> Tensor:
         """Put the last dimensions of all ranks side by side; rank r holds `num_features[r]` of it."""
         rank, peers = self.tp.rank, self.tp.world_size - 1
-        x_TE, own = x.reshape(-1, x.shape[-1]), _block(num_features, self.tp.rank)
+        x_TE, own = x.flatten(0, -2), _block(num_features, self.tp.rank)  # a rank may hold no column
         planned = self._codecs.of(site, x).codecs[0]
 
         def sent() -> Traffic:

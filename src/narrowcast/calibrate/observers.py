@@ -143,7 +143,7 @@ def _power(x: Tensor) -> float:
 
 
 def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2)
 
 
 def _extremes(x_RTE: Tensor, num_left_out: int) -> Tensor:
