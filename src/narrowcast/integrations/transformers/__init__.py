@@ -64,6 +64,12 @@ EXPERT_STYLES = {
     ),
 }
 
+EP_IMPLEMENTATIONS: dict[str, Experts] = {
+    "auto": "all_reduce",  # at inference, where all ranks hold the same batch
+    "all_reduce": "all_reduce",
+    "all_to_all": "all_to_all",
+}
+
 
 def split_of(model: nn.Module) -> Split:
     """From the meshes that weights are spread over, the record of the stage, and the config."""
@@ -87,9 +93,12 @@ def _meshes(model: nn.Module) -> list[Any]:
 def _experts(model: nn.Module, config: Any) -> Experts:
     if getattr(config, "ep_size", 1) == 1:
         return "slices"
-    if not hasattr(config, "ep_implementation"):
-        raise _unsupported(model, "expert parallelism as Transformers 5.23 has it", "that of an earlier release")
-    return "all_to_all" if config.ep_implementation == "all_to_all" else "all_reduce"
+    implementation = getattr(config, "ep_implementation", "that of an earlier release")
+    if implementation not in EP_IMPLEMENTATIONS:
+        raise _unsupported(
+            model, f"ep_implementation {' or '.join(EP_IMPLEMENTATIONS)} of Transformers 5.23", implementation
+        )
+    return EP_IMPLEMENTATIONS[implementation]
 
 
 def sites(model: nn.Module, split: Split) -> Mapping[str, str]:
