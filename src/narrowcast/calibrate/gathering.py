@@ -1,5 +1,6 @@
 """Calibration of a model that is split already: what each rank would send is gathered from all of them, uncoded."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,7 +29,7 @@ class GatheringCommunicator(Communicator):
         return self._wires.all_reduce(partials, site).view(x.shape)
 
     def all_gather_features(self, x: Tensor, site: str, num_features: Sequence[int]) -> Tensor:
-        num_tokens = x[..., :1].numel() if x.shape[-1] else x.shape[:-1].numel()
+        num_tokens = math.prod(x.shape[:-1])
         parts = self._gather(x.reshape(-1, 1), [num_tokens * num for num in num_features])
         shaped = [part.view(num_tokens, num) for part, num in zip(parts, num_features, strict=True)]
         return self._wires.all_gather_features(shaped, site).view(*x.shape[:-1], -1)
