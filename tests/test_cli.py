@@ -88,6 +88,11 @@ def test_count_shows_what_would_travel_before_there_is_a_plan(tmp_path: Path) ->
     assert (rows["model.embed_tokens"]["prompt"], rows["lm_head"]["prompt"]) == (10 * 512, 4096)
     assert "1.90 times fewer for a token" in shown
     assert "--tp or --pp above 1, found one rank" in refused("count", MODEL)
+    assert "at most 512, the model's context, found 513" in refused("count", MODEL, "--tp", 2, "--tokens", 513)
+    assert "Use KIND=PRESET, once a kind" in refused(
+        "count", MODEL, "--tp", 2, "--codec", "sum=bf16", "--codec", "sum=int4"
+    )
+    assert "one that this PyTorch can use" in refused("count", MODEL, "--tp", 2, "--device", "no-such-device")
 
 
 def test_calibrate_on_ranks_writes_the_plan_of_one_process(plan: Path, tmp_path: Path) -> None:

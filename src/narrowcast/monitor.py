@@ -40,32 +40,74 @@ class SiteReport:
     num_tokens: int
     wire_bytes: int
     plain_bytes: int
-    bits_per_value: float | None
+    num_values: int
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """Bits that a value took; None before anything was sent."""
+        return 8 * self.wire_bytes / self.num_values if self.num_values else None
+
+    def __add__(self, other: "SiteReport") -> "SiteReport":
+        """What two ranks have sent at the same site for the same tokens."""
+        return SiteReport(
+            coded=self.coded,
+            num_tokens=max(self.num_tokens, other.num_tokens),
+            wire_bytes=self.wire_bytes + other.wire_bytes,
+            plain_bytes=self.plain_bytes + other.plain_bytes,
+            num_values=self.num_values + other.num_values,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one rank has sent. Sites that travel uncompressed (embedding, logits) are kept apart.
+    """What one rank has sent, or, simulated, the first rank of every stage. Sites that are not coded are kept apart.
 
-    `num_tokens`: tokens that this rank has processed.
-    `bits_per_value`: bits of coded payloads over the values in them; None before anything was sent.
-    `wire_bytes_per_token`: coded payload bytes that this rank sent, over the tokens it processed.
-    `uncompressed_bytes_per_token`: the same for each site that is not coded.
     `num_saturated`, `num_non_finite`: coded values that were clipped, or NaN or infinite (simulated: of all ranks).
-    `sites`: each site by itself.
     """
 
-    num_tokens: int
-    bits_per_value: float | None
-    wire_bytes_per_token: float
-    uncompressed_bytes_per_token: Mapping[str, float]
+    sites: Mapping[str, SiteReport]
     num_saturated: int
     num_non_finite: int
-    sites: Mapping[str, SiteReport]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were processed."""
+        return max((site.num_tokens for site in self.sites.values()), default=0)
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """Bits of coded payloads over the values in them; None before anything was sent."""
+        num_values = sum(site.num_values for site in self._coded)
+        return 8 * sum(site.wire_bytes for site in self._coded) / num_values if num_values else None
+
+    @property
+    def wire_bytes_per_token(self) -> float:
+        """Coded payload bytes that were sent, over the tokens."""
+        return sum(site.wire_bytes for site in self._coded) / max(self.num_tokens, 1)
+
+    @property
+    def uncompressed_bytes_per_token(self) -> dict[str, float]:
+        """The same for each site that is not coded."""
+        plain = {name: site for name, site in self.sites.items() if not site.coded}
+        return {name: site.wire_bytes / max(self.num_tokens, 1) for name, site in plain.items()}
+
+    @property
+    def _coded(self) -> list[SiteReport]:
+        return [site for site in self.sites.values() if site.coded]
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON values."""
-        return asdict(self)
+        """All figures as JSON values."""
+        figures = "num_tokens", "bits_per_value", "wire_bytes_per_token", "uncompressed_bytes_per_token"
+        return {figure: getattr(self, figure) for figure in figures} | asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Report":
+        """The report that `to_json` gave."""
+        return cls(
+            sites={name: SiteReport(**site) for name, site in values["sites"].items()},
+            num_saturated=values["num_saturated"],
+            num_non_finite=values["num_non_finite"],
+        )
 
 
 @dataclass
@@ -84,30 +126,18 @@ class Monitor:
     def report(self) -> Report:
         """The sums over sites."""
         coded = [site for site in self.sites.values() if site.coded]
-        num_tokens = max((site.num_tokens for site in self.sites.values()), default=0)
-        wire_bytes, num_values = sum(site.wire_bytes for site in coded), sum(site.num_values for site in coded)
         stats = sum((site.stats for site in coded), torch.zeros(2, dtype=torch.int64, device=self.device))
         return Report(
-            num_tokens=num_tokens,
-            bits_per_value=_bits(wire_bytes, num_values),
-            wire_bytes_per_token=wire_bytes / max(num_tokens, 1),
-            uncompressed_bytes_per_token={
-                name: site.wire_bytes / max(num_tokens, 1) for name, site in self.sites.items() if not site.coded
-            },
-            num_saturated=int(stats[ops.SATURATED]),
-            num_non_finite=int(stats[ops.NON_FINITE]),
             sites={
                 name: SiteReport(
                     coded=site.coded,
                     num_tokens=site.num_tokens,
                     wire_bytes=site.wire_bytes,
                     plain_bytes=site.plain_bytes,
-                    bits_per_value=_bits(site.wire_bytes, site.num_values),
+                    num_values=site.num_values,
                 )
                 for name, site in self.sites.items()
             },
+            num_saturated=int(stats[ops.SATURATED]),
+            num_non_finite=int(stats[ops.NON_FINITE]),
         )
-
-
-def _bits(nbytes: int, num_values: int) -> float | None:
-    return 8 * nbytes / num_values if num_values else None

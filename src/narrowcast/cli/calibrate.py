@@ -22,6 +22,7 @@ from narrowcast.calibrate.observers import FirstTokens
 from narrowcast.cli.files import DEFAULT_LENGTH, sequences
 from narrowcast.cli.launch import is_first_rank, on_ranks
 from narrowcast.cli.options import (
+    DEFAULT_CODEC,
     CodecOption,
     Device,
     ExpertsOption,
@@ -51,7 +52,7 @@ def calibrate(
         int, typer.Option(min=1, help="Nodes that hold --tp ranks in equal parts: sums go within nodes first.")
     ] = 1,
     within: Annotated[str, typer.Option(help="The preset for sums within a node.")] = "bf16",
-    codec: CodecOption = ["int4-feature"],  # noqa: B006 (typer copies it)
+    codec: CodecOption = [DEFAULT_CODEC],  # noqa: B006 (typer copies it)
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 128,
     length: Length = DEFAULT_LENGTH,
     first_tokens: Annotated[
@@ -79,7 +80,8 @@ def calibrate(
         plan = observe_with_bar(whole, found, split, options).plan(chosen, within=within)
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
-        typer.echo(f"{output}: {len(plan.sites)} sites, {split}, {', '.join(codec)}, from {len(found)} sequences")
+        number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
+        typer.echo(f"{output}: {number}, {split}, {', '.join(codec)}, from {len(found)} sequences")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +105,19 @@ def _groups(tp_size: int, num_nodes: int) -> list[range]:
 
 def codec_by_kind(options: Sequence[str]) -> CodecByKind:
     """What `--codec` says: a preset for all kinds that are coded unless asked otherwise, others for single kinds."""
-    by_kind = dict(option.split("=", 1) for option in options if "=" in option)
+    named = [option for option in options if "=" in option]
+    by_kind = dict(option.split("=", 1) for option in named)
     general = [option for option in options if "=" not in option]
-    if len(general) > 1:
+    if len(general) > 1 or len(by_kind) < len(named):
         raise InvalidInputError(
-            "--codec", expected="one preset for all kinds", found=" and ".join(general), remedy="Use KIND=PRESET."
+            "--codec",
+            expected="one preset for all kinds, and at most one for each kind",
+            found=", ".join(options),
+            remedy="Use KIND=PRESET, once a kind.",
         )
-    chosen = dict.fromkeys((kind for kind in KINDS if kind not in UNCODED), general[0]) if general else {}
-    codec: CodecByKind = chosen | by_kind if by_kind else general[0]
+    rest = general[0] if general else DEFAULT_CODEC
+    coded = dict.fromkeys((kind for kind in KINDS if kind not in UNCODED), rest)
+    codec: CodecByKind = coded | by_kind if by_kind else rest
     recipes_by_kind(codec)
     return codec
 

@@ -17,6 +17,7 @@ import narrowcast
 from narrowcast.cli.calibrate import codec_by_kind
 from narrowcast.cli.files import check_report, write_report
 from narrowcast.cli.options import (
+    DEFAULT_CODEC,
     Algorithm,
     CodecOption,
     Device,
@@ -26,6 +27,7 @@ from narrowcast.cli.options import (
     TensorParallel,
     checked_split,
 )
+from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import device_of, load_engine
 from narrowcast.monitor import Report
 from narrowcast.plan import Plan
@@ -39,7 +41,7 @@ def count(
     tp: TensorParallel = 1,
     pp: PipelineParallel = 1,
     experts: ExpertsOption = "slices",
-    codec: CodecOption = ["int4-feature"],  # noqa: B006 (typer copies it)
+    codec: CodecOption = [DEFAULT_CODEC],  # noqa: B006 (typer copies it)
     tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
     algorithm: Algorithm = "auto",
     device: Device = "cpu",
@@ -52,8 +54,12 @@ def count(
     check_report(json)
     chosen, split = codec_by_kind(codec), checked_split(tp, pp, experts)
     whole = load_engine().load(model, device=device)
-    vocab_size = whole.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]
-    ids = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device_of(whole))
+    config: Any = whole.config.get_text_config()  # type: ignore[union-attr, operator]
+    if tokens > (longest := getattr(config, "max_position_embeddings", tokens)):
+        raise InvalidInputError(
+            "--tokens", expected=f"at most {longest}, the model's context", found=tokens, remedy="Pass fewer."
+        )
+    ids = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0)).to(device_of(whole))
     plan = narrowcast.calibrate(
         whole, [ids[:, :NUM_CALIBRATION_TOKENS]], tp_size=tp, pp_size=pp, experts=experts, codec=chosen
     )

@@ -1,6 +1,7 @@
 """What `demo`, `evaluate` and `generate` do with a model and its plans: score text, continue prompts, count bytes."""
 
 import itertools
+import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ import narrowcast
 from narrowcast import Plan
 from narrowcast.cli.launch import is_first_rank, on_ranks
 from narrowcast.evaluate import Score, compare, log_probs
-from narrowcast.integrations import device_of, load_engine
+from narrowcast.integrations import Handle, device_of, load_engine, transports_of
 from narrowcast.monitor import Report
 from narrowcast.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
@@ -83,11 +84,31 @@ def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
             algorithm=job.algorithm,
             timeout_s=job.timeout_s,
         ) as handle:
-            score, of_scoring = (_score(job, model), handle.report()) if job.batches else (None, None)
+            score, of_scoring = (_score(job, model), _report(model, handle)) if job.batches else (None, None)
             continuations = _continue(model, job.prompts, job.max_new_tokens) if job.prompts else []
-            report = of_scoring or handle.report()
+            report = of_scoring or _report(model, handle)
             outcomes.append(Outcome(score=score, report=report, continuations=continuations))
     return outcomes
+
+
+def _report(model: nn.Module, handle: Handle) -> Report:
+    """What the first rank of every stage has sent, and clipping on all ranks, as the simulation counts it."""
+    report = handle.report()
+    tp, pp = transports_of(load_engine().groups(model))
+    for transport in (tp, pp):
+        if transport is None:
+            continue
+        texts = transport.share(json.dumps(report.to_json()), "adding up reports")
+        reports = [Report.from_json(json.loads(text)) for text in texts]
+        sites = dict(reports[0].sites)
+        for stage in reports[1:] if transport is pp else []:
+            sites |= {name: sites[name] + site if name in sites else site for name, site in stage.sites.items()}
+        report = Report(
+            sites=sites,
+            num_saturated=sum(each.num_saturated for each in reports),
+            num_non_finite=sum(each.num_non_finite for each in reports),
+        )
+    return report
 
 
 def _score(job: Job, model: nn.Module) -> Score | None:

@@ -16,6 +16,7 @@ from narrowcast.cli.launch import is_first_rank
 from narrowcast.cli.options import Algorithm, Device, Length, ModelArgument, PlanOption, ReplicateVocabulary, Timeout
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
+from narrowcast.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 
@@ -61,7 +62,7 @@ def evaluate(
     if json is not None:
         write_report(json, figures | {"model": model, "plan": str(plan), "real": real})
     where = "real ranks" if real else "simulated"
-    _print_figures(outcome, escape(f"{model}, {plan}, {split}, {where}"))
+    _print_figures(outcome, split, escape(f"{model}, {plan}, {split}, {where}"))
 
 
 def generate(
@@ -93,28 +94,30 @@ def generate(
         return
     for start, ids in zip(prompts, outcome.continuations, strict=True):
         typer.echo(tokenizer.decode([*start[0].tolist(), *ids], skip_special_tokens=True))
-    typer.echo(summary(outcome), err=True)
+    typer.echo(summary(outcome, split), err=True)
 
 
-def summary(outcome: Outcome) -> str:
-    """What one rank sent, in a sentence."""
+def summary(outcome: Outcome, split: Split) -> str:
+    """What the first rank of each stage sent, in a sentence; clipping on all ranks."""
     report = outcome.report
+    each = "a token and rank" if split.pp_size == 1 else "a token, the first ranks of all stages together"
     bits = "nothing" if report.bits_per_value is None else f"{report.bits_per_value:.4f} bits a value"
     uncompressed = ", ".join(f"{name} {nbytes:.0f}" for name, nbytes in report.uncompressed_bytes_per_token.items())
     return (
-        f"sent {bits}, {report.wire_bytes_per_token:.0f} bytes a token and rank"
-        + (f"; uncompressed besides, bytes a token and rank: {uncompressed}" if uncompressed else "")
-        + (f"; {report.num_saturated} values clipped" if report.num_saturated else "")
+        f"sent {bits}, {report.wire_bytes_per_token:.0f} bytes {each}"
+        + (f"; uncompressed besides, bytes {each}: {uncompressed}" if uncompressed else "")
+        + (f"; {report.num_saturated} values clipped on all ranks" if report.num_saturated else "")
         + (f"; {report.num_non_finite} values not finite" if report.num_non_finite else "")
     )
 
 
-def _print_figures(outcome: Outcome, title: str) -> None:
+def _print_figures(outcome: Outcome, split: Split, title: str) -> None:
     assert outcome.score is not None, "there were batches"
     table = Table("figure", "value", title=title)
     table.add_row("perplexity", f"{outcome.score.perplexity:.4f}")
     table.add_row("KL from the uncompressed model, nats", f"{outcome.score.kl_nats:.5f}")
     table.add_row("top-1 agreement", f"{outcome.score.top1_agreement:.2%}")
     table.add_row("tokens scored", str(outcome.score.num_tokens))
-    table.caption = summary(outcome)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(summary(outcome, split))

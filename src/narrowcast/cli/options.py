@@ -20,12 +20,13 @@ PipelineParallel = Annotated[
 ExpertsOption = Annotated[
     Experts, typer.Option(help="A slice of every expert on each rank; or whole experts, summed or travelled to.")
 ]
+DEFAULT_CODEC = "int4-feature"
 CodecOption = Annotated[
     list[str],
     typer.Option(
         metavar="PRESET",
         help=f"One of {', '.join(narrowcast.PRESETS)}; or KIND=PRESET (again and again) for one kind of site: "
-        f"{', '.join(KINDS)}. The last two are sent as they are unless named.",
+        f"{', '.join(KINDS)}, besides the preset of all others. The last two are sent as they are unless named.",
     ),
 ]
 ReplicateVocabulary = Annotated[

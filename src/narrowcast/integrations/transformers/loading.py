@@ -5,6 +5,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from narrowcast.errors import InvalidInputError, MissingDependencyError
@@ -27,6 +28,7 @@ def load(
     logging.disable_progress_bar()  # one bar a rank would garble the screen
     try:
         if split == WHOLE:
+            _check_device(device)
             model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
             return cast(nn.Module, model.to(device))
         _check_version(split, replicate_vocabulary)
@@ -44,6 +46,18 @@ def load(
         raise _not_loaded(path, error) from error
     except ImportError as error:  # splitting a model needs accelerate besides
         raise MissingDependencyError(error.name or "accelerate", "transformers") from error
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"device {device}",
+            expected="one that this PyTorch can use",
+            found=str(error).strip().splitlines()[0].rstrip("."),
+            remedy="Use cpu, or install another build of PyTorch.",
+        ) from error
 
 
 def _check_version(split: Split, replicate_vocabulary: bool) -> None:
