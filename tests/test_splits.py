@@ -74,7 +74,7 @@ def check(pools: Pools, folder: Path, plan: Plan, **options: Any) -> list[Report
     for name, site in simulated.sites.items():
         first = next(report for report in reports if name in report.sites and report.sites[name].wire_bytes)
         assert first.sites[name] == site, name
-    assert sum(report.num_saturated for report in reports) >= simulated.num_saturated
+    assert sum(report.num_saturated for report in reports) == simulated.num_saturated
     return reports
 
 

@@ -133,7 +133,7 @@ class Communicator:
         assert self.pp is not None, "only a pipeline sends from stage to stage"
         x_TE, planned = x.reshape(-1, x.shape[-1]), self._codecs.of(site, x).codecs[0]
         rank, num_stages = self.pp.rank, self.pp.world_size
-        steps = send_steps(x_TE, self._used(planned, x), dst, rank, num_stages, self._stats(site))
+        steps = send_steps(x_TE, self._used(planned, x), dst, rank, num_stages, self._stats_of_stage(site))
         pair = rank, dst
         self._drive(steps, self.pp, site, len(x_TE), x.dtype, lambda: _copies(planned, x_TE.shape, 1), pair=pair)
 
@@ -160,7 +160,7 @@ class Communicator:
             src,
             rank,
             num_stages,
-            self._stats(site),
+            self._stats_of_stage(site),
         )
         copies = num_stages - 1 if rank == src else 0
         self._drive(steps, self.pp, site, len(y_TE), dtype, lambda: _copies(planned, y_TE.shape, copies))
@@ -171,6 +171,10 @@ class Communicator:
 
     def _stats(self, site: str) -> Tensor:
         return self._codecs.counters(site).stats
+
+    def _stats_of_stage(self, site: str) -> Tensor | None:
+        """The ranks of a stage all send the same hidden states: what is clipped in them counts once."""
+        return self._stats(site) if self._tp is None or self._tp.rank == 0 else None
 
     def _drive(
         self,

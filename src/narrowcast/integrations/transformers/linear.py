@@ -25,11 +25,10 @@ def virtual_rows(name: str, layer: Any, tp_size: int, wires: Wires) -> Forward:
 
 def real_rows(name: str, layer: Any, communicator: Communicator) -> Forward:
     """This rank's partial sum from its chunk of the input."""
-    weight, bias = local(layer.weight), layer.bias
+    weight, bias = local(layer.weight), None if layer.bias is None else local(layer.bias)
 
     def forward(x: Tensor) -> Tensor:
-        partial = functional.linear(x, weight)
-        return add_bias(communicator.all_reduce(partial, name), None if bias is None else local(bias))
+        return add_bias(communicator.all_reduce(functional.linear(x, weight), name), bias)
 
     return forward
 
@@ -58,11 +57,10 @@ def real_columns(name: str, layer: Any, communicator: Communicator) -> Forward:
     world_size = communicator.tp.world_size
     chunks = [chunk(layer.weight.shape[0], rank, world_size) for rank in range(world_size)]
     num_features = [own.stop - own.start for own in chunks]
-    weight, bias = local(layer.weight), layer.bias
+    weight, bias = local(layer.weight), None if layer.bias is None else local(layer.bias)
 
     def forward(x: Tensor) -> Tensor:
-        columns = functional.linear(x, weight, None if bias is None else local(bias))
-        return communicator.all_gather_features(columns, name, num_features)
+        return communicator.all_gather_features(functional.linear(x, weight, bias), name, num_features)
 
     return forward
 
