@@ -1,0 +1,1 @@
+"""The compiled module (csrc/module.cpp). Tensors are passed as addresses."""
