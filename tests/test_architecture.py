@@ -12,7 +12,9 @@ SOURCE = Path(narrowcast.__file__).parent
 # A module imports only from those above it (docs/architecture.md).
 ORDER = [
     "errors",
+    "_native",
     "ops",
+    "kernels",
     "codecs",
     "transport",
     "collectives",
