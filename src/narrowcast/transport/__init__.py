@@ -1,7 +1,7 @@
 """Transports: what moves the bytes."""
 
 from narrowcast.transport.base import Buffers, Collectives, Transport, Work
-from narrowcast.transport.choice import TRANSPORTS, connect_group
+from narrowcast.transport.choice import TRANSPORTS, check_transport, connect_group
 from narrowcast.transport.group import DEFAULT_TIMEOUT_S
 from narrowcast.transport.tcp import TcpTransport
 from narrowcast.transport.torch_distributed import TorchDistributedTransport, connect
@@ -15,6 +15,7 @@ __all__ = [
     "TorchDistributedTransport",
     "Transport",
     "Work",
+    "check_transport",
     "connect",
     "connect_group",
 ]
