@@ -1,4 +1,4 @@
-"""Collectives on real ranks, over gloo and over the TCP mesh: bit for bit the twins in `simulate`, and alike on all ranks."""
+"""Collectives on real ranks, over gloo and the TCP mesh: bit for bit their twins, and alike on all ranks."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -318,7 +318,7 @@ def test_a_rank_that_does_not_attach_is_named(served: tuple[Path, Path]) -> None
     pool = Ranks(2)
     try:
         pool.start(attach_late, *served, 1)
-        assert "lost rank 1 while comparing plans" in pool.result(0)
+        assert "lost rank 1 while choosing a transport" in pool.result(0)
     finally:
         pool.close()
 

@@ -16,7 +16,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 from test_collectives import partials, same_bits
-from transports import GLOO, TCP, Kind, needs_mesh, over_both
+from transports import GLOO, TCP, Kind, needs_mesh
 
 Pools = Callable[[int], Ranks]
 every_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6, 8])
