@@ -1,11 +1,13 @@
 #include "mesh.h"
 
 #include <fcntl.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <pthread.h>
 #include <signal.h>
+#include <sys/socket.h>
 
 #include <algorithm>
-#include <cerrno>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -15,6 +17,7 @@ namespace narrowcast {
 namespace {
 
 constexpr int64_t kLongestSpin = 50'000, kShortestSpin = 2'000;  // ns
+constexpr std::chrono::seconds kLongestSleep(1);
 
 timespec until(Clock::time_point deadline) {
   const auto left = std::max(deadline - Clock::now(), Clock::duration::zero());
@@ -81,7 +84,7 @@ void Engine::start(Operation& operation) {
     if (!transfer.sending && !transfer.finished) transfer.connection->read();
   if (operation.settled()) return;
   if (waiting_ > 0) {
-    if (!sleepers_.empty()) sleepers_.back()->wake();  // it does not watch for this yet
+    for (const Wakeup* sleeper : sleepers_) sleeper->wake();  // they do not watch for this yet
   } else if (needs_help()) {
     call_helper();
   }
@@ -92,19 +95,17 @@ Outcome Engine::wait(Operation& operation, Clock::time_point deadline, bool may_
   std::unique_lock lock(mutex_);
   ++waiting_;
   if (helper_serves_) helper_wakeup_->wake();
-  bool interrupted = false;
-  while (!spin(lock, operation, may_spin) && !interrupted) {
+  bool idle = false;
+  while (!spin(lock, operation, may_spin) && !idle && Clock::now() < deadline) {
     operation.sleeper = &wakeup;
-    interrupted = !sleep(lock, wakeup, deadline);
+    idle = !sleep(lock, wakeup, deadline);
     operation.sleeper = nullptr;
-    if (operation.settled() || Clock::now() >= deadline) break;
   }
   --waiting_;
   if (waiting_ == 0 && needs_help()) call_helper();
   if (operation.failed) return operation.failure;
   if (operation.settled()) return {};
-  if (interrupted) return {Trouble::interrupted, -1, "", 0, 0};
-  return timed_out(operation);
+  return Clock::now() < deadline ? Outcome{Trouble::interrupted, -1, "", 0, 0} : timed_out(operation);
 }
 
 // Whether the operation was settled while trying its connections, again and again as long as that may help.
@@ -131,21 +132,20 @@ bool Engine::spin(std::unique_lock<std::mutex>& lock, Operation& operation, bool
   return true;
 }
 
-// False if a signal has come.
+// False if nothing happened but, maybe, a signal. Signals may reach other threads, so nobody sleeps for long.
 bool Engine::sleep(std::unique_lock<std::mutex>& lock, const Wakeup& wakeup, Clock::time_point deadline) {
   Watch ready = watch(wakeup);
   sleepers_.push_back(&wakeup);
   lock.unlock();
-  const timespec timeout = until(deadline);
+  const timespec timeout = until(std::min(deadline, Clock::now() + kLongestSleep));
   const int num_ready = ::ppoll(ready.fds.data(), ready.fds.size(), &timeout, nullptr);
-  const bool interrupted = num_ready < 0 && errno == EINTR;
   lock.lock();
   sleepers_.erase(std::find(sleepers_.begin(), sleepers_.end(), &wakeup));
   if (num_ready > 0) {
     wakeup.clear();
     serve(ready);
   }
-  return !interrupted;
+  return num_ready > 0;
 }
 
 Engine::Watch Engine::watch(const Wakeup& wakeup) const {
@@ -205,6 +205,8 @@ Mesh::Mesh(const std::vector<int>& fds, bool spin) : spin_(spin) {
     connections_.push_back(fds[peer] < 0 ? nullptr : std::make_shared<Connection>(fds[peer], int(peer)));
     if (fds[peer] < 0) continue;
     ::fcntl(fds[peer], F_SETFL, ::fcntl(fds[peer], F_GETFL) | O_NONBLOCK);
+    const int yes = 1;
+    ::setsockopt(fds[peer], IPPROTO_TCP, TCP_NODELAY, &yes, sizeof yes);
     Engine::get().add(connections_.back());
   }
 }

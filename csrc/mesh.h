@@ -36,7 +36,7 @@ class Engine {
   void add(const std::shared_ptr<Connection>& connection);
   void remove(const std::vector<std::shared_ptr<Connection>>& connections);
   void start(Operation& operation);
-  // Returns when the operation is settled, at the deadline, or when a signal has come.
+  // Returns when the operation is settled, at the deadline, or, for Python to look for signals, now and then.
   Outcome wait(Operation& operation, Clock::time_point deadline, bool spin);
   // Break off every connection of the process.
   void hang_up(const std::string& reason);

@@ -126,6 +126,23 @@ def test_frames_that_nobody_waits_for_yet_are_kept(ranks: Pools) -> None:
     ranks(2).run(check_early_frames)
 
 
+def check_small_in_a_row() -> float:
+    """Seconds of 30 rounds of three small messages and an answer."""
+    transport = TcpTransport()
+    started = time.monotonic()
+    for tag in range(1500, 1800, 10):
+        one_way = [Traffic(transport, [[0, 9], [0, 0]], tag + index) for index in range(3)]
+        for each in one_way:
+            each.check()
+        Traffic(transport, evenly(2, 20), tag + 3).check()
+    return time.monotonic() - started
+
+
+def test_no_message_waits_for_an_acknowledgement(ranks: Pools) -> None:
+    """Without TCP_NODELAY each round takes 40 ms."""
+    assert max(ranks(2).run(check_small_in_a_row)) < 0.6
+
+
 def check_large_both_ways() -> None:
     transport = TcpTransport(timeout_s=30)
     Traffic(transport, evenly(2, 64 << 20), 2000).check()

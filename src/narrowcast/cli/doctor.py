@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from narrowcast import ops
+from narrowcast.transport.tcp import COMPILED
 
 PACKAGES = "narrowcast", "torch", "numpy", "safetensors", "transformers", "accelerate", "typer", "rich", "matplotlib"
 
@@ -41,6 +42,7 @@ def doctor() -> None:
     table.add_section()
     for backend, available in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())):
         table.add_row(f"transport torch.distributed, {backend}", "available" if available else "not in this PyTorch")
+    table.add_row("transport tcp", "available" if COMPILED else "needs the compiled module")
     Console().print(table)
 
 
