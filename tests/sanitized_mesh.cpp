@@ -1,0 +1,103 @@
+// The mesh under sanitizers, without Python: tests/test_sanitized.py builds and runs it.
+//   fuzz N       N broken peers, each of which sends frames cut anywhere, of any size, before or after the receives
+//   threads N    N exchanges of each of four threads at both ends, in any order
+// Ends with 0 if every exchange came to a right payload or a clear outcome; sanitizers abort.
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+
+#include "../csrc/mesh.h"
+
+using namespace narrowcast;
+
+namespace {
+
+std::mt19937_64 chance(1);
+
+uint64_t pick(std::initializer_list<uint64_t> values) { return values.begin()[chance() % values.size()]; }
+
+Clock::time_point in(std::chrono::microseconds time) { return Clock::now() + time; }
+
+std::string frames(size_t expected) {
+  std::string bytes;
+  for (uint64_t count = chance() % 5; count > 0; --count) {
+    uint64_t header[] = {pick({5, 5, 6, 0, ~uint64_t(0)}),
+                         pick({0, 1, 63, 64, 65, expected, 16384, 30000, 1 << 30, (1 << 30) + 1, uint64_t(1) << 40,
+                               (uint64_t(1) << 40) + 1, ~uint64_t(0), chance()})};
+    bytes.append(reinterpret_cast<char*>(header), sizeof header);
+    bytes.append(pick({0, 1, std::min<uint64_t>(header[1], 40000)}), 'x');
+  }
+  if (!bytes.empty() && chance() % 3 == 0) bytes.resize(chance() % bytes.size());
+  return bytes;
+}
+
+void feed(int socket, const std::string& bytes) {
+  for (size_t done = 0; done < bytes.size();) {
+    const size_t piece = std::min<size_t>(bytes.size() - done, chance() % 2 ? 7 + chance() % 100 : 50000);
+    const ssize_t sent = ::send(socket, bytes.data() + done, piece, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (sent <= 0) break;
+    done += sent;
+  }
+  if (chance() % 2) ::shutdown(socket, SHUT_WR);
+}
+
+void fuzz(int rounds) {
+  int outcomes[5] = {};
+  for (int round = 0; round < rounds; ++round) {
+    int ends[2];
+    ::socketpair(AF_UNIX, SOCK_STREAM, 0, ends);
+    std::vector<char> small(64 + chance() % 3 * 20000), large(30000), payload(1000);
+    const std::string bytes = frames(small.size());
+    const bool early = chance() % 2;
+    Mesh mesh({-1, ends[1]}, chance() % 2);
+    if (early) feed(ends[0], bytes);
+    auto first = mesh.exchange({}, {{1, small.data(), small.size()}}, 5);
+    auto second = mesh.exchange({{1, payload.data(), payload.size()}}, {{1, large.data(), large.size()}}, pick({5, 6}));
+    if (!early) feed(ends[0], bytes);
+    for (Operation* operation : {first.get(), second.get()})
+      ++outcomes[int(Engine::get().wait(*operation, in(std::chrono::microseconds(300)), chance() % 2).trouble)];
+    Engine::get().hang_up("the round is over");  // operations outlive their transfers
+    ::close(ends[0]);
+  }
+  for (const Trouble each : {Trouble::none, Trouble::lost, Trouble::timeout, Trouble::mismatch})
+    if (outcomes[int(each)] == 0) std::abort();  // then this tries too little
+}
+
+void exchange(Mesh& mesh, int peer, int thread, int rounds) {
+  std::mt19937 sizes(thread);  // alike at both ends
+  for (int round = 0; round < rounds; ++round) {
+    const size_t nbytes = sizes() % 3 == 0 ? 300000 : 1 + sizes() % 20000;
+    std::vector<char> payload(nbytes, char(round)), room(nbytes);
+    auto operation = mesh.exchange({{peer, payload.data(), nbytes}}, {{peer, room.data(), nbytes}}, thread * 100000 + round);
+    if (round % 7 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    Outcome outcome;
+    do outcome = Engine::get().wait(*operation, in(std::chrono::seconds(20)), thread % 2);
+    while (outcome.trouble == Trouble::interrupted);
+    if (outcome.trouble != Trouble::none || room != payload) std::abort();
+  }
+}
+
+void threads(int rounds) {
+  int ends[2];
+  ::socketpair(AF_UNIX, SOCK_STREAM, 0, ends);
+  Mesh left({-1, ends[0]}, true), right({ends[1], -1}, true);
+  std::vector<std::thread> all;
+  for (int thread = 0; thread < 4; ++thread) {
+    all.emplace_back([&, thread] { exchange(left, 1, thread, rounds); });
+    all.emplace_back([&, thread] { exchange(right, 0, thread, rounds); });
+  }
+  for (std::thread& thread : all) thread.join();
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  std::string(arguments[1]) == "fuzz" ? fuzz(std::atoi(arguments[2])) : threads(std::atoi(arguments[2]));
+  std::puts("done");
+}
