@@ -644,6 +644,21 @@ def test_nobody_comes_in_to_a_dialling_rank() -> None:
     listener.close()
 
 
+def test_who_is_met_while_dialling_is_not_waited_for(doorway: Doorway) -> None:
+    """The other end may be so fast that the whole handshake passes before this one first looks for events."""
+    meeting = Meeting(credentials(1), listen("127.0.0.1"), {0: doorway.address})
+    go_on = meeting._go_on
+
+    def go_on_to_the_end(talk: Any) -> None:
+        while talk in meeting._talks:
+            go_on(talk)
+
+    meeting._go_on = go_on_to_the_end  # type: ignore[method-assign]
+    started = time.monotonic()
+    meeting.meet(10.0)[0].close()
+    assert time.monotonic() - started < 5
+
+
 def test_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("MASTER_ADDR", "GLOO_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)

@@ -127,6 +127,8 @@ class Meeting:
         return self.met
 
     def _patience(self, now: float, deadline: float) -> float:
+        if not self.missing:  # the last one was met while dialling
+            return 0.0
         oldest = next(iter(self._talks), None)
         times = [deadline, *self._dials.values(), *([oldest.deadline] if oldest else [])]
         return max(min(times) - now, 0.0)
