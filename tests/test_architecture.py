@@ -12,6 +12,7 @@ SOURCE = Path(narrowcast.__file__).parent
 # A module imports only from those above it (docs/architecture.md).
 ORDER = [
     "errors",
+    "link",
     "_native",
     "ops",
     "kernels",
@@ -23,6 +24,7 @@ ORDER = [
     "plan",
     "monitor",
     "communicator",
+    "cost",
     "tune",
     "simulator",
     "integrations",
