@@ -58,6 +58,7 @@ def attach(
     simulate: bool = False,
     count_only: bool = False,
     algorithm: str = "auto",
+    deterministic: bool = False,
     transport: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Handle:
@@ -66,7 +67,9 @@ def attach(
     `model`: one that its engine has split as the plan says, or, with `simulate=True`, a whole one, which then does
     the same arithmetic for all ranks in this process.
     `count_only=True`: everything travels uncoded, and the report says what would have been sent.
-    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, or "auto", which takes the one that sends fewest bytes.
+    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast plan
+    tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
+    `deterministic=True`: one algorithm for all sizes, always coded, so that no result depends on the batch.
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
     `timeout_s`: how long to wait for a rank before it counts as lost.
@@ -82,7 +85,14 @@ def attach(
         if site.kind in SUMS:
             check_algorithm(algorithm, site.codecs, plan.groups)
     codecs = {name: site.codecs for name, site in plan.sites.items()}
-    sites = SiteCodecs(codecs, plan.groups, algorithm, device_of(model))
+    sites = SiteCodecs(
+        codecs,
+        plan.groups,
+        algorithm,
+        device_of(model),
+        decisions=plan.decisions,
+        deterministic=deterministic,
+    )
     if simulate:
         _check_attachable(engine, model, plan, whole=True)
         simulator = Simulator(sites, count_only=count_only)
@@ -101,7 +111,7 @@ def attach(
         _check_attachable(engine, model, plan, whole=False)
     except InvalidInputError as error:
         refusal = error
-    mine = {"plan": plan.fingerprint, "algorithm": algorithm, "count_only": str(count_only)}
+    mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": f"{count_only=}, {deterministic=}"}
     connected = [each for each in (tp, pp) if each is not None]
     for each in connected:
         refusal = _agree(each, mine, refusal)

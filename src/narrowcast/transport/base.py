@@ -56,5 +56,9 @@ class Transport(ABC):
         """
 
     @abstractmethod
+    def native_all_reduce(self, x: Tensor) -> Tensor:
+        """Sum `x` over the ranks in place, by whatever the group has for that; PeerLostError if a rank is lost."""
+
+    @abstractmethod
     def share(self, text: str, doing: str) -> list[str]:
         """The texts of all ranks, in rank order: for agreement at set-up. `doing` is for the error message."""

@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.distributed_c10d import _get_default_store, _get_process_group_store
 
@@ -59,6 +60,24 @@ class GroupTransport(Transport):
         self._store = PrefixStore("narrowcast", _get_process_group_store(self.group))
         self._world_store = PrefixStore("narrowcast", _get_default_store())
         self.collectives = collectives_of.setdefault(self.group, Collectives())
+
+    def native_all_reduce(self, x: Tensor) -> Tensor:
+        work = dist.all_reduce(x, group=self.group, async_op=True)
+        try:
+            work.wait(timedelta(seconds=self.timeout_s))
+        except RuntimeError as error:  # it does not say which rank
+            raise self.lost(self._missing_peer()) from error
+        return x
+
+    def _missing_peer(self) -> int:
+        """The first rank that does not answer a roll call; the next one of the group if all do."""
+        try:
+            self.share("", "adding up", timeout_s=LINGER.total_seconds())
+        except PeerLostError as error:
+            missing = [peer for peer, rank in enumerate(self.global_ranks) if rank in error.ranks]
+            if missing:
+                return missing[0]
+        return (self.rank + 1) % self.world_size
 
     def share(self, text: str, doing: str, *, timeout_s: float | None = None) -> list[str]:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
