@@ -24,7 +24,6 @@ import torch.distributed as dist
 from narrowcast.bench.model import WEIGHTS, Job, prepared
 from narrowcast.bench.ranks import run
 from narrowcast.bench.shapes import VOCAB_SIZE, shape_of
-from narrowcast.transport.tcp import TcpTransport, TcpWork
 from torch import nn
 
 import narrowcast
@@ -35,6 +34,7 @@ from narrowcast.kernels.cpu import Kernel
 from narrowcast.link import Link
 from narrowcast.plan import Plan
 from narrowcast.split import Split
+from narrowcast.transport.tcp import TcpTransport, TcpWork
 
 PARTS = "compute", "encode", "decode", "link", "waiting", "overhead"
 PREFILL, DECODE, ROUNDS = 512, 16, 5
