@@ -17,6 +17,7 @@ namespace narrowcast {
 namespace {
 
 constexpr int64_t kLongestSpin = 50'000, kShortestSpin = 2'000;  // ns
+constexpr uint64_t kProbeEvery = 128;
 constexpr std::chrono::seconds kLongestSleep(1);
 
 timespec until(Clock::time_point deadline) {
@@ -110,7 +111,8 @@ Outcome Engine::wait(Operation& operation, Clock::time_point deadline, bool may_
 
 // Whether the operation was settled while trying its connections, again and again as long as that may help.
 bool Engine::spin(std::unique_lock<std::mutex>& lock, Operation& operation, bool allowed) {
-  const std::chrono::nanoseconds patience(allowed ? spin_ns_ : 0);
+  const bool probing = ++num_spins_ % kProbeEvery == 0;  // what did not help lately may help again
+  const std::chrono::nanoseconds patience(!allowed ? 0 : probing ? kLongestSpin : spin_ns_);
   auto idle_since = Clock::now();
   while (!operation.settled()) {
     size_t moved = 0;
@@ -128,7 +130,7 @@ bool Engine::spin(std::unique_lock<std::mutex>& lock, Operation& operation, bool
     lock.unlock();
     lock.lock();
   }
-  spin_ns_ = std::min(spin_ns_ * 2, kLongestSpin);
+  spin_ns_ = probing ? kLongestSpin : std::min(spin_ns_ * 2, kLongestSpin);
   return true;
 }
 

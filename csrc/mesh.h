@@ -63,6 +63,7 @@ class Engine {
   std::vector<const Wakeup*> sleepers_;
   int waiting_ = 0;
   int64_t spin_ns_;
+  uint64_t num_spins_ = 0;
   bool helper_exists_ = false, helper_serves_ = false;
   Wakeup* helper_wakeup_;
 };
