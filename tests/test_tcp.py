@@ -19,7 +19,7 @@ from torch import Tensor
 import narrowcast
 from narrowcast.codecs import CastCodec
 from narrowcast.errors import InvalidInputError, PeerLostError
-from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport, choice, connect_group, tcp
+from narrowcast.transport import TcpTransport, Transport, choice, connect_group, tcp
 from narrowcast.transport.handshake import Meeting
 from ranks import Ranks
 
@@ -560,26 +560,3 @@ def test_auto_takes_the_mesh_where_all_have_it(ranks: Pools) -> None:
     assert ranks(2).run(choose) == [["TcpTransport", "TcpTransport", "TorchDistributedTransport"]] * 2
     with pytest.raises(InvalidInputError, match="one of auto, tcp, torch, found 'rdma'"):
         connect_group(None, transport="rdma", device=CPU)
-
-
-def exchange_over(kind: type[Transport], nbytes: int, repeats: int) -> float:
-    """Median seconds of an exchange, from Python to Python."""
-    transport = kind()  # type: ignore[call-arg]
-    rank = transport.rank
-    payload, room = torch.ones(nbytes, dtype=torch.uint8), torch.empty(nbytes, dtype=torch.uint8)
-    sends, recvs = (
-        [None if peer == rank else payload for peer in (0, 1)],
-        [None if peer == rank else room for peer in (0, 1)],
-    )
-    times = []
-    for tag in range(repeats):
-        started = time.perf_counter()
-        transport.exchange(sends, recvs, tag=9000 + tag).wait()
-        times.append(time.perf_counter() - started)
-    return sorted(times)[repeats // 2]
-
-
-def test_a_small_message_is_faster_than_over_gloo(ranks: Pools) -> None:
-    """The target is an eighth, on idle cores (benchmarks/results); here others may be at work, too."""
-    mine, gloo = (ranks(2).run(exchange_over, kind, 8192, 300)[0] for kind in (TcpTransport, TorchDistributedTransport))
-    assert mine < gloo / 2
