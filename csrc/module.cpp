@@ -4,4 +4,9 @@
 
 namespace nb = nanobind;
 
-NB_MODULE(_native, m) { m.doc() = "Kernels of the codecs, the TCP mesh, the link emulator."; }
+void bind_link(nb::module_& m);
+
+NB_MODULE(_native, m) {
+  m.doc() = "Kernels of the codecs, the TCP mesh, the link emulator.";
+  bind_link(m);
+}
