@@ -12,9 +12,12 @@ SOURCE = Path(narrowcast.__file__).parent
 # A module imports only from those above it (docs/architecture.md).
 ORDER = [
     "errors",
+    "link",
     "ops",
     "codecs",
+    "kernels",
     "transport",
+    "processes",
     "collectives",
     "split",
     "plan",
@@ -24,6 +27,7 @@ ORDER = [
     "integrations",
     "calibrate",
     "evaluate",
+    "bench",
     "cli",
 ]
 ENGINES = {"transformers", "vllm"}
