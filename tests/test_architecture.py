@@ -12,10 +12,11 @@ SOURCE = Path(narrowcast.__file__).parent
 # A module imports only from those above it (docs/architecture.md).
 ORDER = [
     "errors",
+    "_native",
     "link",
     "ops",
-    "codecs",
     "kernels",
+    "codecs",
     "transport",
     "processes",
     "collectives",

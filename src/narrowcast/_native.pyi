@@ -1,4 +1,66 @@
-"""The compiled module (csrc/module.cpp). Tensors are passed as addresses."""
+"""The compiled module (csrc/module.cpp). Tensors are passed as addresses; dtypes as 0 (bf16), 1 (fp16), 2 (fp32)."""
+
+# Kernels (csrc/kernels_module.cpp). Strides are in values, or in bytes for payloads.
+
+class Format: ...
+
+def cast(dtype: int) -> Format: ...
+def feature(
+    num_bits: int,
+    num_features: int,
+    scale: int,
+    reciprocal: int,
+    outliers: int,
+    num_outliers: int,
+    holes: int,
+    fillers: int,
+    num_holes: int,
+    tame: bool,
+) -> Format: ...
+def encode(
+    format: Format,
+    x: int,
+    dtype: int,
+    num_tokens: int,
+    num_features: int,
+    stride: int,
+    source: int,
+    out: int,
+    out_stride: int,
+    stats: int,
+) -> None: ...
+def decode_sum(
+    format: Format,
+    payloads: int,
+    num_ranks: int,
+    rank_stride: int,
+    token_stride: int,
+    first_source: int,
+    out: int,
+    dtype: int,
+    num_tokens: int,
+    num_features: int,
+    stride: int,
+) -> None: ...
+def recode(
+    partial: Format,
+    payloads: int,
+    num_ranks: int,
+    rank_stride: int,
+    token_stride: int,
+    reduced: Format,
+    num_tokens: int,
+    num_features: int,
+    out: int,
+    out_stride: int,
+    stats: int,
+) -> None: ...
+def limit_threads(most: int) -> None: ...
+def paths() -> list[str]: ...
+def path() -> str: ...
+def use_path(name: str) -> None: ...
+
+# The link emulator (csrc/link.cpp).
 
 def enter_namespace(address: str, mtu: int) -> int:
     """Move the calling thread into a network namespace of its own; the descriptor of its TUN device."""

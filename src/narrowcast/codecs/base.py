@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.errors import InvalidInputError
+from narrowcast.kernels import cpu
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -57,7 +58,12 @@ class Codec(ABC):
         self._check_values(x_TE)
         if out is None:
             out = torch.empty(len(x_TE), self.row_nbytes(x_TE.shape[1]), dtype=torch.uint8, device=x_TE.device)
-        if x_TE.numel():
+        if not x_TE.numel():
+            return out
+        kernel = self._kernel
+        if kernel is not None and cpu.enabled and _is_plain(x_TE) and _is_plain(out):
+            kernel.encode(x_TE, source, out, stats)
+        else:
             self._encode(x_TE, source, out, stats)
         return out
 
@@ -75,7 +81,7 @@ class Codec(ABC):
         `num_features` is E, needed without `out` where several E take as many bytes (`self.num_features`).
         """
         self._check_source(source)
-        return self._decode_into(payload_TB[None], slice(source, source + 1), out, dtype, num_features)
+        return self._decode_into(payload_TB[None], source, 1, out, dtype, num_features)
 
     def decode_sum(
         self,
@@ -96,12 +102,30 @@ class Codec(ABC):
                 found=f"{len(payloads_RTB)}",
                 remedy="Use a codec that was calibrated for this many ranks.",
             )
-        return self._decode_into(payloads_RTB, slice(None), out, dtype, num_features)
+        return self._decode_into(payloads_RTB, 0, len(payloads_RTB), out, dtype, num_features)
+
+    def recode(
+        self,
+        payloads_RTB: Tensor,
+        reduced: "Codec",
+        *,
+        num_features: int,
+        out: Tensor,
+        stats: Tensor | None = None,
+    ) -> Tensor:
+        """The payload of the sum, coded by `reduced`: `decode_sum` in FP32, then `encode`, in one pass if possible."""
+        kernel, second = self._kernel, reduced._kernel
+        if kernel is not None and second is not None and cpu.enabled and _is_plain(payloads_RTB) and _is_plain(out):
+            if out.numel():
+                kernel.recode(payloads_RTB, second, num_features, out, stats)
+            return out
+        return reduced.encode(self.decode_sum(payloads_RTB, num_features=num_features), source=0, out=out, stats=stats)
 
     def _decode_into(
         self,
         payloads_RTB: Tensor,
-        sources: slice,
+        first_source: int,
+        num_sources: int,
         out: Tensor | None,
         dtype: torch.dtype,
         num_features: int | None,
@@ -118,9 +142,22 @@ class Codec(ABC):
                 found=f"{row_nbytes} bytes a token, to be decoded into {list(out.shape)}",
                 remedy="Decode what was encoded, with its number of features.",
             )
-        if out.numel():
-            self._decode_sum(payloads_RTB, sources, out)
+        if not out.numel():
+            return out
+        kernel = self._kernel
+        if kernel is not None and cpu.enabled and _is_plain(payloads_RTB) and _is_plain(out):
+            kernel.decode_sum(payloads_RTB, first_source, out)
+        else:
+            self._decode_sum(payloads_RTB, slice(first_source, first_source + num_sources), out)
         return out
+
+    @cached_property
+    def _kernel(self) -> cpu.Kernel | None:
+        return self._make_kernel()
+
+    def _make_kernel(self) -> cpu.Kernel | None:
+        """This codec's kernels for CPU tensors; None where there are none but its operators."""
+        return None
 
     @abstractmethod
     def _encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None: ...
@@ -213,6 +250,11 @@ class Codec(ABC):
                 found=f"{list(x_TE.shape)} in {x_TE.dtype}",
                 remedy="Reshape or convert them first.",
             )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its address tells all: a CPU tensor that is no stand-in for one, its last dimension contiguous."""
+    return type(tensor) is Tensor and tensor.is_cpu and tensor.stride(-1) == 1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

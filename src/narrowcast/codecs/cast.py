@@ -10,6 +10,7 @@ from torch import Tensor
 from narrowcast import ops
 from narrowcast.codecs.base import FLOAT_DTYPES, DynamicCodec
 from narrowcast.errors import InvalidInputError
+from narrowcast.kernels import cpu
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
@@ -68,6 +69,9 @@ class CastCodec(DynamicCodec):
 
     def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None:
         torch.ops.narrowcast.cast_decode_sum(payloads_RTB, self.dtype, out_TE)
+
+    def _make_kernel(self) -> cpu.Kernel | None:
+        return cpu.cast(self.dtype)
 
     def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
         # Round to nearest: half a unit in the last place, and half the smallest subnormal near zero.

@@ -15,6 +15,7 @@ from torch import Tensor
 from narrowcast import ops
 from narrowcast.codecs.base import Codec, Ranges
 from narrowcast.errors import InvalidInputError
+from narrowcast.kernels import cpu
 
 RANDOM_SEED = 241107942  # nobody's default, so that no other random choice repeats ours
 
@@ -173,6 +174,9 @@ class FeatureCodec(Codec):
         torch.ops.narrowcast.feature_decode_sum(
             payloads_RTB, self.scale[sources], self.outliers, *self._moves, self.num_bits, out_TE
         )
+
+    def _make_kernel(self) -> cpu.Kernel | None:
+        return cpu.feature(self.num_bits, self.scale, self._reciprocal, self.outliers, *self._moves)
 
     def _features(self, start: int, stop: int) -> "FeatureCodec":
         inside = (self.outliers >= start) & (self.outliers < stop)

@@ -1,0 +1,187 @@
+// `feature`: outliers in BF16, all other features as integers with static scales.
+#pragma once
+
+#include "cast.h"
+#include "pack.h"
+
+namespace narrowcast {
+namespace NARROWCAST_PATH {
+
+constexpr uint16_t kGuardMark = 0xFFC1;
+
+NARROWCAST_INLINE int64_t sum_of_bytes(Bytes v) {
+  uint64_t total = 0;
+  for (size_t i = 0; i < kVectorBytes / 8; ++i) {
+    uint64_t part = load_vector<uint64_t>(reinterpret_cast<const char*>(&v) + 8 * i);
+    part = (part & 0x00FF00FF00FF00FF) + (part >> 8 & 0x00FF00FF00FF00FF);
+    total += part * 0x0001000100010001 >> 48;
+  }
+  return int64_t(total);
+}
+
+// Codes round(x * reciprocal), clamped to +-largest, plus 2**(num_bits - 1). Returns how many were clamped: of 8 bits
+// only those below; and all values that are not finite.
+template <bool eight_bits, class T>
+NARROWCAST_INLINE int64_t quantize(const T* x, const float* reciprocal, size_t num_values, int num_bits,
+                                   uint8_t* codes) {
+  const int8_t largest = int8_t((1 << (num_bits - 1)) - 1);
+  const SignedBytes low = SignedBytes{} - largest, high = SignedBytes{} + largest;
+  const uint8_t offset = uint8_t(largest + 1);
+  int64_t num_clamped = 0;
+  auto one = [&](size_t first, const Quad& steps) {
+    Quad limited;
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) limited.part[i] = min(steps.part[i], splat(127.0f));
+    const SignedBytes rounded = round_to_bytes(limited);
+    SignedBytes clamped = rounded < low ? low : rounded;
+    clamped = clamped > high ? high : clamped;
+    store_vector(codes + first, bits_as<Bytes>(clamped) + offset);
+    return bits_as<Bytes>(clamped != rounded);
+  };
+  size_t first = 0;
+  while (first + kVectorBytes <= num_values) {
+    const size_t whole = (num_values - first) / kVectorBytes, most = whole < 255 ? whole : 255;
+    const size_t end = first + most * kVectorBytes;
+    Bytes clamped = {};
+    I32 beyond = {};
+    for (; first < end; first += kVectorBytes) {
+      Quad steps;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        steps.part[i] = load(x + first + i * kLanes) * load(reciprocal + first + i * kLanes);
+        if (eight_bits) beyond -= !(steps.part[i] < 127.5f);
+      }
+      clamped -= one(first, steps);
+    }
+    num_clamped += sum_of_bytes(clamped) + sum(beyond);
+  }
+  if (first < num_values) {
+    Quad steps = {};
+    int64_t beyond = 0;
+    for (size_t i = 0; i < 4 && first + i * kLanes < num_values; ++i) {
+      const size_t start = first + i * kLanes, left = num_values - start, count = left < kLanes ? left : kLanes;
+      steps.part[i] = load(x + start, count) * load(reciprocal + start, count);
+      if (eight_bits) beyond -= sum(!(steps.part[i] < 127.5f));
+    }
+    num_clamped += sum_of_bytes(Bytes{} - one(first, steps)) + beyond;
+  }
+  return num_clamped;
+}
+
+// What was clamped in a row where that happened: values that are not finite get the code 0, the others are counted.
+template <class T>
+NARROWCAST_FLAT void mark_not_finite(const T* x, const float* reciprocal, size_t num_values, int num_bits,
+                                     uint8_t* codes, Counts& counts) {
+  // The middle between the largest code and the next one is a tie and goes up, as the largest code is odd.
+  const float limit = float(1 << (num_bits - 1)) - 0.5f;
+  for_each_vector(num_values, [&](size_t first, size_t count) {
+    const F32 value = load(x + first, count), steps = value * load(reciprocal + first, count);
+    const I32 bad = not_finite(value);
+    counts.saturated -= sum(((steps >= limit) | (steps <= -limit)) & ~bad);
+    if (!any(bad)) return;
+    counts.non_finite -= sum(bad);
+    for (size_t lane = 0; lane < count; ++lane) {
+      if (bad[lane]) codes[first + lane] = 0;
+    }
+  });
+}
+
+template <class T>
+NARROWCAST_FLAT void feature_encode_rows(const T*, const Format& format, const Rows& x, size_t source,
+                                         const Payload& out, Counts& counts, const Scratch& scratch, size_t begin,
+                                         size_t end) {
+  const size_t num_coded = format.num_features - format.num_outliers;
+  const float* reciprocal = format.reciprocal + source * format.num_features;
+  uint8_t* codes = scratch.codes;
+  T* gathered = reinterpret_cast<T*>(scratch.spare);
+  for (size_t row = begin; row < end; ++row) {
+    const T* values = static_cast<const T*>(x.row(row));
+    uint8_t* payload = out.row(row);
+    const int64_t num_clamped =
+        format.num_bits == 8 ? quantize<true>(values, reciprocal, format.num_features, 8, codes)
+                             : quantize<false>(values, reciprocal, format.num_features, format.num_bits, codes);
+    if (num_clamped) mark_not_finite(values, reciprocal, format.num_features, format.num_bits, codes, counts);
+    for (size_t i = 0; i < format.num_holes; ++i) codes[format.holes[i]] = codes[format.fillers[i]];
+    memset(codes + num_coded, 0, 8);
+    for (size_t i = 0; i < format.num_outliers; ++i) gathered[i] = values[format.outliers[i]];
+    for_each_vector(format.num_outliers, [&](size_t first, size_t count) {
+      store_finite(reinterpret_cast<Bf16*>(payload) + first, load(gathered + first, count), count);
+    });
+    pack(codes, num_coded, format.num_bits, payload + 2 * format.num_outliers);
+  }
+}
+
+NARROWCAST_INLINE bool has_zero(const uint8_t* codes, size_t num_codes) {
+  Bytes zeros = {};
+  size_t first = 0;
+  for (; first + kVectorBytes <= num_codes; first += kVectorBytes) {
+    zeros |= bits_as<Bytes>(load_vector<Bytes>(codes + first) == 0);
+  }
+  for (; first < num_codes; ++first) zeros[0] |= codes[first] == 0;
+  return any(bits_as<I32>(zeros));
+}
+
+// Values of one rank: codes times scales. With `marked`, code 0 is NaN.
+template <bool marked>
+NARROWCAST_INLINE F32 dequantize(const uint8_t* codes, const float* scale, int32_t offset, size_t first,
+                                 size_t count) {
+  const I32 code = widen(load_vector<U8>(codes + first));
+  F32 steps = __builtin_convertvector(code - offset, F32);
+  if (marked) steps = select(code == 0, splat(bits_as<float>(kNan)), steps);
+  return steps * load(scale + first, count);
+}
+
+// With `tame`, the sums are numbers that need no care.
+template <bool tame, class T>
+NARROWCAST_INLINE void sum_coded(const Format& format, const Payloads& payloads, const Scratch& scratch, T* out) {
+  const int32_t offset = 1 << (format.num_bits - 1);
+  const size_t num_features = format.num_features;
+  const float* scale = format.scale + payloads.first_source * num_features;
+  auto body = [&](auto num_ranks, size_t first, size_t count) {
+    F32 total = dequantize<!tame>(scratch.codes, scale, offset, first, count);
+    for (size_t rank = 1; rank < num_ranks(); ++rank) {
+      const uint8_t* codes = scratch.codes + rank * scratch.codes_stride;
+      total = total + dequantize<!tame>(codes, scale + rank * num_features, offset, first, count);
+    }
+    if (tame) store_normal(out + first, total, count);
+    else store(out + first, total, count);
+  };
+  if (payloads.num_ranks == 2) {
+    for_each_vector(num_features, [&](size_t first, size_t count) { body([] { return 2; }, first, count); });
+  } else if (payloads.num_ranks == 1) {
+    for_each_vector(num_features, [&](size_t first, size_t count) { body([] { return 1; }, first, count); });
+  } else {
+    for_each_vector(num_features,
+                    [&](size_t first, size_t count) { body([&] { return payloads.num_ranks; }, first, count); });
+  }
+}
+
+template <class T>
+NARROWCAST_FLAT void feature_decode_sum_row(const Format& format, const Payloads& payloads, size_t row, const Scratch& scratch,
+                                   T* out) {
+  const size_t num_features = format.num_features, num_outliers = format.num_outliers;
+  const size_t num_coded = num_features - num_outliers;
+  bool marked = false, guarded = false;
+  for (size_t rank = 0; rank < payloads.num_ranks; ++rank) {
+    const uint8_t* payload = payloads.row(rank, row);
+    uint8_t* codes = scratch.codes + rank * scratch.codes_stride;
+    unpack(payload + 2 * num_outliers, num_coded, format.num_bits, codes);
+    marked |= has_zero(codes, num_coded);
+    for (size_t i = 0; i < format.num_holes; ++i) codes[format.fillers[i]] = codes[format.holes[i]];
+    guarded |= num_outliers && (payload[0] | payload[1] << 8) == kGuardMark;
+  }
+  if (guarded) {
+    for_each_vector(num_features, [&](size_t first, size_t count) {
+      store(out + first, splat(bits_as<float>(kNan)), count);
+    });
+    return;
+  }
+  if (format.tame && !marked) sum_coded<true>(format, payloads, scratch, out);
+  else sum_coded<false>(format, payloads, scratch, out);
+  T* totals = reinterpret_cast<T*>(scratch.spare);
+  cast_decode_sum_row(static_cast<const Bf16*>(nullptr), payloads, row, num_outliers, totals);
+  for (size_t i = 0; i < num_outliers; ++i) out[format.outliers[i]] = totals[i];
+}
+
+}  // namespace NARROWCAST_PATH
+}  // namespace narrowcast

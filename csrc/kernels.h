@@ -1,0 +1,88 @@
+// The codecs' kernels: what the bindings call, and what every path (AVX-512, AVX2, portable) provides.
+//
+// Contract (docs/formats.md): equal bit for bit to the reference kernels in src/narrowcast/codecs. FP32, every
+// operation rounded by itself (-ffp-contract=off), half to even, ranks in order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace narrowcast {
+
+enum class Dtype : int { bf16 = 0, fp16 = 1, fp32 = 2 };
+
+// T rows of E values: addresses of rows are `stride` values apart, those of values in a row one.
+struct Rows {
+  void* data;
+  Dtype dtype;
+  ptrdiff_t stride;
+  size_t num_rows, num_values;
+
+  void* row(size_t index) const {
+    const ptrdiff_t itemsize = dtype == Dtype::fp32 ? 4 : 2;
+    return static_cast<char*>(data) + static_cast<ptrdiff_t>(index) * stride * itemsize;
+  }
+};
+
+// T rows of B bytes, `stride` apart.
+struct Payload {
+  uint8_t* data;
+  ptrdiff_t stride;
+
+  uint8_t* row(size_t index) const { return data + static_cast<ptrdiff_t>(index) * stride; }
+};
+
+// Payloads of several ranks, `rank_stride` bytes apart; they were coded by the sources first, first + 1, ...
+struct Payloads {
+  Payload first;
+  ptrdiff_t rank_stride;
+  size_t num_ranks;
+  size_t first_source;
+
+  const uint8_t* row(size_t rank, size_t index) const {
+    return first.row(index) + static_cast<ptrdiff_t>(rank) * rank_stride;
+  }
+};
+
+struct Counts {
+  int64_t saturated = 0, non_finite = 0;
+};
+
+// Room for one row, with space for vectors that run over the end (kScratchSlack bytes).
+struct Scratch {
+  float *values, *spare;  // [E]: a row on its way through `recode`; for whatever a kernel likes
+  uint8_t* codes;         // [R, codes_stride]
+  size_t codes_stride;
+};
+
+constexpr size_t kScratchSlack = 256;
+
+enum class Kind : int { cast, feature };
+
+// A codec with its parameters, which belong to the Python codec.
+struct Format {
+  Kind kind;
+  Dtype dtype;   // cast
+  int num_bits;  // feature
+  size_t num_features;  // feature: as calibrated
+  // feature: FP32 [R, E]; their reciprocals, zero where there is an outlier; int64 [K], [H], [H].
+  const float *scale, *reciprocal;
+  const int64_t *outliers, *holes, *fillers;
+  size_t num_outliers, num_holes;
+  bool tame;  // feature: sums of finite values neither overflow nor are subnormal, for any number of ranks up to R
+};
+
+// One path. Row ranges [begin, end) let threads share a tensor.
+struct Kernels {
+  const char* name;
+  void (*encode)(const Format&, const Rows& x, size_t source, const Payload& out, Counts&, const Scratch&,
+                 size_t begin, size_t end);
+  void (*decode_sum)(const Format&, const Payloads&, const Rows& out, const Scratch&, size_t begin, size_t end);
+  // What two_shot does to a share: add up, and code the sum again, a row at a time.
+  void (*recode)(const Format& partial, const Payloads&, const Format& reduced, size_t num_features,
+                 const Payload& out, Counts&, const Scratch&, size_t begin, size_t end);
+};
+
+extern const Kernels avx512_bf16_kernels, avx512_kernels, avx2_kernels, portable_kernels;
+
+}  // namespace narrowcast

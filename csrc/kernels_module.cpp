@@ -1,0 +1,154 @@
+// What Python sees of the kernels: formats, and three calls that take addresses.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+
+namespace narrowcast {
+namespace {
+
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found = {&portable_kernels};
+#ifdef NARROWCAST_X86
+  if (__builtin_cpu_supports("x86-64-v3")) found.push_back(&avx2_kernels);
+  if (__builtin_cpu_supports("x86-64-v4")) found.push_back(&avx512_kernels);
+  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16")) {
+    found.push_back(&avx512_bf16_kernels);
+  }
+#endif
+  return found;
+}
+
+std::atomic<const Kernels*> kernels{runnable().back()};
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Format make_cast(int dtype) {
+  Format format = {};
+  format.kind = Kind::cast;
+  format.dtype = static_cast<Dtype>(dtype);
+  return format;
+}
+
+Format make_feature(int num_bits, size_t num_features, uintptr_t scale, uintptr_t reciprocal, uintptr_t outliers,
+                    size_t num_outliers, uintptr_t holes, uintptr_t fillers, size_t num_holes, bool tame) {
+  Format format = {};
+  format.kind = Kind::feature;
+  format.num_bits = num_bits;
+  format.num_features = num_features;
+  format.scale = at<const float>(scale);
+  format.reciprocal = at<const float>(reciprocal);
+  format.outliers = at<const int64_t>(outliers);
+  format.num_outliers = num_outliers;
+  format.holes = at<const int64_t>(holes);
+  format.fillers = at<const int64_t>(fillers);
+  format.num_holes = num_holes;
+  format.tame = tame;
+  return format;
+}
+
+// Counts of several threads, added to a tensor of two.
+class Total {
+ public:
+  explicit Total(uintptr_t stats) : stats_(at<int64_t>(stats)) {}
+
+  void add(const Counts& counts) {
+    if (!stats_) return;
+    std::lock_guard<std::mutex> lock(mutex_);
+    stats_[0] += counts.saturated;
+    stats_[1] += counts.non_finite;
+  }
+
+ private:
+  std::mutex mutex_;
+  int64_t* stats_;
+};
+
+void encode(const Format& format, uintptr_t x, int dtype, size_t num_tokens, size_t num_features, ptrdiff_t stride,
+            size_t source, uintptr_t out, ptrdiff_t out_stride, uintptr_t stats) {
+  nb::gil_scoped_release release;
+  const Rows rows = {at<void>(x), static_cast<Dtype>(dtype), stride, num_tokens, num_features};
+  const Payload payload = {at<uint8_t>(out), out_stride};
+  const Kernels* path = kernels;
+  Total total(stats);
+  for_rows(num_tokens, num_tokens * num_features * 2, num_features, 1,
+           [&](size_t begin, size_t end, const Scratch& scratch) {
+             Counts counts;
+             path->encode(format, rows, source, payload, counts, scratch, begin, end);
+             total.add(counts);
+           });
+}
+
+void decode_sum(const Format& format, uintptr_t payloads, size_t num_ranks, ptrdiff_t rank_stride,
+                ptrdiff_t token_stride, size_t first_source, uintptr_t out, int dtype, size_t num_tokens,
+                size_t num_features, ptrdiff_t stride) {
+  nb::gil_scoped_release release;
+  const Payloads from = {{at<uint8_t>(payloads), token_stride}, rank_stride, num_ranks, first_source};
+  const Rows rows = {at<void>(out), static_cast<Dtype>(dtype), stride, num_tokens, num_features};
+  const Kernels* path = kernels;
+  for_rows(num_tokens, num_tokens * num_features * num_ranks, num_features, num_ranks,
+           [&](size_t begin, size_t end, const Scratch& scratch) {
+             path->decode_sum(format, from, rows, scratch, begin, end);
+           });
+}
+
+void recode(const Format& partial, uintptr_t payloads, size_t num_ranks, ptrdiff_t rank_stride,
+            ptrdiff_t token_stride, const Format& reduced, size_t num_tokens, size_t num_features, uintptr_t out,
+            ptrdiff_t out_stride, uintptr_t stats) {
+  nb::gil_scoped_release release;
+  const Payloads from = {{at<uint8_t>(payloads), token_stride}, rank_stride, num_ranks, 0};
+  const Payload payload = {at<uint8_t>(out), out_stride};
+  const Kernels* path = kernels;
+  Total total(stats);
+  for_rows(num_tokens, num_tokens * num_features * (num_ranks + 1), num_features, num_ranks,
+           [&](size_t begin, size_t end, const Scratch& scratch) {
+             Counts counts;
+             path->recode(partial, from, reduced, num_features, payload, counts, scratch, begin, end);
+             total.add(counts);
+           });
+}
+
+std::vector<std::string> paths() {
+  std::vector<std::string> names;
+  for (const Kernels* path : runnable()) names.push_back(path->name);
+  return names;
+}
+
+void use_path(const std::string& name) {
+  for (const Kernels* path : runnable()) {
+    if (name == path->name) {
+      kernels = path;
+      return;
+    }
+  }
+  throw nb::value_error("this machine cannot run that path");
+}
+
+}  // namespace
+}  // namespace narrowcast
+
+void bind_kernels(nb::module_& m) {
+  using namespace narrowcast;
+  nb::class_<Format>(m, "Format");
+  m.def("cast", &make_cast);
+  m.def("feature", &make_feature);
+  m.def("encode", &encode);
+  m.def("decode_sum", &decode_sum);
+  m.def("recode", &recode);
+  m.def("limit_threads", &limit_threads);
+  m.def("paths", &paths);
+  m.def("path", [] { return std::string(kernels.load()->name); });
+  m.def("use_path", &use_path);
+}

@@ -1,0 +1,73 @@
+// All kernels of one path. CMakeLists.txt compiles this file once for each, with its flags and its name.
+#include "cast.h"
+#include "feature.h"
+
+namespace narrowcast {
+namespace NARROWCAST_PATH {
+
+#define NARROWCAST_QUOTED(name) #name
+#define NARROWCAST_TEXT(macro) NARROWCAST_QUOTED(macro)
+#define NARROWCAST_JOINED(left, right) left##right
+#define NARROWCAST_TABLE(path) NARROWCAST_JOINED(path, _kernels)
+
+// Calls `body` with a null pointer that tells the type of the values.
+template <class Body>
+NARROWCAST_INLINE void with_dtype(Dtype dtype, Body body) {
+  switch (dtype) {
+    case Dtype::bf16: body(static_cast<Bf16*>(nullptr)); return;
+    case Dtype::fp16: body(static_cast<Fp16*>(nullptr)); return;
+    case Dtype::fp32: body(static_cast<float*>(nullptr)); return;
+  }
+}
+
+static void encode(const Format& format, const Rows& x, size_t source, const Payload& out, Counts& counts,
+                   const Scratch& scratch, size_t begin, size_t end) {
+  with_dtype(x.dtype, [&](auto* from) {
+    switch (format.kind) {
+      case Kind::cast:
+        with_dtype(format.dtype, [&](auto* to) { cast_encode_rows(from, x, to, out, counts, begin, end); });
+        return;
+      case Kind::feature: feature_encode_rows(from, format, x, source, out, counts, scratch, begin, end); return;
+    }
+  });
+}
+
+template <class T>
+static void decode_sum_row(const Format& format, const Payloads& payloads, size_t row, const Scratch& scratch, T* out,
+                           size_t num_values) {
+  switch (format.kind) {
+    case Kind::cast:
+      with_dtype(format.dtype, [&](auto* from) { cast_decode_sum_row(from, payloads, row, num_values, out); });
+      return;
+    case Kind::feature: feature_decode_sum_row(format, payloads, row, scratch, out); return;
+  }
+}
+
+static void decode_sum(const Format& format, const Payloads& payloads, const Rows& out, const Scratch& scratch,
+                       size_t begin, size_t end) {
+  with_dtype(out.dtype, [&](auto* to) {
+    for (size_t row = begin; row < end; ++row) {
+      decode_sum_row(format, payloads, row, scratch, static_cast<decltype(to)>(out.row(row)), out.num_values);
+    }
+  });
+}
+
+static void recode(const Format& partial, const Payloads& payloads, const Format& reduced, size_t num_features,
+                   const Payload& out, Counts& counts, const Scratch& scratch, size_t begin, size_t end) {
+  const Rows total = {scratch.values, Dtype::fp32, 0, 1, num_features};
+  for (size_t row = begin; row < end; ++row) {
+    decode_sum_row(partial, payloads, row, scratch, scratch.values, num_features);
+    encode(reduced, total, 0, {out.row(row), 0}, counts, scratch, 0, 1);
+  }
+}
+
+}  // namespace NARROWCAST_PATH
+
+const Kernels NARROWCAST_TABLE(NARROWCAST_PATH) = {
+    NARROWCAST_TEXT(NARROWCAST_PATH),
+    NARROWCAST_PATH::encode,
+    NARROWCAST_PATH::decode_sum,
+    NARROWCAST_PATH::recode,
+};
+
+}  // namespace narrowcast

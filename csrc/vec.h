@@ -1,0 +1,307 @@
+// Vectors of one path, in the compiler's own notation: GCC and Clang lower it to whatever the path's flags allow
+// (AVX-512, AVX2, SSE2, NEON), so that a kernel is written once.
+//
+// Everything here lives in the path's namespace and nothing comes from std: an inline function that two paths share
+// would be linked once, with the instructions of either.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+namespace narrowcast {
+namespace NARROWCAST_PATH {
+
+#if defined(__AVX512BW__)
+constexpr size_t kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr size_t kVectorBytes = 32;
+#else
+constexpr size_t kVectorBytes = 16;
+#endif
+
+constexpr size_t kLanes = kVectorBytes / 4;
+
+#define NARROWCAST_INLINE static inline __attribute__((always_inline))
+#define NARROWCAST_FLAT static __attribute__((flatten, noinline))  // with everything it calls inlined
+
+typedef float F32 __attribute__((vector_size(kVectorBytes)));
+typedef int32_t I32 __attribute__((vector_size(kVectorBytes)));
+typedef uint32_t U32 __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t U16 __attribute__((vector_size(kVectorBytes / 2)));   // as many as F32 has lanes
+typedef uint8_t U8 __attribute__((vector_size(kVectorBytes / 4)));     // as many as F32 has lanes
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));       // four times as many
+typedef int8_t SignedBytes __attribute__((vector_size(kVectorBytes)));
+
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+constexpr uint32_t kInfinity = 0x7F800000, kNan = 0x7FC00000, kMagnitude = 0x7FFFFFFF;
+
+template <class To, class From>
+NARROWCAST_INLINE To bits_as(From from) {
+  static_assert(sizeof(To) == sizeof(From), "a reinterpretation");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+NARROWCAST_INLINE V load_vector(const void* from) {
+  V v;
+  memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class V>
+NARROWCAST_INLINE void store_vector(void* to, V v) {
+  memcpy(to, &v, sizeof v);
+}
+
+// The first `count` elements, zeros behind them.
+template <class V>
+NARROWCAST_INLINE V load_part(const void* from, size_t count) {
+  V v = {};
+  memcpy(&v, from, count * sizeof v[0]);
+  return v;
+}
+
+template <class V>
+NARROWCAST_INLINE void store_part(void* to, V v, size_t count) {
+  memcpy(to, &v, count * sizeof v[0]);
+}
+
+NARROWCAST_INLINE F32 splat(float value) { return F32{} + value; }
+NARROWCAST_INLINE I32 splat_i32(int32_t value) { return I32{} + value; }
+NARROWCAST_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
+NARROWCAST_INLINE I32 min(I32 a, I32 b) { return a < b ? a : b; }
+NARROWCAST_INLINE I32 max(I32 a, I32 b) { return a > b ? a : b; }
+
+NARROWCAST_INLINE int64_t sum(I32 v) {
+  int64_t total = 0;
+  for (size_t lane = 0; lane < kLanes; ++lane) total += v[lane];
+  return total;
+}
+
+NARROWCAST_INLINE bool any(I32 v) {
+  int32_t found = 0;
+  for (size_t lane = 0; lane < kLanes; ++lane) found |= v[lane];
+  return found != 0;
+}
+
+// --- What compilers would do lane by lane: a path for another machine gives its instructions here -------------------
+
+NARROWCAST_INLINE F32 min(F32 a, F32 b) {  // b, if either is NaN
+#if defined(__AVX512BW__)
+  return bits_as<F32>(_mm512_min_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
+#elif defined(__AVX2__)
+  return bits_as<F32>(_mm256_min_ps(bits_as<__m256>(a), bits_as<__m256>(b)));
+#elif defined(__SSE2__)
+  return bits_as<F32>(_mm_min_ps(bits_as<__m128>(a), bits_as<__m128>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
+
+struct Quad {
+  F32 part[4];
+};
+
+// Rounded half to even, limited to -128 to 127, in order. At most 127 comes in; what lies far below, too.
+NARROWCAST_INLINE SignedBytes round_to_bytes(const Quad& x) {
+#if defined(__AVX512BW__)
+  __m512i part[4];
+  for (int i = 0; i < 4; ++i) part[i] = _mm512_cvtps_epi32(bits_as<__m512>(x.part[i]));
+  const __m512i bytes =
+      _mm512_packs_epi16(_mm512_packs_epi32(part[0], part[1]), _mm512_packs_epi32(part[2], part[3]));
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return bits_as<SignedBytes>(_mm512_permutexvar_epi32(order, bytes));
+#elif defined(__AVX2__)
+  __m256i part[4];
+  for (int i = 0; i < 4; ++i) part[i] = _mm256_cvtps_epi32(bits_as<__m256>(x.part[i]));
+  const __m256i bytes =
+      _mm256_packs_epi16(_mm256_packs_epi32(part[0], part[1]), _mm256_packs_epi32(part[2], part[3]));
+  return bits_as<SignedBytes>(_mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
+#elif defined(__SSE2__)
+  __m128i part[4];
+  for (int i = 0; i < 4; ++i) part[i] = _mm_cvtps_epi32(bits_as<__m128>(x.part[i]));
+  return bits_as<SignedBytes>(_mm_packs_epi16(_mm_packs_epi32(part[0], part[1]), _mm_packs_epi32(part[2], part[3])));
+#else
+  SignedBytes bytes;
+  for (size_t i = 0; i < kVectorBytes; ++i) {
+    const float value = x.part[i / kLanes][i % kLanes];
+    bytes[i] = int8_t(__builtin_rintf(value < -128.0f ? -128.0f : value));
+  }
+  return bytes;
+#endif
+}
+
+NARROWCAST_INLINE I32 widen_signed(U8 v) {
+#if defined(__AVX512BW__)
+  return bits_as<I32>(_mm512_cvtepi8_epi32(bits_as<__m128i>(v)));
+#elif defined(__AVX2__)
+  return bits_as<I32>(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(v))));
+#elif defined(__SSE2__)
+  __m128i quad = _mm_cvtsi32_si128(bits_as<int32_t>(v));
+  quad = _mm_unpacklo_epi8(quad, quad);
+  return bits_as<I32>(_mm_srai_epi32(_mm_unpacklo_epi16(quad, quad), 24));
+#else
+  typedef int8_t S8 __attribute__((vector_size(kLanes)));
+  return __builtin_convertvector(bits_as<S8>(v), I32);
+#endif
+}
+
+NARROWCAST_INLINE I32 widen(U8 v) {
+#if defined(__AVX512BW__)
+  return bits_as<I32>(_mm512_cvtepu8_epi32(bits_as<__m128i>(v)));
+#elif defined(__AVX2__)
+  return bits_as<I32>(_mm256_cvtepu8_epi32(_mm_cvtsi64_si128(bits_as<int64_t>(v))));
+#elif defined(__SSE2__)
+  return widen_signed(v) & 0xFF;
+#else
+  return __builtin_convertvector(v, I32);
+#endif
+}
+
+NARROWCAST_INLINE U32 widen(U16 v) {
+#if defined(__AVX512BW__)
+  return bits_as<U32>(_mm512_cvtepu16_epi32(bits_as<__m256i>(v)));
+#elif defined(__AVX2__)
+  return bits_as<U32>(_mm256_cvtepu16_epi32(bits_as<__m128i>(v)));
+#elif defined(__SSE2__)
+  return bits_as<U32>(_mm_unpacklo_epi16(_mm_cvtsi64_si128(bits_as<int64_t>(v)), _mm_setzero_si128()));
+#else
+  return __builtin_convertvector(v, U32);
+#endif
+}
+
+// The low bits of each lane.
+NARROWCAST_INLINE U16 low_16_bits(U32 v) {
+#if defined(__AVX512BW__)
+  return bits_as<U16>(_mm512_cvtepi32_epi16(bits_as<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_and_si256(bits_as<__m256i>(v), _mm256_set1_epi32(0xFFFF));
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  return bits_as<U16>(_mm256_castsi256_si128(packed));
+#elif defined(__SSE2__)
+  const __m128i words = _mm_srai_epi32(_mm_slli_epi32(bits_as<__m128i>(v), 16), 16);  // packing saturates, signed
+  return bits_as<U16>(_mm_cvtsi128_si64(_mm_packs_epi32(words, words)));
+#else
+  return __builtin_convertvector(v, U16);
+#endif
+}
+
+// --- Values of 16 bits ---------------------------------------------------------------------------------------------
+
+NARROWCAST_INLINE F32 from_bf16(U16 h) { return bits_as<F32>(widen(h) << 16); }
+
+NARROWCAST_INLINE F32 from_fp16(U16 h) {
+#if defined(__AVX512F__)
+  return bits_as<F32>(_mm512_cvtph_ps(bits_as<__m256i>(h)));
+#elif defined(__F16C__)
+  return bits_as<F32>(_mm256_cvtph_ps(bits_as<__m128i>(h)));
+#else
+  const U32 wide = widen(h);
+  // The exponent's bias is 112 too small: a product with 2**112 sets that right, for subnormal numbers too.
+  const U32 magnitude = bits_as<U32>(bits_as<F32>((wide & 0x7FFF) << 13) * 0x1p112f);
+  const U32 special = bits_as<U32>(bits_as<I32>(wide & 0x7C00) == 0x7C00) & kInfinity;
+  return bits_as<F32>(magnitude | special | (wide & 0x8000) << 16);
+#endif
+}
+
+// Rounded half to even; NaN becomes the canonical one.
+NARROWCAST_INLINE U16 to_bf16(F32 x) {
+  const U32 bits = bits_as<U32>(x);
+  const U32 rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+  const U32 nan = bits_as<U32>(x != x);
+  return low_16_bits((nan & 0x7FC0) | (~nan & rounded));
+}
+
+// The same of numbers that are not NaN and not subnormal, for which there may be an instruction.
+NARROWCAST_INLINE U16 normal_to_bf16(F32 x) {
+#if defined(__AVX512BF16__)
+  return bits_as<U16>(_mm512_cvtneps_pbh(bits_as<__m512>(x)));
+#else
+  const U32 bits = bits_as<U32>(x);
+  return low_16_bits((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+#endif
+}
+
+NARROWCAST_INLINE U16 to_fp16(F32 x) {
+  const U32 nan = bits_as<U32>(x != x);
+#if defined(__AVX512F__)
+  const U16 rounded = bits_as<U16>(_mm512_cvtps_ph(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  const U16 rounded = bits_as<U16>(_mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
+#else
+  const U32 bits = bits_as<U32>(x), magnitude = bits & kMagnitude;
+  const U32 normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
+  // Adding 0.5 rounds a number below 2**-14 to units of 2**-24, the subnormal ones of FP16.
+  const U32 small = bits_as<U32>(bits_as<F32>(magnitude) + 0.5f) - 0x3F000000;
+  const U32 is_small = bits_as<U32>(bits_as<I32>(magnitude) < 0x38800000);
+  const U32 is_large = bits_as<U32>(bits_as<I32>(magnitude) >= 0x477FF000);  // 65520 rounds to infinity
+  const U32 finite = (is_small & small) | (~is_small & normal);
+  const U32 any_magnitude = (is_large & 0x7C00) | (~is_large & finite);
+  const U16 rounded = low_16_bits(any_magnitude | (bits >> 16 & 0x8000));
+#endif
+  const U16 narrow_nan = low_16_bits(nan);
+  return (narrow_nan & 0x7E00) | (~narrow_nan & rounded);
+}
+
+// --- Values in a tensor's dtype ------------------------------------------------------------------------------------
+
+NARROWCAST_INLINE F32 load(const float* from, size_t count = kLanes) {
+  return count == kLanes ? load_vector<F32>(from) : load_part<F32>(from, count);
+}
+NARROWCAST_INLINE F32 load(const Bf16* from, size_t count = kLanes) {
+  return from_bf16(count == kLanes ? load_vector<U16>(from) : load_part<U16>(from, count));
+}
+NARROWCAST_INLINE F32 load(const Fp16* from, size_t count = kLanes) {
+  return from_fp16(count == kLanes ? load_vector<U16>(from) : load_part<U16>(from, count));
+}
+
+NARROWCAST_INLINE F32 canonical(F32 x) { return select(x != x, bits_as<F32>(I32{} + int32_t(kNan)), x); }
+
+NARROWCAST_INLINE void store(float* to, F32 x, size_t count = kLanes) {
+  if (count == kLanes) store_vector(to, canonical(x));
+  else store_part(to, canonical(x), count);
+}
+NARROWCAST_INLINE void store(Bf16* to, F32 x, size_t count = kLanes) {
+  if (count == kLanes) store_vector(to, to_bf16(x));
+  else store_part(to, to_bf16(x), count);
+}
+NARROWCAST_INLINE void store(Fp16* to, F32 x, size_t count = kLanes) {
+  if (count == kLanes) store_vector(to, to_fp16(x));
+  else store_part(to, to_fp16(x), count);
+}
+
+// The same for numbers that are not NaN and not subnormal.
+template <class T>
+NARROWCAST_INLINE void store_normal(T* to, F32 x, size_t count = kLanes) { store(to, x, count); }
+NARROWCAST_INLINE void store_normal(float* to, F32 x, size_t count = kLanes) {
+  if (count == kLanes) store_vector(to, x);
+  else store_part(to, x, count);
+}
+NARROWCAST_INLINE void store_normal(Bf16* to, F32 x, size_t count = kLanes) {
+  if (count == kLanes) store_vector(to, normal_to_bf16(x));
+  else store_part(to, normal_to_bf16(x), count);
+}
+
+// Calls `body(first, count)` for each vector of `total` values; `count` is a constant but for the last one.
+template <class Body>
+NARROWCAST_INLINE void for_each_vector(size_t total, Body body) {
+  size_t first = 0;
+  for (; first + kLanes <= total; first += kLanes) body(first, kLanes);
+  if (first < total) body(first, total - first);
+}
+
+}  // namespace NARROWCAST_PATH
+}  // namespace narrowcast

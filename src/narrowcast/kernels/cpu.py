@@ -1,0 +1,137 @@
+"""C++ kernels for CPU tensors, reached past PyTorch's dispatcher, which costs more than the call (decision 0014).
+
+An address has no shape: `Codec` checks shapes and dtypes before it comes here.
+"""
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+native: ModuleType | None
+try:
+    from narrowcast import _native as native
+except ImportError:  # there was no compiler at the install
+    native = None
+
+enabled = native is not None
+
+_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_LARGE = 1 << 19  # values from which on several threads may share a tensor
+
+
+class Kernel:
+    """The kernels of one codec: its `form` in C++, and the tensors that the form points to."""
+
+    def __init__(self, form: object, *tensors: Tensor) -> None:
+        self.form, self._tensors = form, tensors
+
+    def encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
+        """Code [T, E] into uint8 [T, B]."""
+        assert native is not None
+        num_tokens, num_features = x_TE.shape
+        if num_tokens * num_features >= _LARGE:
+            _limit_threads()
+        native.encode(
+            self.form,
+            x_TE.data_ptr(),
+            _DTYPES[x_TE.dtype],
+            num_tokens,
+            num_features,
+            x_TE.stride(0),
+            source,
+            out_TB.data_ptr(),
+            out_TB.stride(0),
+            0 if stats is None else stats.data_ptr(),
+        )
+
+    def decode_sum(self, payloads_RTB: Tensor, first_source: int, out_TE: Tensor) -> None:
+        """Decode the payloads of the sources from `first_source` on and add them up."""
+        assert native is not None
+        num_tokens, num_features = out_TE.shape
+        if num_tokens * num_features >= _LARGE:
+            _limit_threads()
+        native.decode_sum(
+            self.form,
+            payloads_RTB.data_ptr(),
+            len(payloads_RTB),
+            payloads_RTB.stride(0),
+            payloads_RTB.stride(1),
+            first_source,
+            out_TE.data_ptr(),
+            _DTYPES[out_TE.dtype],
+            num_tokens,
+            num_features,
+            out_TE.stride(0),
+        )
+
+    def recode(
+        self, payloads_RTB: Tensor, reduced: "Kernel", num_features: int, out_TB: Tensor, stats: Tensor | None
+    ) -> None:
+        """Decode the payloads of all sources, add them up, and code the sum with `reduced`."""
+        assert native is not None
+        num_tokens = len(out_TB)
+        if num_tokens * num_features >= _LARGE:
+            _limit_threads()
+        native.recode(
+            self.form,
+            payloads_RTB.data_ptr(),
+            len(payloads_RTB),
+            payloads_RTB.stride(0),
+            payloads_RTB.stride(1),
+            reduced.form,
+            num_tokens,
+            num_features,
+            out_TB.data_ptr(),
+            out_TB.stride(0),
+            0 if stats is None else stats.data_ptr(),
+        )
+
+
+def cast(dtype: torch.dtype) -> Kernel | None:
+    """The kernels of a `cast` codec."""
+    return Kernel(native.cast(_DTYPES[dtype])) if native else None
+
+
+def feature(
+    num_bits: int, scale_RE: Tensor, reciprocal_RE: Tensor, outliers_K: Tensor, holes: Tensor, fillers: Tensor
+) -> Kernel | None:
+    """The kernels of a `feature` codec."""
+    if native is None or not scale_RE.is_cpu:
+        return None
+    coded_RE = reciprocal_RE.index_fill(1, outliers_K, 0.0)  # so that nothing clips where an outlier is
+    tensors = [each.contiguous() for each in (scale_RE.float(), coded_RE, outliers_K, holes, fillers)]
+    scale, reciprocal, outliers, holes, fillers = tensors
+    form = native.feature(
+        num_bits,
+        scale.shape[1],
+        scale.data_ptr(),
+        reciprocal.data_ptr(),
+        outliers.data_ptr(),
+        len(outliers),
+        holes.data_ptr(),
+        fillers.data_ptr(),
+        len(holes),
+        _is_tame(scale, num_bits),
+    )
+    return Kernel(form, *tensors)
+
+
+def _is_tame(scale_RE: Tensor, num_bits: int) -> bool:
+    """Whether no sum of values overflows or is subnormal.
+
+    Values are whole multiples of a BF16 scale, hence of 2**-7 times the power of two below it, and so are their sums.
+    """
+    largest = scale_RE.amax(dim=1).double().sum() * 2 ** (num_bits - 1)
+    return bool(largest < 2.0**127 and scale_RE.min() >= 2.0**-118)
+
+
+def cores_of_this_rank() -> int:
+    """The cores that the ranks of this host leave to each of them."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _limit_threads() -> None:
+    assert native is not None
+    native.limit_threads(min(torch.get_num_threads(), cores_of_this_rank()))
