@@ -26,6 +26,7 @@ from narrowcast.collectives import (
     send_steps,
 )
 from narrowcast.collectives.base import Steps, Traffic
+from narrowcast.decision import Choice, Decisions
 from narrowcast.monitor import Monitor, SiteCounters
 from narrowcast.transport import Transport
 
@@ -33,15 +34,28 @@ Codecs = Mapping[str, Sequence[Codec]]
 
 
 class SiteCodecs:
-    """The codecs of sites on one device, with counters. Where there are none, values travel in their own dtype."""
+    """The codecs of sites on one device, with counters. Where there are none, values travel in their own dtype.
 
-    def __init__(self, codecs: Codecs, groups: Sequence[Sequence[int]], algorithm: str, device: torch.device) -> None:
+    `algorithm`: that of coded sums; with "auto" the one that `decisions` name, or else sends fewest bytes.
+    `deterministic`: one choice for all sizes, the one that a single token takes, always coded where there are codecs.
+    """
+
+    def __init__(
+        self,
+        codecs: Codecs,
+        groups: Sequence[Sequence[int]],
+        algorithm: str,
+        device: torch.device,
+        *,
+        decisions: Decisions = Decisions(),
+        deterministic: bool = False,
+    ) -> None:
         nodes = tuple(tuple(group) for group in groups)
         self._coded = {
             name: Stages(tuple(codec.to(device) for codec in stages), nodes) for name, stages in codecs.items()
         }
-        self._algorithm = algorithm
-        self._chosen: dict[tuple[str, int, int], str] = {}
+        self._algorithm, self._decisions, self._deterministic = algorithm, decisions, deterministic
+        self._algorithms: dict[tuple[str, int, int], str] = {}
         self.monitor = Monitor(device)
 
     def of(self, site: str, x: Tensor) -> Stages:
@@ -52,12 +66,19 @@ class SiteCodecs:
         """The site's counters."""
         return self.monitor.site(site, coded=site in self._coded)
 
-    def algorithm(self, site: str, stages: Stages, num_tokens: int, num_features: int, world_size: int) -> str:
-        """The algorithm for a sum: more tokens than ranks do not change the choice."""
-        key = site, min(num_tokens, world_size), num_features
-        if key not in self._chosen:
-            self._chosen[key] = choose(self._algorithm, stages, num_tokens, num_features, world_size)
-        return self._chosen[key]
+    def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
+        """The way that a sum takes."""
+        coded = site in self._coded
+        if self._algorithm == "auto" and not self._deterministic:
+            decided = self._decisions.choice(num_tokens, num_features, coded=coded)
+            if decided is not None:
+                return decided
+        key = site, 1 if self._deterministic else min(num_tokens, world_size), num_features
+        if key not in self._algorithms:  # more tokens than ranks do not change it
+            stages = self._coded[site] if coded else plain(torch.float32)
+            algorithm = self._algorithm if coded else "auto"
+            self._algorithms[key] = choose(algorithm, stages, key[1], num_features, world_size)
+        return Choice("coded" if coded else "plain", self._algorithms[key])
 
 
 def plain(dtype: torch.dtype) -> Stages:
@@ -85,18 +106,20 @@ class Communicator:
         return self._tp
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
-        """Sum partial sums `x` [..., E]."""
-        planned, world_size = self._codecs.of(site, x), self.tp.world_size
+        """Sum partial sums `x` [..., E], whose memory the sum may take."""
         num_tokens, num_features = math.prod(x.shape[:-1]), x.shape[-1]
-        name = self._codecs.algorithm(site, planned, num_tokens, num_features, world_size)
+        choice = self._codecs.choice(site, num_tokens, num_features, self.tp.world_size)
+        planned = self._codecs.of(site, x) if choice.form == "coded" else plain(x.dtype)
 
         def sent() -> Traffic:
-            found = named(name).sent(planned, num_tokens, num_features, self.tp.rank, world_size)
-            assert found is not None, "`choose` names only algorithms that can run"
-            return found
+            return traffic_of(choice, planned, num_tokens, num_features, self.tp.rank, self.tp.world_size)
 
-        stages = plain(x.dtype) if self._count_only else planned
-        steps = all_reduce_steps(x, stages, self.tp, "auto" if self._count_only else name, self._stats(site))
+        if choice.form == "native":
+            self._codecs.counters(site).count(num_tokens, sent(), x.dtype.itemsize)
+            return self.tp.native_all_reduce(x)
+        stages, algorithm = (plain(x.dtype), "auto") if self._count_only else (planned, choice.algorithm)
+        out = x if x.is_contiguous() else None
+        steps = all_reduce_steps(x, stages, self.tp, algorithm, self._stats(site), out)
         return self._drive(steps, self.tp, site, num_tokens, x.dtype, sent)
 
     def all_gather_features(self, x: Tensor, site: str, num_features: Sequence[int]) -> Tensor:
@@ -188,12 +211,24 @@ class Communicator:
     ) -> Tensor:
         """Run the steps; count what they send, or, if only counting, what was planned."""
         counters = self._codecs.counters(site)
-        counters.num_tokens += num_tokens
         if self._count_only:
-            counters.count_sent(planned(), dtype.itemsize)
+            counters.count(num_tokens, planned(), dtype.itemsize)
             return Pending(steps, transport, pair=pair).wait()
+        counters.num_tokens += num_tokens
         sent = functools.partial(counters.count_sent, itemsize=dtype.itemsize)
         return Pending(steps, transport, sent, pair=pair).wait()
+
+
+def traffic_of(
+    choice: Choice, stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int
+) -> Traffic:
+    """What `rank` sends of a sum. A native one counts as what is optimal, 2 (R - 1) / R of the values."""
+    if choice.form == "native":
+        num_values = 2 * (world_size - 1) * num_tokens * num_features // world_size
+        return Traffic(stages.codecs[0].row_nbytes(1) * num_values, num_values)
+    found = named(choice.algorithm).sent(stages, num_tokens, num_features, rank, world_size)
+    assert found is not None, "only algorithms that can run are chosen"
+    return found
 
 
 def _copies(codec: Codec, shape: torch.Size, copies: int) -> Traffic:

@@ -22,6 +22,11 @@ class SiteCounters:
     num_values: int = 0
     plain_bytes: int = 0
 
+    def count(self, num_tokens: int, traffic: Traffic, itemsize: int) -> None:
+        """Add tokens that were processed, with all that was sent for them."""
+        self.num_tokens += num_tokens
+        self.count_sent(traffic, itemsize)
+
     def count_sent(self, traffic: Traffic, itemsize: int) -> None:
         """Add what was handed to the transport: values of `itemsize` bytes each, coded or not."""
         self.wire_bytes += traffic.nbytes

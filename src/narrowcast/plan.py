@@ -9,7 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from narrowcast.codecs import CODECS, Codec
+from narrowcast.decision import Decisions
 from narrowcast.errors import InvalidInputError, PlanFormatError, PlanMismatchError
 from narrowcast.split import Split
 
@@ -85,7 +86,7 @@ class Plan:
 
     `groups`: the tensor-parallel ranks of each node, where sums go within nodes first.
     `calibration` says how it was made (JSON values); `sites` maps a layer's name to its codecs. What travels
-    elsewhere is not coded.
+    elsewhere is not coded. `decisions`: what `tune` measured on the ranks, if it did.
     """
 
     split: Split
@@ -93,6 +94,7 @@ class Plan:
     model: ModelFingerprint
     calibration: Mapping[str, Any]
     sites: Mapping[str, Site]
+    decisions: Decisions = field(default_factory=Decisions)
 
     @property
     def tp_size(self) -> int:
@@ -169,6 +171,7 @@ class Plan:
                 model=ModelFingerprint(**header["model"]),
                 calibration=header["calibration"],
                 sites={name: _site(name, entry, tensors) for name, entry in header["sites"].items()},
+                decisions=Decisions.from_json(header["decisions"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _unusable(path, expected="the header of a plan", found=f"{type(error).__name__}: {error}") from error
@@ -190,6 +193,7 @@ class Plan:
             "model": {"config": dict(self.model.config), "samples": dict(_in_order(self.model.samples))},
             "calibration": dict(self.calibration),
             "sites": sites,
+            "decisions": self.decisions.to_json(),
         }
         return json.dumps(header), tensors
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives import named, simulate
+from narrowcast.collectives import simulate
 from narrowcast.collectives.base import Traffic
-from narrowcast.communicator import SiteCodecs, plain
+from narrowcast.communicator import SiteCodecs, plain, traffic_of
 
 
 class Simulator:
@@ -20,18 +20,14 @@ class Simulator:
     def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
         """Sum the partial sums [..., E] of all ranks."""
         x, world_size = partials[0], len(partials)
-        planned, num_tokens = self._codecs.of(site, x), math.prod(x.shape[:-1])
-        name = self._codecs.algorithm(site, planned, num_tokens, x.shape[-1], world_size)
-        sent = named(name).sent(planned, num_tokens, x.shape[-1], 0, world_size)
-        assert sent is not None, "`choose` names only algorithms that can run"
-        stats = self._count(site, x, num_tokens, sent)
-        stages = plain(x.dtype) if self._count_only else planned
+        num_tokens, num_features = math.prod(x.shape[:-1]), x.shape[-1]
+        choice = self._codecs.choice(site, num_tokens, num_features, world_size)
+        planned = self._codecs.of(site, x) if choice.form == "coded" else plain(x.dtype)
+        stats = self._count(site, x, num_tokens, traffic_of(choice, planned, num_tokens, num_features, 0, world_size))
+        # A native sum has no twin: the order of its additions is the library's. A plain one stands for it.
+        stages, algorithm = (plain(x.dtype), "auto") if self._count_only else (planned, choice.algorithm or "auto")
         return simulate.all_reduce(
-            partials,
-            codec=stages.codecs,
-            groups=stages.groups,
-            algorithm="auto" if self._count_only else name,
-            stats=stats,
+            partials, codec=stages.codecs, groups=stages.groups, algorithm=algorithm, stats=stats
         )
 
     def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
@@ -64,6 +60,5 @@ class Simulator:
 
     def _count(self, site: str, x: Tensor, num_tokens: int, traffic: Traffic) -> Tensor:
         counters = self._codecs.counters(site)
-        counters.num_tokens += num_tokens
-        counters.count_sent(traffic, x.dtype.itemsize)
+        counters.count(num_tokens, traffic, x.dtype.itemsize)
         return counters.stats

@@ -1,5 +1,6 @@
-"""`narrowcast plan`: looking into a plan."""
+"""`narrowcast plan`: looking into a plan, and measuring which way its sums should take."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -9,11 +10,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from narrowcast.cli.launch import is_first_rank, on_ranks
+from narrowcast.cli.options import Timeout
 from narrowcast.codecs import PRESETS, Codec, FeatureCodec
+from narrowcast.decision import FORMS
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.plan import Plan, check_writable
+from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport
+from narrowcast.tune import Tuning
+from narrowcast.tune import tune as tune_plan
 
-app = typer.Typer(help="Look into plans.", no_args_is_help=True)
+app = typer.Typer(help="Look into plans, and tune them.", no_args_is_help=True)
 
 # Stage, its title, and what the expected error is of: an algorithm, or a value that is coded once.
 STAGES = (
@@ -25,7 +32,7 @@ STAGES = (
 
 @app.callback()
 def group() -> None:
-    """Look into plans."""
+    """Look into plans, and tune them."""
 
 
 @app.command()
@@ -50,6 +57,55 @@ def inspect(
     if plot is not None:
         draw_ranges(plan, plot)
         console.print(f"ranges drawn into {plot}", markup=False)
+
+
+@app.command()
+def tune(
+    path: Annotated[
+        Path, typer.Argument(metavar="PLAN", help="A file that calibrate wrote. The decisions go into it.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Leave PLAN as it is, and write a new file.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, about.")] = 1.0,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Measure on the ranks which sums are worth coding, and by which algorithm; write that into PLAN.
+
+    Starts the ranks on this machine; under torchrun, uses those that it started. Run it where the model will run: what
+    is found holds for this link and these machines.
+    """
+    if output is not None:
+        check_writable(output, overwrite=False)
+    plan = Plan.load(path)
+    tuning = on_ranks(_tune_on_rank, plan.split.world_size, timeout, plan.to_bytes(), path, seconds, timeout)
+    if is_first_rank():
+        tuned = replace(plan, decisions=tuning.decisions)
+        tuned.save(output or path, overwrite=output is None)
+        console = Console()
+        console.print(_timings(tuning))
+        console.print(f"decisions written into {output or path}", markup=False)
+
+
+def _tune_on_rank(data: bytes, path: Path, seconds: float, timeout_s: float) -> Tuning:
+    return tune_plan(Plan.from_bytes(data, path), TorchDistributedTransport(timeout_s=timeout_s), budget_s=seconds)
+
+
+def _timings(tuning: Tuning) -> Table:
+    """Median microseconds by size and way; the chosen one in bold, what was not measured in italics."""
+    ways = list(dict.fromkeys(choice for timing in tuning.timings for choice in timing.seconds))
+    table = Table(title="us a sum; *: chosen; ~: extrapolated", title_justify="left", box=box.SIMPLE_HEAD)
+    for column in ("tokens", "bytes", *map(str, ways)):
+        table.add_column(column, justify="right", no_wrap=True)
+    for timing in tuning.timings:
+        best = timing.best(FORMS)
+        marks = {way: ("" if timing.measured else "~", "*" if way == best else " ") for way in ways}
+        cells = (
+            f"{marks[way][0]}{1e6 * timing.seconds[way]:.0f}{marks[way][1]}" if way in timing.seconds else ""
+            for way in ways
+        )
+        table.add_row(str(timing.num_tokens), str(timing.nbytes), *cells)
+    return table
 
 
 def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table:

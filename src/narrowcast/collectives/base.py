@@ -1,21 +1,22 @@
 """What every algorithm is: steps that yield exchanges, a one-process twin, and the bytes it sends.
 
 An algorithm knows no codec's inside and no transport: it encodes, yields an `Exchange`, and goes on when the
-bytes have arrived. Whoever drives it may wait at once or later, and counts what travels.
+bytes have arrived. Whoever drives it may wait at once or later, let the steps of several chunks of tokens take turns,
+and counts what travels.
 
 Shapes: T tokens, E features, R ranks, B payload bytes of a token.
 """
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
 from narrowcast.errors import InvalidInputError
-from narrowcast.transport import Buffers
+from narrowcast.transport import Buffers, Work
 
 
 class Exchange(NamedTuple):
@@ -33,7 +34,15 @@ class Traffic(NamedTuple):
     num_values: int
 
 
-Steps = Generator[Exchange, None, Tensor]
+class Begin(NamedTuple):
+    """An exchange to start, and not to wait for: the step's value is its Work, to be yielded when it is wanted."""
+
+    exchange: Exchange
+
+
+# What is yielded: an exchange to wait for, one to begin, or the Work of one that was begun.
+Steps = Generator[Exchange | Begin | Work, Any, Tensor]
+Filling = Generator[Exchange, None, None]
 
 
 @dataclass(frozen=True)
@@ -52,12 +61,12 @@ class Stages:
 class Algorithm:
     """One way to all-reduce.
 
-    `steps(x_TE, stages, rank, world_size, stats)` runs on a rank; `twin(partials, stages, stats)` is its
-    specification in one process; `sent(stages, T, E, rank, world_size)` is what the rank sends, None where the
-    algorithm cannot run.
+    `steps(x_TE, y_TE, stages, rank, world_size, stats)` runs on a rank and fills `y_TE` with the sum, reading nothing
+    of `x_TE` once it writes; `twin(partials, stages, stats)` is its specification in one process;
+    `sent(stages, T, E, rank, world_size)` is what the rank sends, None where the algorithm cannot run.
     """
 
-    steps: Callable[[Tensor, Stages, int, int, Tensor | None], Steps]
+    steps: Callable[[Tensor, Tensor, Stages, int, int, Tensor | None], Filling]
     twin: Callable[[Sequence[Tensor], Stages, Tensor | None], Tensor]
     sent: Callable[[Stages, int, int, int, int], Traffic | None]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives.base import Algorithm, Exchange, Stages, Steps, Traffic, new_payload
+from narrowcast.collectives.base import Algorithm, Exchange, Filling, Stages, Traffic, new_payload
 from narrowcast.collectives.two_shot import Share, shares
 
 
@@ -52,12 +52,12 @@ def _seat(stages: Stages, num_tokens: int, num_features: int, rank: int, world_s
     return Seat(rank, world_size, node, members, dict(zip(members, owned, strict=False)), peers)
 
 
-def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Steps:
+def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Filling:
     seat = _seat(stages, len(x_TE), x_TE.shape[1], rank, world_size)
     assert seat is not None, "the choice of the algorithm asks `sent` first"
     sum_TE = yield from _sum_in_node(x_TE, seat, stats)
     total_TE = yield from _sum_of_nodes(sum_TE, seat, stats)
-    return (yield from _gather_in_node(total_TE, seat, x_TE, stats))
+    yield from _gather_in_node(total_TE, seat, y_TE, stats)
 
 
 def _sum_in_node(x_TE: Tensor, seat: Seat, stats: Tensor | None) -> Generator[Exchange, None, Tensor | None]:
@@ -90,19 +90,17 @@ def _sum_of_nodes(sum_TE: Tensor | None, seat: Seat, stats: Tensor | None) -> Ge
     return between.decode_sum(payloads_NTB, num_features=sum_TE.shape[1])
 
 
-def _gather_in_node(total_TE: Tensor | None, seat: Seat, like: Tensor, stats: Tensor | None) -> Steps:
-    """All shares of the total."""
-    payloads = {owner: new_payload(share.reduced, *share.shape, like=like) for owner, share in seat.owned.items()}
+def _gather_in_node(total_TE: Tensor | None, seat: Seat, y_TE: Tensor, stats: Tensor | None) -> Filling:
+    """All shares of the total, into `y_TE`."""
+    payloads = {owner: new_payload(share.reduced, *share.shape, like=y_TE) for owner, share in seat.owned.items()}
     sends, num_values = {}, 0
     if total_TE is not None:
         counted = stats if seat.node == 0 else None  # every node codes the same total: it counts once
         payload_TB = seat.owned[seat.rank].reduced.encode(total_TE, source=0, out=payloads[seat.rank], stats=counted)
         sends, num_values = dict.fromkeys(seat.members, payload_TB), (len(seat.members) - 1) * total_TE.numel()
     yield seat.exchange(sends, payloads, num_values)
-    y_TE = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     for owner, share in seat.owned.items():
         share.reduced.decode(payloads[owner], source=0, out=y_TE[share.tokens, share.features])
-    return y_TE
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:

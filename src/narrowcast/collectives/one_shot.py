@@ -9,16 +9,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from narrowcast.collectives.base import Algorithm, Stages, Steps, Traffic, to_all
+from narrowcast.collectives.base import Algorithm, Filling, Stages, Traffic, to_all
 
 
-def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Steps:
+def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Filling:
     codec = stages.codecs[0]
     shape = world_size, len(x_TE), codec.row_nbytes(x_TE.shape[1])
     payloads_RTB = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
     codec.encode(x_TE, source=rank, out=payloads_RTB[rank], stats=stats)
     yield to_all(payloads_RTB[rank], payloads_RTB.unbind(), rank, x_TE.numel())
-    return codec.decode_sum(payloads_RTB, dtype=x_TE.dtype, num_features=x_TE.shape[1])
+    codec.decode_sum(payloads_RTB, out=y_TE)
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch.distributed as dist
 from torch import Tensor
 
-from narrowcast.collectives.base import Exchange, Steps, Traffic
+from narrowcast.collectives.base import Begin, Exchange, Steps, Traffic
 from narrowcast.transport import Collectives, TorchDistributedTransport, Transport, Work
 
-MAX_STEPS = 128  # exchanges of one collective, each of which has a tag of its own: a ring over 65 ranks
+MAX_STEPS = 2048  # exchanges of one collective, each of which has a tag of its own: 16 chunks, a ring over 65 ranks
 
 Group = dist.ProcessGroup | Transport | None
 
@@ -34,13 +34,19 @@ class Pending:
     ) -> None:
         self._steps, self._transport, self._sent = steps, transport, sent
         self._result: Tensor | None = None
-        exchange = next(steps)  # what is refused here takes no number, so that those of the ranks stay alike
+        first = next(steps)  # what is refused here takes no number, so that those of the ranks stay alike
         self._under_way = transport.collectives.under_way
         self._before = tuple(self._under_way)
         self._number, self._tags = _number(transport.collectives, pair)
         if pair is None:
             self._under_way[self._number] = self
-        self._work: Work | None = self._start(exchange)
+        self._work: Work | None = self._follow(first)
+
+    def _follow(self, step: Exchange | Begin | Work) -> Work:
+        """Take the steps up to the next wait, and return the Work to wait for."""
+        while isinstance(step, Begin):
+            step = self._steps.send(self._start(step.exchange))
+        return self._start(step) if isinstance(step, Exchange) else step
 
     def _start(self, exchange: Exchange) -> Work:
         if self._sent is not None:
@@ -65,7 +71,7 @@ class Pending:
         try:
             while self._work is not None:
                 self._work.wait()
-                self._work = self._start(next(self._steps))
+                self._work = self._follow(next(self._steps))
         except StopIteration as end:
             self._work, self._result = None, end.value
         finally:

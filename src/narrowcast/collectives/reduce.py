@@ -1,16 +1,22 @@
 """Sums of coded tensors over ranks: `all_reduce` and `reduce_scatter`."""
 
-from collections.abc import Sequence
+import math
+from collections import deque
+from collections.abc import Generator, Sequence
+from itertools import pairwise
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.algorithms import checked_stages, choose, named
-from narrowcast.collectives.base import Exchange, Stages, Steps, check_matrix, share_of, without
+from narrowcast.collectives.base import Begin, Exchange, Filling, Stages, Steps, check_matrix, share_of, without
 from narrowcast.collectives.pending import Group, Pending, finish, transport_of
 from narrowcast.errors import InvalidInputError
-from narrowcast.transport import Transport
+from narrowcast.transport import Transport, Work
+
+MAX_CHUNKS = 16  # more would gain nothing: filling and emptying the pipe then take a sixteenth of the coding
 
 
 @overload
@@ -21,6 +27,7 @@ def all_reduce(
     group: Group = None,
     algorithm: str = "auto",
     groups: Sequence[Sequence[int]] = (),
+    out: Tensor | None = None,
     async_op: Literal[False] = False,
 ) -> Tensor: ...
 @overload
@@ -31,6 +38,7 @@ def all_reduce(
     group: Group = None,
     algorithm: str = "auto",
     groups: Sequence[Sequence[int]] = (),
+    out: Tensor | None = None,
     async_op: Literal[True],
 ) -> Pending: ...
 def all_reduce(
@@ -40,15 +48,17 @@ def all_reduce(
     group: Group = None,
     algorithm: str = "auto",
     groups: Sequence[Sequence[int]] = (),
+    out: Tensor | None = None,
     async_op: bool = False,
 ) -> Tensor | Pending:
-    """Sum `x` [..., E] over the ranks of `group`, sending each partial sum coded. Returns a new tensor like `x`.
+    """Sum `x` [..., E] over the ranks of `group`, sending each partial sum coded. Returns a tensor like `x`.
 
     `codec`: one for the partial sums, or several by stage: (partial, reduced) where two_shot sends the sum again,
     (partial, reduced, between) for hierarchical, where what travels between nodes has a codec with a source a node.
     `algorithm`: "one_shot", "two_shot", "hierarchical", or "auto", which takes hierarchical where it can run and
     otherwise the one that sends fewer bytes.
     `groups`: the ranks (of `group`) in each node, such as [[0, 1], [2, 3]]; every rank passes the same.
+    `out`: where the sum goes, a contiguous tensor like `x`, perhaps `x` itself; a new one if not given.
     `async_op=True` returns at once; `.wait()` on the result gives the tensor.
     Raises InvalidInputError for a codec or groups that do not fit, PeerLostError when a rank is lost.
     """
@@ -58,17 +68,61 @@ def all_reduce(
         raise InvalidInputError(
             "all_reduce", expected="a tensor [..., features]", found="a scalar", remedy="Reshape it."
         )
-    return finish(Pending(all_reduce_steps(x, stages, transport, algorithm), transport), async_op)
+    if out is not None and not (out.shape == x.shape and out.dtype == x.dtype and out.is_contiguous()):
+        raise InvalidInputError(
+            "out",
+            expected=f"a contiguous tensor {list(x.shape)} in {x.dtype}",
+            found=f"{list(out.shape)} in {out.dtype}",
+            remedy="Pass torch.empty_like(x), or nothing.",
+        )
+    return finish(Pending(all_reduce_steps(x, stages, transport, algorithm, out=out), transport), async_op)
 
 
 def all_reduce_steps(
-    x: Tensor, stages: Stages, transport: Transport, algorithm: str, stats: Tensor | None = None
+    x: Tensor,
+    stages: Stages,
+    transport: Transport,
+    algorithm: str,
+    stats: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Steps:
-    """The steps of `algorithm` on `x` [..., E]."""
-    x_TE = x.reshape(-1, x.shape[-1])
-    name = choose(algorithm, stages, len(x_TE), x.shape[-1], transport.world_size)
-    y_TE = yield from named(name).steps(x_TE, stages, transport.rank, transport.world_size, stats)
-    return y_TE.view(x.shape)
+    """The steps of `algorithm` on `x` [..., E]: of all tokens at once, or of chunks of them that take turns."""
+    x_TE, y = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
+    y_TE, world_size = y.view(x_TE.shape), transport.world_size
+    steps = named(choose(algorithm, stages, len(x_TE), x.shape[-1], world_size)).steps
+    chunks = chunks_of(stages, len(x_TE), x.shape[-1], world_size, transport.chunk_nbytes)
+    parts = [steps(x_TE[own], y_TE[own], stages, transport.rank, world_size, stats) for own in chunks]
+    yield from parts[0] if len(parts) == 1 else in_turns(parts)
+    return y
+
+
+def chunks_of(
+    stages: Stages, num_tokens: int, num_features: int, world_size: int, chunk_nbytes: int | None
+) -> list[slice]:
+    """Tokens that travel together: as many as take `chunk_nbytes` (None: all).
+
+    In units that all ranks share evenly, so that each owns and sends as much as without chunks.
+    """
+    unit = math.lcm(world_size, *(len(group) for group in stages.groups))
+    nbytes = stages.codecs[0].payload_nbytes(num_tokens, num_features)
+    if chunk_nbytes is None or nbytes <= chunk_nbytes or num_tokens < 2 * unit:
+        return [slice(0, num_tokens)]
+    num_chunks = min(-(-nbytes // chunk_nbytes), MAX_CHUNKS, num_tokens // unit)
+    starts = [share_of(num_tokens // unit, chunk, num_chunks).start * unit for chunk in range(num_chunks)]
+    return [slice(start, stop) for start, stop in pairwise([*starts, num_tokens])]
+
+
+def in_turns(parts: Sequence[Filling]) -> Generator[Begin | Work, Work, None]:
+    """The steps of all parts: while the bytes of one travel, the next one codes."""
+    under_way: deque[tuple[Filling, Work]] = deque()
+    for part in parts:
+        under_way.append((part, (yield Begin(next(part)))))
+    while under_way:
+        part, work = under_way.popleft()
+        yield work
+        exchange = next(part, None)
+        if exchange is not None:
+            under_way.append((part, (yield Begin(exchange))))
 
 
 @overload

@@ -16,8 +16,8 @@ from narrowcast.codecs import Codec
 from narrowcast.collectives.base import (
     Algorithm,
     Exchange,
+    Filling,
     Stages,
-    Steps,
     Traffic,
     new_payload,
     share_of,
@@ -79,7 +79,7 @@ def _blocks(granularities: Sequence[int | None], num_features: int, world_size: 
     return [slice(own.start * unit, min(own.stop * unit, num_features)) for own in owned]
 
 
-def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Steps:
+def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Filling:
     num_tokens, num_features = x_TE.shape
     owners = shares(stages, num_tokens, num_features, world_size)
     assert owners is not None, "the choice of the algorithm asks `sent` first"
@@ -87,15 +87,12 @@ def _steps(x_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tens
     sends = [owner.partial.encode(x_TE[owner.tokens, owner.features], source=rank, stats=stats) for owner in owners]
     partials_RTB = sends[rank].expand(world_size, *sends[rank].shape).contiguous()
     yield Exchange(without(sends, rank), without(partials_RTB.unbind(), rank), x_TE.numel() - own.num_values)
-    total_TE = own.partial.decode_sum(partials_RTB, num_features=own.shape[1])
 
     reduced = [new_payload(owner.reduced, *owner.shape, like=x_TE) for owner in owners]
-    own.reduced.encode(total_TE, source=0, out=reduced[rank], stats=stats)
-    yield to_all(reduced[rank], reduced, rank, total_TE.numel())
-    y_TE = torch.empty(x_TE.shape, dtype=x_TE.dtype, device=x_TE.device)
+    own.partial.recode(partials_RTB, own.reduced, num_features=own.shape[1], out=reduced[rank], stats=stats)
+    yield to_all(reduced[rank], reduced, rank, own.num_values)
     for owner, payload_TB in zip(owners, reduced, strict=True):
         owner.reduced.decode(payload_TB, source=0, out=y_TE[owner.tokens, owner.features])
-    return y_TE
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:

@@ -58,6 +58,7 @@ def attach(
     simulate: bool = False,
     count_only: bool = False,
     algorithm: str = "auto",
+    deterministic: bool = False,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Handle:
     """Make `model` send its partial sums, and what else the plan names, as `plan` says; every rank calls this.
@@ -65,7 +66,9 @@ def attach(
     `model`: one that its engine has split as the plan says, or, with `simulate=True`, a whole one, which then does
     the same arithmetic for all ranks in this process.
     `count_only=True`: everything travels uncoded, and the report says what would have been sent.
-    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, or "auto", which takes the one that sends fewest bytes.
+    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast plan
+    tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
+    `deterministic=True`: one algorithm for all sizes, always coded, so that no result depends on the batch.
     `timeout_s`: how long to wait for a rank before it counts as lost.
     Raises InvalidInputError for a model that cannot be served, PlanMismatchError for a plan that is not for this
     model or not the same on every rank, PeerLostError when a rank does not come.
@@ -78,7 +81,14 @@ def attach(
         if site.kind in SUMS:
             check_algorithm(algorithm, site.codecs, plan.groups)
     codecs = {name: site.codecs for name, site in plan.sites.items()}
-    sites = SiteCodecs(codecs, plan.groups, algorithm, device_of(model))
+    sites = SiteCodecs(
+        codecs,
+        plan.groups,
+        algorithm,
+        device_of(model),
+        decisions=plan.decisions,
+        deterministic=deterministic,
+    )
     if simulate:
         _check_attachable(engine, model, plan, whole=True)
         simulator = Simulator(sites, count_only=count_only)
@@ -96,7 +106,7 @@ def attach(
         _check_attachable(engine, model, plan, whole=False)
     except InvalidInputError as error:
         refusal = error
-    mine = {"plan": plan.fingerprint, "algorithm": algorithm, "count_only": str(count_only)}
+    mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": f"{count_only=}, {deterministic=}"}
     for transport in (transport for transport in (tp, pp) if transport is not None):
         refusal = _agree(transport, mine, refusal)
     if refusal is not None:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -34,12 +34,16 @@ class Collectives:
 class Transport(ABC):
     """A group of `world_size` ranks, this one being `rank`.
 
+    `chunk_nbytes`: the bytes of payload to send at a time, so that coding and sending overlap; None for all at once,
+    where a message costs more than that gains.
+
     Sizes are known to both ends, buffers belong to the caller, and every wait has a deadline.
     """
 
     rank: int
     world_size: int
     collectives: Collectives
+    chunk_nbytes: ClassVar[int | None] = None
 
     @abstractmethod
     def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> Work:
@@ -48,6 +52,10 @@ class Transport(ABC):
         Contiguous uint8 tensors, None where nothing travels (always at `rank` itself). What was sent under a tag
         is received under that tag.
         """
+
+    @abstractmethod
+    def native_all_reduce(self, x: Tensor) -> Tensor:
+        """Sum `x` over the ranks in place, by whatever the group has for that; PeerLostError if a rank is lost."""
 
     @abstractmethod
     def share(self, text: str, doing: str) -> list[str]:

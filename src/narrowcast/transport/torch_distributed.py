@@ -83,6 +83,22 @@ class TorchDistributedTransport(Transport):
                 raise self.lost(peer) from error
         return work
 
+    def native_all_reduce(self, x: Tensor) -> Tensor:
+        work = dist.all_reduce(x, group=self.group, async_op=True)
+        try:
+            work.wait(timedelta(seconds=self.timeout_s))
+        except RuntimeError as error:  # it does not say which rank
+            raise self.lost(self._who_is_missing()) from error
+        return x
+
+    def _who_is_missing(self) -> int:
+        """A rank that does not answer a roll call, or, if all do, the next one."""
+        try:
+            self.share("", "adding up natively")
+        except PeerLostError as error:
+            return self._global_ranks.index(error.ranks[0]) if error.ranks[0] in self._global_ranks else 0
+        return (self.rank + 1) % self.world_size
+
     def share(self, text: str, doing: str) -> list[str]:
         def call() -> list[str]:
             ordinal = self._store.add(f"shares/{self.rank}", 1)  # kept by the store: groups may come and go on it

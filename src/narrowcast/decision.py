@@ -1,0 +1,78 @@
+"""Which way a sum takes: coded or not, and by which algorithm. A pure function of what every rank knows.
+
+Few bits pay where they save more time than coding costs. From which size on that is so depends on the link and on the
+machine: `narrowcast plan tune` measures it and writes the table into the plan (tune.py).
+"""
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+# As the plan codes it; in its own dtype, by our algorithms; or by the group's own all_reduce, outside the bit contract.
+FORMS = "coded", "plain", "native"
+
+
+class Choice(NamedTuple):
+    """`form`: one of FORMS. `algorithm`: of coded and plain sums; "" for native.
+
+    >>> str(Choice.parse("coded two_shot"))
+    'coded two_shot'
+    """
+
+    form: str
+    algorithm: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.form} {self.algorithm}".strip()
+
+    @classmethod
+    def parse(cls, text: str) -> "Choice":
+        """The choice that `str` gave; ValueError if there is no such form."""
+        form, _, algorithm = text.partition(" ")
+        if form not in FORMS or (form == "native") is bool(algorithm):
+            raise ValueError(f"a choice is one of {', '.join(FORMS)} with an algorithm, not {text!r}")
+        return cls(form, algorithm)
+
+
+# Choices by the number of tokens from which on they are taken, ascending.
+Thresholds = Sequence[tuple[int, Choice]]
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Choices for sums of `num_features` values a token: for sites that the plan codes, and for all others."""
+
+    coded: Mapping[int, Thresholds] = field(default_factory=dict)
+    plain: Mapping[int, Thresholds] = field(default_factory=dict)
+
+    def choice(self, num_tokens: int, num_features: int, *, coded: bool) -> Choice | None:
+        """The way for a sum of that size; None where nothing was measured."""
+        thresholds = (self.coded if coded else self.plain).get(num_features)
+        if not thresholds:
+            return None
+        place = bisect_right(thresholds, num_tokens, key=lambda threshold: threshold[0])
+        return thresholds[max(place - 1, 0)][1]
+
+    def to_json(self) -> dict[str, Any]:
+        """All tables as JSON values."""
+        return {"coded": _to_json(self.coded), "plain": _to_json(self.plain)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Decisions":
+        """The tables that `to_json` gave; KeyError, TypeError or ValueError if it gave none such."""
+        return cls(coded=_from_json(values["coded"]), plain=_from_json(values["plain"]))
+
+
+def _to_json(tables: Mapping[int, Thresholds]) -> dict[str, Any]:
+    return {
+        str(num_features): [[num_tokens, str(choice)] for num_tokens, choice in thresholds]
+        for num_features, thresholds in tables.items()
+    }
+
+
+def _from_json(values: Mapping[str, Any]) -> dict[int, Thresholds]:
+    return {
+        int(num_features): tuple((int(num_tokens), Choice.parse(choice)) for num_tokens, choice in thresholds)
+        for num_features, thresholds in values.items()
+    }

@@ -1,0 +1,192 @@
+"""Which way a sum takes: what was measured decides, alike on every rank; deterministic=True fixes one for all sizes."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import narrowcast
+from models import random_ids, save_random
+from narrowcast import PRESETS, InvalidInputError, Plan
+from narrowcast.codecs import Ranges
+from narrowcast.collectives import simulate
+from narrowcast.communicator import Communicator, SiteCodecs, plain
+from narrowcast.decision import Choice, Decisions
+from narrowcast.integrations import load_engine
+from narrowcast.monitor import Report
+from narrowcast.plan import ModelFingerprint, Site
+from narrowcast.simulator import Simulator
+from narrowcast.split import Split
+from narrowcast.transport import TorchDistributedTransport
+from narrowcast.tune import GROWTH, LARGEST_NBYTES, Timing, tune
+from ranks import Ranks
+
+NUM_FEATURES = 64
+CPU = torch.device("cpu")
+NATIVE, PLAIN, ONE, TWO = map(Choice.parse, ("native", "plain one_shot", "coded one_shot", "coded two_shot"))
+TABLE = Decisions(
+    coded={NUM_FEATURES: ((1, NATIVE), (4, PLAIN), (8, ONE), (16, TWO))}, plain={NUM_FEATURES: ((1, NATIVE),)}
+)
+
+
+def codecs(world_size: int, preset: str = "int4-feature") -> tuple[Any, ...]:
+    x_RTE = torch.randn(world_size, 32, NUM_FEATURES, generator=torch.Generator().manual_seed(1))
+    return PRESETS[preset].codec(Ranges.of(x_RTE)), PRESETS[preset].codec(Ranges.of(x_RTE.sum(0)[None]))
+
+
+def inputs(num_tokens: int, world_size: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(num_tokens)
+    return list(torch.randn(world_size, num_tokens, NUM_FEATURES, generator=generator).bfloat16().unbind())
+
+
+def a_plan(world_size: int, decisions: Decisions = Decisions()) -> Plan:
+    site = Site(kind="sum", codecs=codecs(world_size), error={})
+    model = ModelFingerprint(config={"hidden_size": NUM_FEATURES}, samples={})
+    return Plan(split=Split(tp_size=world_size), model=model, calibration={}, sites={"s": site}, decisions=decisions)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "choice"),
+    [(0, NATIVE), (1, NATIVE), (3, NATIVE), (4, PLAIN), (7, PLAIN), (8, ONE), (15, ONE), (16, TWO), (10**9, TWO)],
+)
+def test_a_choice_holds_from_its_number_of_tokens_on(num_tokens: int, choice: Choice) -> None:
+    assert TABLE.choice(num_tokens, NUM_FEATURES, coded=True) == choice
+    assert TABLE.choice(num_tokens, NUM_FEATURES, coded=False) == NATIVE
+    assert TABLE.choice(num_tokens, NUM_FEATURES + 1, coded=True) is None, "nothing was measured"
+
+
+def test_decisions_are_saved_with_the_plan_and_change_its_fingerprint(tmp_path: Path) -> None:
+    plan = a_plan(2, TABLE)
+    plan.save(tmp_path / "plan")
+    assert Plan.load(tmp_path / "plan").decisions == TABLE
+    assert plan.fingerprint != replace(plan, decisions=Decisions()).fingerprint
+
+
+@pytest.mark.parametrize("text", ["", "coded", "native one_shot", "zipped one_shot"])
+def test_a_choice_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="a choice is one of"):
+        Choice.parse(text)
+
+
+def decided_sums(sizes: list[int]) -> list[Tensor]:
+    transport = TorchDistributedTransport()
+    rank, world_size = transport.rank, transport.world_size
+    sites = SiteCodecs({"s": codecs(world_size)}, (), "auto", CPU, decisions=TABLE)
+    communicator = Communicator(sites, tp=transport, pp=None)
+    return [communicator.all_reduce(inputs(num_tokens, world_size)[rank], "s") for num_tokens in sizes]
+
+
+def test_ranks_and_simulation_go_the_way_that_was_decided(ranks: Callable[[int], Ranks]) -> None:
+    sizes = [1, 4, 8, 20]
+    per_rank = ranks(3).run(decided_sums, sizes)
+    for place, num_tokens in enumerate(sizes):
+        given, pair = inputs(num_tokens, 3), codecs(3)
+        expected = {
+            1: torch.stack(given).float().sum(0).bfloat16(),  # native: in whatever order and precision
+            4: simulate.all_reduce(given, codec=plain(torch.bfloat16).codecs, algorithm="one_shot"),
+            8: simulate.all_reduce(given, codec=pair, algorithm="one_shot"),
+            20: simulate.all_reduce(given, codec=pair, algorithm="two_shot"),
+        }[num_tokens]
+        simulated = Simulator(SiteCodecs({"s": pair}, (), "auto", CPU, decisions=TABLE)).all_reduce(given, "s")
+        for found in (*(results[place] for results in per_rank), simulated):
+            if num_tokens == 1:  # gloo adds in BF16: two additions, half an ulp (2**-9) each of what is at most 12
+                assert torch.allclose(found.float(), expected.float(), atol=2 * 12 * 2**-9, rtol=0)
+            else:
+                assert torch.equal(found, expected)
+
+
+def test_a_named_algorithm_and_deterministic_ignore_the_table() -> None:
+    named = SiteCodecs({"s": codecs(3)}, (), "one_shot", CPU, decisions=TABLE)
+    fixed = SiteCodecs({"s": codecs(3)}, (), "auto", CPU, decisions=TABLE, deterministic=True)
+    for num_tokens in (1, 5, 16, 1000):
+        assert named.choice("s", num_tokens, NUM_FEATURES, 3) == ONE
+        assert fixed.choice("s", num_tokens, NUM_FEATURES, 3) == TWO
+    per_token_scales = PRESETS["fp8-e4m3-token"].codec(Ranges.of(torch.ones(1, 1, 1)))
+    fixed = SiteCodecs({"s": (per_token_scales,) * 2}, (), "auto", CPU, deterministic=True)
+    assert {str(fixed.choice("s", num_tokens, NUM_FEATURES, 3)) for num_tokens in (1, 5, 1000)} == {"coded one_shot"}
+
+
+def test_deterministic_results_do_not_depend_on_the_batch() -> None:
+    """A token's sum has the same bits alone and among others."""
+    sites = SiteCodecs({"s": codecs(3, "int4-group32")}, (), "auto", CPU, decisions=TABLE, deterministic=True)
+    given = inputs(20, 3)
+    whole = Simulator(sites).all_reduce(given, "s")
+    for token in range(20):
+        assert torch.equal(
+            Simulator(sites).all_reduce([x_TE[token : token + 1] for x_TE in given], "s")[0], whole[token]
+        )
+
+
+def test_a_coded_way_must_gain_enough() -> None:
+    timing = Timing(num_tokens=1, nbytes=128, seconds={NATIVE: 1.0, PLAIN: 1.1, ONE: 0.96}, measured=True)
+    assert timing.best(("coded", "plain", "native")) == NATIVE
+    faster = replace(timing, seconds={NATIVE: 1.0, PLAIN: 1.1, ONE: 0.94})
+    assert faster.best(("coded", "plain", "native")) == ONE
+    assert faster.best(("plain", "native")) == NATIVE
+
+
+def tuned(delay_s: float) -> Any:
+    """Uncompressed sums are made slow, so that what is found is known."""
+    transport = TorchDistributedTransport()
+    native = transport.native_all_reduce
+
+    def slow(x: Tensor) -> Tensor:
+        time.sleep(delay_s)
+        return native(x)
+
+    transport.native_all_reduce = slow  # type: ignore[method-assign]
+    return tune(a_plan(transport.world_size), transport, budget_s=0.3)
+
+
+def test_all_ranks_find_what_the_first_one_measured(ranks: Callable[[int], Ranks]) -> None:
+    found = ranks(2).run(tuned, 0.02)
+    assert found[0] == found[1]
+    tuning = found[0]
+    assert {str(choice) for choice in tuning.timings[0].seconds} == {"native", "plain one_shot", "coded one_shot"}
+    assert tuning.timings[0].measured
+    assert not tuning.timings[-1].measured, "64 MiB do not fit into 0.3 s with 20 ms for each native sum"
+    assert tuning.timings[-1].nbytes > LARGEST_NBYTES // GROWTH
+    assert tuning.decisions.choice(1, NUM_FEATURES, coded=True) != NATIVE
+    for timing in tuning.timings:
+        if timing.measured:
+            assert timing.seconds[NATIVE] > 0.02
+
+
+def wrong_ranks() -> None:
+    with pytest.raises(InvalidInputError, match="2 ranks, as the plan has"):
+        tune(a_plan(2), TorchDistributedTransport())
+
+
+def test_tuning_wants_as_many_ranks_as_the_plan_has(ranks: Callable[[int], Ranks]) -> None:
+    ranks(1).run(wrong_ranks)
+
+
+def attached(folder: Path, plan: bytes, ids: Tensor) -> list[tuple[Tensor, Report]]:
+    model = load_engine().load(folder, split=Split(tp_size=2))
+    found = []
+    for deterministic in (False, True):
+        with narrowcast.attach(model, Plan.from_bytes(plan, "memory"), deterministic=deterministic) as handle:
+            with torch.no_grad():
+                logits = model(ids).logits
+            found.append((logits, handle.report()))
+    return found
+
+
+def test_an_attached_model_follows_its_plan(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    """Where uncompressed sums are faster nothing is coded, unless one way is asked for all sizes."""
+    folder, ids = save_random("llama", tmp_path / "model"), random_ids(1, 12)
+    model = load_engine().load(folder)
+    plan = narrowcast.calibrate(model, [ids], tp_size=2, codec="int4-feature")
+    tables = [{model.config.hidden_size: ((1, choice),)} for choice in (PLAIN, NATIVE)]
+    data = replace(plan, decisions=Decisions(*tables)).to_bytes()
+    with torch.no_grad():
+        exact = model(ids).logits.float()
+    for (plain_logits, plain_report), (coded_logits, coded_report) in ranks(2).run(attached, folder, data, ids):
+        assert plain_report.bits_per_value == 16
+        assert coded_report.bits_per_value < 5  # type: ignore[operator]
+        assert (plain_logits - exact).abs().max() < (coded_logits - exact).abs().max()
