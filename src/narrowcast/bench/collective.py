@@ -15,6 +15,7 @@ from narrowcast.bench.timing import Case, Span, interleaved, over_ranks, p99, ro
 from narrowcast.codecs import Ranges, recipe
 from narrowcast.collectives import Pending, Stages, all_reduce_steps, checked_stages, choose, simulate
 from narrowcast.collectives.base import Traffic
+from narrowcast.collectives.reduce import chunks_of
 from narrowcast.errors import NarrowcastError
 from narrowcast.link import Link
 from narrowcast.transport import TorchDistributedTransport, Transport
@@ -33,6 +34,13 @@ class Sweep:
     transports: Sequence[str]
     sizes: Sequence[int]
     seconds: float
+
+
+class Cost(NamedTuple):
+    """What one rank sends, and how many exchanges wait for the one before, itself included."""
+
+    wire_bytes: int
+    num_latencies: int
 
 
 class Key(NamedTuple):
@@ -106,9 +114,10 @@ def _cases(sweep: Sweep, transports: dict[str, Transport], mesh: SocketMesh, sha
         for algorithm in dict.fromkeys(choose(each, stages, *shape, world_size) for each in sweep.algorithms):
             expected = simulate.all_reduce(x_RTE.unbind(), codec=codecs, algorithm=algorithm)
             for name, transport in transports.items():
-                sent = _checked(x_RTE[rank], stages, transport, algorithm, expected)
-                key = Key(name, preset, algorithm, nbytes, sum(each.nbytes for each in sent), len(sent))
-                cases[key] = Case(_sum(x_RTE[rank], stages, transport, algorithm))
+                cost = _checked(x_RTE[rank], stages, transport, algorithm, expected)
+                cases[Key(name, preset, algorithm, nbytes, *cost)] = Case(
+                    _sum(x_RTE[rank], stages, transport, algorithm)
+                )
     return _raw(cases, mesh, nbytes) | cases
 
 
@@ -135,17 +144,19 @@ def _native(x_RTE: Tensor, rank: int) -> dict[Key, Case]:
 def _sum(
     x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, sent: list[Traffic] | None = None
 ) -> Callable[[], Tensor]:
-    count = None if sent is None else sent.append
-    return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm), transport, count).wait()
+    """A sum into a buffer that is there already, as the native one has it."""
+    count, y_TE = None if sent is None else sent.append, torch.empty_like(x_TE)
+    return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm, out=y_TE), transport, count).wait()
 
 
-def _checked(x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, expected: Tensor) -> list[Traffic]:
-    """What each exchange of the sum sends; NarrowcastError if its bits are not those of the twin."""
+def _checked(x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, expected: Tensor) -> Cost:
+    """What the sum costs on the wire; NarrowcastError if its bits are not those of the twin."""
     sent: list[Traffic] = []
     found = _sum(x_TE, stages, transport, algorithm, sent)()
     if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
         raise NarrowcastError(f"{algorithm} differs from its twin on rank {transport.rank}; please report it")
-    return sent
+    num_chunks = len(chunks_of(stages, len(x_TE), x_TE.shape[1], transport.world_size, transport.chunk_nbytes))
+    return Cost(sum(each.nbytes for each in sent), len(sent) // num_chunks)
 
 
 def _exchange(mesh: SocketMesh, nbytes: int) -> Callable[[], None]:

@@ -19,6 +19,18 @@ def check_possible() -> None:
         raise MissingDependencyError("matplotlib", "plot") from error
 
 
+def size(nbytes: int) -> str:
+    """Bytes, in the largest binary unit that divides them.
+
+    >>> size(65536), size(1000)
+    ('64K', '1000')
+    """
+    for unit, factor in (("M", 1 << 20), ("K", 1 << 10)):
+        if nbytes % factor == 0:
+            return f"{nbytes // factor}{unit}"
+    return str(nbytes)
+
+
 def draw_codecs(rows: Rows, path: Path) -> None:
     """A bar for each operation of each codec, by the fastest kernels; a line where copying the tensor is."""
     codecs = _distinct(rows, "codec")
@@ -43,12 +55,14 @@ def draw_collectives(rows: Rows, path: Path) -> None:
     for axes, (link, world_size) in zip(all_axes, panels, strict=True):
         here = [row for row in rows if (row["link"], row["world_size"]) == (link, world_size)]
         for label, line in _lines(here):
-            sizes = [row["nbytes"] for row in line]
-            (drawn,) = axes.plot(sizes, [row["median_us"] for row in line], ".-", linewidth=1.2, label=label)
+            places = [row["nbytes"] for row in line]
+            (drawn,) = axes.plot(places, [row["median_us"] for row in line], ".-", linewidth=1.2, label=label)
             if link is not None:
                 limits = [row["limit_us"] for row in line]
-                axes.plot(sizes, limits, ":", color=drawn.get_color(), linewidth=1)
+                axes.plot(places, limits, ":", color=drawn.get_color(), linewidth=1)
+        sizes = _distinct(here, "nbytes")
         axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, [size(each) for each in sizes], fontsize=7)
         axes.set_yscale("log")
         axes.set_xlabel("bytes of the BF16 tensor")
         axes.set_title(f"{link or NO_LINK}, {world_size} ranks", fontsize=9)

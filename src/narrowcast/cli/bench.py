@@ -105,7 +105,7 @@ def collective(
         list[str],
         typer.Option(help=f"One of {', '.join(collectives.TRANSPORTS)}; may be given several times."),
     ] = ["torch"],  # noqa: B006
-    seconds: Annotated[float, typer.Option(min=0, help="About so long for each size.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0, help="About so long for each size.")] = 1.0,
     json: Json = None,
     plot: Plot = None,
     overwrite: Overwrite = False,
@@ -127,10 +127,11 @@ def collective(
         (f"{ranks} ranks on {each or plots.NO_LINK}", collectives.rows(sweep, ranks, each)) for ranks, each in places
     )
     _finish(rows, json, plot, plots.draw_collectives)
-    figures = {"world_size": "ranks", "nbytes": "bytes", "wire_bytes": "sent"}
-    figures |= {"median_us": "median", "p99_us": "p99", "limit_us": "link alone"}
-    title = "Sums over ranks, us; of bytes in BF16, of which each rank sends"
-    _print(rows, title, ["link", "transport", "codec", "algorithm"], figures)
+    figures = {"wire_bytes": "sent", "median_us": "median", "p99_us": "p99", "limit_us": "limit"}
+    for ranks, each in places:
+        here = [row for row in rows if (row["world_size"], row["link"]) == (ranks, each and str(each))]
+        title = f"{ranks} ranks on {each or plots.NO_LINK}: bytes that a rank sends, us"
+        _print(here, title, ["nbytes", "transport", "codec", "algorithm"], figures)
 
 
 @app.command()
@@ -203,8 +204,12 @@ def _print(rows: list[dict[str, Any]], title: str, texts: Sequence[str], figures
     for heading in figures.values():
         table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
-        table.add_row(*(row[each] or plots.NO_LINK for each in texts), *(_figure(row[each]) for each in figures))
+        table.add_row(*(_text(row[each]) for each in texts), *(_figure(row[each]) for each in figures))
     Console().print(table)
+
+
+def _text(value: str | int | None) -> str:
+    return plots.size(value) if isinstance(value, int) else value or plots.NO_LINK
 
 
 def _figure(value: float | None) -> str:
