@@ -12,6 +12,7 @@ SOURCE = Path(narrowcast.__file__).parent
 # A module imports only from those above it (docs/architecture.md).
 ORDER = [
     "errors",
+    "link",
     "_native",
     "link",
     "ops",
@@ -25,6 +26,7 @@ ORDER = [
     "plan",
     "monitor",
     "communicator",
+    "cost",
     "tune",
     "simulator",
     "integrations",

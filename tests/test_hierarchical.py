@@ -76,7 +76,7 @@ def check_counts(x_TE: Tensor, stages: Stages, transport: TorchDistributedTransp
     name = choose("hierarchical", stages, *x_TE.shape, transport.world_size)
     promised = named(name).sent(stages, *x_TE.shape, transport.rank, transport.world_size)
     counted: list[Traffic] = []
-    Pending(all_reduce_steps(x_TE, stages, transport, "hierarchical"), transport, counted.append).wait()
+    Pending(all_reduce_steps(x_TE, stages, transport, name), transport, counted.append).wait()
     assert promised == tuple(map(sum, zip(*counted, strict=True)))
 
 

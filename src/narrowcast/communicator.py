@@ -55,12 +55,12 @@ class SiteCodecs:
             name: Stages(tuple(codec.to(device) for codec in stages), nodes) for name, stages in codecs.items()
         }
         self._algorithm, self._decisions, self._deterministic = algorithm, decisions, deterministic
-        self._algorithms: dict[tuple[str, int, int], str] = {}
+        self._algorithms: dict[tuple[str, str, int, int], str] = {}
         self.monitor = Monitor(device)
 
     def of(self, site: str, x: Tensor) -> Stages:
         """The codecs by stage for values like `x`."""
-        return self._coded[site] if site in self._coded else plain(x.dtype)
+        return self._coded.get(site) or plain(x.dtype)
 
     def counters(self, site: str) -> SiteCounters:
         """The site's counters."""
@@ -68,19 +68,21 @@ class SiteCodecs:
 
     def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
         """The way that a sum takes."""
-        coded = site in self._coded
+        form, algorithm = ("coded", self._algorithm) if site in self._coded else ("plain", "auto")
         if self._algorithm == "auto" and not self._deterministic:
-            decided = self._decisions.choice(num_tokens, num_features, coded=coded)
-            if decided is not None:
-                return decided
-        key = site, 1 if self._deterministic else min(num_tokens, world_size), num_features
-        if key not in self._algorithms:  # more tokens than ranks do not change it
-            stages = self._coded[site] if coded else plain(torch.float32)
-            algorithm = self._algorithm if coded else "auto"
-            self._algorithms[key] = choose(algorithm, stages, key[1], num_features, world_size)
-        return Choice("coded" if coded else "plain", self._algorithms[key])
+            decided = self._decisions.choice(num_tokens, num_features, coded=form == "coded")
+            form, algorithm = decided or (form, algorithm)
+        if form == "native":
+            return Choice(form)
+        few_tokens = 1 if self._deterministic else min(num_tokens, world_size)  # more do not change the algorithm
+        key = site if form == "coded" else "", algorithm, few_tokens, num_features
+        if key not in self._algorithms:
+            stages = self._coded[site] if form == "coded" else plain(torch.float32)
+            self._algorithms[key] = choose(algorithm, stages, few_tokens, num_features, world_size)
+        return Choice(form, self._algorithms[key])
 
 
+@functools.cache
 def plain(dtype: torch.dtype) -> Stages:
     """The stages of values that travel as they are."""
     return Stages((CastCodec(dtype=dtype),) * 2)
@@ -117,7 +119,10 @@ class Communicator:
         if choice.form == "native":
             self._codecs.counters(site).count(num_tokens, sent(), x.dtype.itemsize)
             return self.tp.native_all_reduce(x)
-        stages, algorithm = (plain(x.dtype), "auto") if self._count_only else (planned, choice.algorithm)
+        stages, algorithm = planned, choice.algorithm
+        if self._count_only:
+            stages = plain(x.dtype)
+            algorithm = choose("auto", stages, num_tokens, num_features, self.tp.world_size)
         out = x if x.is_contiguous() else None
         steps = all_reduce_steps(x, stages, self.tp, algorithm, self._stats(site), out)
         return self._drive(steps, self.tp, site, num_tokens, x.dtype, sent)

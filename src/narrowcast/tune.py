@@ -16,7 +16,6 @@ from narrowcast.communicator import plain
 from narrowcast.decision import FORMS, Choice, Decisions, Thresholds
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Plan
-from narrowcast.split import SUMS
 from narrowcast.transport import Transport
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
@@ -74,7 +73,7 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
 
 def _stages_of_sums(plan: Plan) -> Stages:
     for site in plan.sites.values():
-        if site.kind in SUMS:
+        if site.kind == "sum":
             return Stages(site.codecs, plan.groups)
     raise InvalidInputError("tune", expected="a plan with sums", found="none in it", remedy="Calibrate with --tp.")
 

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli import bench, calibrate, count, demo, doctor, model, plan
+from narrowcast.cli import bench, calibrate, count, demo, doctor, model, plan, predict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -26,6 +26,7 @@ def version(
 
 app.command()(demo.demo)
 app.command()(count.count)
+app.command()(predict.predict)
 app.command()(calibrate.calibrate)
 app.command()(model.evaluate)
 app.command()(model.generate)

@@ -14,7 +14,8 @@ from narrowcast.collectives.base import Algorithm, Filling, Stages, Traffic, to_
 
 def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Filling:
     codec = stages.codecs[0]
-    shape = world_size, len(x_TE), codec.row_nbytes(x_TE.shape[1])
+    num_tokens, num_features = x_TE.shape
+    shape = world_size, num_tokens, codec.row_nbytes(num_features)
     payloads_RTB = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
     codec.encode(x_TE, source=rank, out=payloads_RTB[rank], stats=stats)
     yield to_all(payloads_RTB[rank], payloads_RTB.unbind(), rank, x_TE.numel())

@@ -75,7 +75,8 @@ def all_reduce(
             found=f"{list(out.shape)} in {out.dtype}",
             remedy="Pass torch.empty_like(x), or nothing.",
         )
-    return finish(Pending(all_reduce_steps(x, stages, transport, algorithm, out=out), transport), async_op)
+    name = choose(algorithm, stages, x.shape[:-1].numel(), x.shape[-1], transport.world_size)
+    return finish(Pending(all_reduce_steps(x, stages, transport, name, out=out), transport), async_op)
 
 
 def all_reduce_steps(
@@ -86,13 +87,15 @@ def all_reduce_steps(
     stats: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Steps:
-    """The steps of `algorithm` on `x` [..., E]: of all tokens at once, or of chunks of them that take turns."""
+    """The steps of `algorithm`, which can run, on `x` [..., E]: of all tokens, or of chunks of them that take turns."""
     x_TE, y = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    y_TE, world_size = y.view(x_TE.shape), transport.world_size
-    steps = named(choose(algorithm, stages, len(x_TE), x.shape[-1], world_size)).steps
-    chunks = chunks_of(stages, len(x_TE), x.shape[-1], world_size, transport.chunk_nbytes)
-    parts = [steps(x_TE[own], y_TE[own], stages, transport.rank, world_size, stats) for own in chunks]
-    yield from parts[0] if len(parts) == 1 else in_turns(parts)
+    y_TE, rank, world_size = y.view(x_TE.shape), transport.rank, transport.world_size
+    (num_tokens, num_features), steps = x_TE.shape, named(algorithm).steps
+    chunks = chunks_of(stages, num_tokens, num_features, world_size, transport.chunk_nbytes)
+    if len(chunks) == 1:
+        yield from steps(x_TE, y_TE, stages, rank, world_size, stats)
+    else:
+        yield from in_turns([steps(x_TE[own], y_TE[own], stages, rank, world_size, stats) for own in chunks])
     return y
 
 
@@ -103,9 +106,11 @@ def chunks_of(
 
     In units that all ranks share evenly, so that each owns and sends as much as without chunks.
     """
-    unit = math.lcm(world_size, *(len(group) for group in stages.groups))
+    unit = math.lcm(world_size, *map(len, stages.groups)) if stages.groups else world_size
+    if chunk_nbytes is None or num_tokens < 2 * unit:
+        return [slice(0, num_tokens)]
     nbytes = stages.codecs[0].payload_nbytes(num_tokens, num_features)
-    if chunk_nbytes is None or nbytes <= chunk_nbytes or num_tokens < 2 * unit:
+    if nbytes <= chunk_nbytes:
         return [slice(0, num_tokens)]
     num_chunks = min(-(-nbytes // chunk_nbytes), MAX_CHUNKS, num_tokens // unit)
     starts = [share_of(num_tokens // unit, chunk, num_chunks).start * unit for chunk in range(num_chunks)]

@@ -52,6 +52,10 @@ class Engine(Protocol):
         """
         ...
 
+    def skeleton(self, path: str | Path) -> nn.Module:
+        """The model of a folder or hub name as its config describes it: shapes, and no weights."""
+        ...
+
     def load_tokenizer(self, path: str | Path) -> Any:
         """The tokenizer beside the model."""
         ...

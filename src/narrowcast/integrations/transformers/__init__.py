@@ -17,7 +17,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.integrations.base import Groups, Wires
 from narrowcast.integrations.forwards import Forward, Forwards
 from narrowcast.integrations.transformers import embedding, experts, linear, pipeline, weights
-from narrowcast.integrations.transformers.loading import load, load_tokenizer
+from narrowcast.integrations.transformers.loading import load, load_tokenizer, skeleton
 from narrowcast.plan import ModelFingerprint
 from narrowcast.split import Experts, Split
 
@@ -210,6 +210,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "sites",
+    "skeleton",
     "split_of",
     "split_virtually",
     "take_over",

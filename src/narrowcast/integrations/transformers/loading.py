@@ -48,6 +48,17 @@ def load(
         raise MissingDependencyError(error.name or "accelerate", "transformers") from error
 
 
+def skeleton(path: str | Path) -> nn.Module:
+    """The causal LM of folder or hub name `path` on the meta device: its config is all that is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+
+
 def _check_device(device: str | None) -> None:
     try:
         torch.empty(0, device=device)
