@@ -1,4 +1,4 @@
-"""Collectives on real gloo ranks: bit for bit the twins in `simulate`, and alike on all ranks."""
+"""Collectives on real ranks, over gloo and the TCP mesh: bit for bit their twins, and alike on all ranks."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +18,7 @@ from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.two_shot import shares
 from narrowcast.errors import InvalidInputError
 from ranks import Ranks
+from transports import GLOO, TCP, Kind, needs_mesh, over_both
 
 Pools = Callable[[int], Ranks]
 every_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6, 8])
@@ -37,22 +38,26 @@ def same_bits(found: Tensor, expected: Tensor) -> bool:
     )
 
 
-def check_all_reduce(shape: tuple[int, int], preset: str) -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def check_all_reduce(shape: tuple[int, int], preset: str, kind: Kind = GLOO) -> None:
+    rank, world_size, group = dist.get_rank(), dist.get_world_size(), kind()
     codecs = calibrated(preset, torch.stack(partials(world_size, 30, shape[1], seed=1)))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         inputs = partials(world_size, *shape, dtype=dtype)
         for algorithm in ("auto", *ALGORITHMS):
-            found = narrowcast.all_reduce(inputs[rank], codec=codecs, algorithm=algorithm)
+            found = narrowcast.all_reduce(inputs[rank], codec=codecs, group=group, algorithm=algorithm)
             expected = simulate.all_reduce(inputs, codec=codecs, algorithm=algorithm)
             assert same_bits(found, expected), (algorithm, dtype)
 
 
 @every_world
-@pytest.mark.parametrize("preset", ["bf16", "fp32", "int4-feature", "int3-feature", "int4"])
-def test_all_reduce_equals_its_twin(ranks: Pools, world_size: int, preset: str) -> None:
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [(preset, GLOO) for preset in ("bf16", "fp32", "int4-feature", "int3-feature", "int4")]
+    + [pytest.param("int4-feature", TCP, marks=needs_mesh)],
+)
+def test_all_reduce_equals_its_twin(ranks: Pools, world_size: int, preset: str, kind: Kind) -> None:
     for shape in SHAPES:
-        ranks(world_size).run(check_all_reduce, shape, preset)
+        ranks(world_size).run(check_all_reduce, shape, preset, kind)
 
 
 # Blocks of whole groups for each rank, the last one short; too few groups; a scale for the whole token.
@@ -162,32 +167,38 @@ def test_uncompressed_sums_agree_with_gloos_own(ranks: Pools, world_size: int) -
     ranks(world_size).run(check_against_gloo)
 
 
-def check_async() -> None:
+def check_async(kind: Kind) -> None:
     """Several at once, waited for in another order on every rank."""
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank, world_size, group = dist.get_rank(), dist.get_world_size(), kind()
     codecs = calibrated("int4-feature", torch.stack(partials(world_size, 30, 70, seed=1)))
     inputs = [partials(world_size, 6, 70, seed=seed) for seed in range(5)]
-    pending = [narrowcast.all_reduce(each[rank], codec=codecs, algorithm="two_shot", async_op=True) for each in inputs]
+
+    def start(x: Tensor) -> Pending:
+        return narrowcast.all_reduce(x, codec=codecs, group=group, algorithm="two_shot", async_op=True)
+
+    pending = [start(each[rank]) for each in inputs]
     for index in torch.randperm(5, generator=torch.Generator().manual_seed(rank)).tolist():
         expected = simulate.all_reduce(inputs[index], codec=codecs, algorithm="two_shot")
         assert same_bits(pending[index].wait(), expected)
         assert pending[index].wait() is pending[index].wait()
 
 
+@over_both
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_several_collectives_under_way_at_once(ranks: Pools, world_size: int) -> None:
-    ranks(world_size).run(check_async)
+def test_several_collectives_under_way_at_once(ranks: Pools, world_size: int, kind: Kind) -> None:
+    ranks(world_size).run(check_async, kind)
 
 
-def check_interleaved() -> None:
+def check_interleaved(kind: Kind) -> None:
     """A third collective starts before one rank has waited for the second, and after the other one has."""
-    rank = dist.get_rank()
+    rank, group = dist.get_rank(), kind()
     codecs = calibrated("int4-feature", torch.stack(partials(2, 30, 70, seed=1)))
     inputs = [partials(2, 6, 70, seed=seed) for seed in range(3)]
     expected = [simulate.all_reduce(each, codec=codecs, algorithm="two_shot") for each in inputs]
 
     def start(index: int) -> Pending:
-        return narrowcast.all_reduce(inputs[index][rank], codec=codecs, algorithm="two_shot", async_op=True)
+        x = inputs[index][rank]
+        return narrowcast.all_reduce(x, codec=codecs, group=group, algorithm="two_shot", async_op=True)
 
     pending = [start(0), start(1)]
     found = {rank: pending[1 - rank].wait()}
@@ -197,8 +208,9 @@ def check_interleaved() -> None:
         assert same_bits(pending[index].wait(), expected[index])
 
 
-def test_collectives_started_and_awaited_in_turn(ranks: Pools) -> None:
-    ranks(2).run(check_interleaved)
+@over_both
+def test_collectives_started_and_awaited_in_turn(ranks: Pools, kind: Kind) -> None:
+    ranks(2).run(check_interleaved, kind)
 
 
 def check_nan() -> list[bool]:

@@ -22,6 +22,7 @@ from narrowcast.integrations import load_engine
 from narrowcast.split import Split
 from narrowcast.transport import TorchDistributedTransport, Transport, connect
 from ranks import Ranks
+from transports import GLOO, TCP, Kind, needs_mesh, over_both
 
 TIMEOUT_S = 3.0
 
@@ -78,10 +79,10 @@ def send_and_recv(x: Tensor, group: Transport) -> None:
 
 
 def repeat_until_lost(
-    marks: Path, transfer: Callable[[Tensor, Transport], None], timeout_s: float
+    marks: Path, transfer: Callable[[Tensor, Transport], None], timeout_s: float, kind: Kind = GLOO
 ) -> tuple[tuple[int, ...], float]:
     """Whom this rank misses, and how long its last transfer took. A mark says that the first one is done."""
-    transport = TorchDistributedTransport(timeout_s=timeout_s)
+    transport = kind(timeout_s=timeout_s)  # type: ignore[call-arg]
     x = torch.ones(64, 64)
     logged: list[str] = []
     handler = logging.Handler()
@@ -99,14 +100,17 @@ def repeat_until_lost(
 
 
 @pytest.mark.parametrize(
-    ("transfer", "lost"),
-    [(transfer, lost) for transfer in (one_shot, two_shot) for lost in range(3)]
-    + [(hierarchical, 2), (all_to_all, 1), (broadcast, 0), (send_and_recv, 1)],
+    ("transfer", "lost", "kind"),
+    [(transfer, lost, GLOO) for transfer in (one_shot, two_shot) for lost in range(3)]
+    + [(hierarchical, 2, GLOO), (all_to_all, 1, GLOO), (broadcast, 0, GLOO), (send_and_recv, 1, GLOO)]
+    + [
+        pytest.param(each, lost, TCP, marks=needs_mesh) for lost, each in enumerate((two_shot, hierarchical, broadcast))
+    ],
 )
 def test_a_killed_rank_is_named_by_every_survivor(
-    three: Ranks, tmp_path: Path, lost: int, transfer: Callable[[Tensor, Transport], None]
+    three: Ranks, tmp_path: Path, lost: int, transfer: Callable[[Tensor, Transport], None], kind: Kind
 ) -> None:
-    three.start(repeat_until_lost, tmp_path, transfer, 60.0)
+    three.start(repeat_until_lost, tmp_path, transfer, 60.0, kind)
     wait_for_all(tmp_path, 3)
     os.kill(three.processes[lost].pid, signal.SIGKILL)
     for survivor in {0, 1, 2} - {lost}:
@@ -115,13 +119,13 @@ def test_a_killed_rank_is_named_by_every_survivor(
         assert seconds < 50  # as it happens, before the deadline
 
 
-def work_in_two_groups(marks: Path, port: int | None) -> tuple[int, ...]:
+def work_in_two_groups(marks: Path, port: int | None, kind: Kind) -> tuple[int, ...]:
     """Four ranks, tensor parallel in pairs, and each pair's ranks in a pipeline with those of the other."""
     if port is not None:
         assert join(port, dist.get_rank(), 4, 60.0) == ()
     rank = dist.get_rank()
     rows, columns = [dist.new_group([0, 1]), dist.new_group([2, 3])], [dist.new_group([0, 2]), dist.new_group([1, 3])]
-    row, column = rows[rank // 2], columns[rank % 2]
+    row, column = kind(rows[rank // 2]), kind(columns[rank % 2])  # type: ignore[call-arg]
     x = torch.full((8, 64), float(rank))
     try:
         while True:
@@ -135,12 +139,15 @@ def work_in_two_groups(marks: Path, port: int | None) -> tuple[int, ...]:
         return error.ranks
 
 
+@over_both
 @pytest.mark.parametrize(("lost", "held_by_rank_0"), [(3, False), (0, True)])
-def test_survivors_in_every_group_name_the_lost_rank(tmp_path: Path, lost: int, held_by_rank_0: bool) -> None:
+def test_survivors_in_every_group_name_the_lost_rank(
+    tmp_path: Path, lost: int, held_by_rank_0: bool, kind: Kind
+) -> None:
     """By its rank in the world, even those that share no group with it, and if the store is lost with it."""
     pool = Ranks(4)
     try:
-        pool.start(work_in_two_groups, tmp_path, free_port() if held_by_rank_0 else None)
+        pool.start(work_in_two_groups, tmp_path, free_port() if held_by_rank_0 else None, kind)
         wait_for_all(tmp_path, 4)
         os.kill(pool.processes[lost].pid, signal.SIGKILL)
         assert [pool.result(survivor) for survivor in range(4) if survivor != lost] == [(lost,)] * 3
@@ -311,7 +318,7 @@ def test_a_rank_that_does_not_attach_is_named(served: tuple[Path, Path]) -> None
     pool = Ranks(2)
     try:
         pool.start(attach_late, *served, 1)
-        assert "lost rank 1 while comparing plans" in pool.result(0)
+        assert "lost rank 1 while choosing a transport" in pool.result(0)
     finally:
         pool.close()
 

@@ -1,4 +1,4 @@
-"""all_to_all, broadcast, send and recv on real gloo ranks: bit for bit what their twins give."""
+"""all_to_all, broadcast, send and recv on real ranks: bit for bit what their twins give."""
 
 from collections.abc import Callable
 
@@ -16,6 +16,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 from test_collectives import partials, same_bits
+from transports import GLOO, TCP, Kind, needs_mesh
 
 Pools = Callable[[int], Ranks]
 every_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6, 8])
@@ -35,25 +36,27 @@ def awkward_counts(world_size: int, seed: int) -> list[list[int]]:
     return [[int(count) for count in row] for row in counts]
 
 
-def check_all_to_all(preset: str) -> None:
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+def check_all_to_all(preset: str, kind: Kind) -> None:
+    rank, world_size, group = dist.get_rank(), dist.get_world_size(), kind()
     everyone = [[0] * world_size, [1] * world_size]
     matrices = [awkward_counts(world_size, seed) for seed in range(4)] + [[row] * world_size for row in everyone]
     for num_features, counts in zip((70, 5, 1, 33, 70, 64), matrices, strict=True):
         for dtype in (torch.bfloat16, torch.float32):
             inputs = [partials(1, sum(row), num_features, dtype=dtype, seed=src)[0] for src, row in enumerate(counts)]
             for codec in codecs_for(preset, world_size, num_features):
-                found = narrowcast.all_to_all(
-                    inputs[rank], codec=codec, send_counts=counts[rank], recv_counts=[row[rank] for row in counts]
-                )
+                mine = {"send_counts": counts[rank], "recv_counts": [row[rank] for row in counts]}
+                found = narrowcast.all_to_all(inputs[rank], codec=codec, group=group, **mine)
                 expected = simulate.all_to_all(inputs, codec=codec, send_counts=counts)
                 assert same_bits(found, expected[rank]), (num_features, dtype, counts)
 
 
 @every_world
-@pytest.mark.parametrize("preset", ["bf16", "int4-feature"])
-def test_all_to_all_equals_its_twin(ranks: Pools, world_size: int, preset: str) -> None:
-    ranks(world_size).run(check_all_to_all, preset)
+@pytest.mark.parametrize(
+    ("preset", "kind"),
+    [("bf16", GLOO), ("int4-feature", GLOO), pytest.param("int4-feature", TCP, marks=needs_mesh)],
+)
+def test_all_to_all_equals_its_twin(ranks: Pools, world_size: int, preset: str, kind: Kind) -> None:
+    ranks(world_size).run(check_all_to_all, preset, kind)
 
 
 def test_a_tokens_value_does_not_depend_on_where_it_goes() -> None:

@@ -67,3 +67,16 @@ def enter_namespace(address: str, mtu: int) -> int:
 
 def carry(devices: list[int], rate_bps: float, delay_s: float, queue_bytes: int) -> None:
     """Carry packets between TUN devices, rank 0's first, as links of that rate and delay do; never returns."""
+
+# The TCP mesh: csrc/mesh_bindings.cpp.
+
+class Exchange:
+    def wait(self, timeout_s: float) -> tuple[str, int, str, int, int] | None: ...
+
+class Mesh:
+    def __init__(self, fds: list[int], spin: bool) -> None: ...
+    def exchange(
+        self, sends: list[tuple[int, int, int]], recvs: list[tuple[int, int, int]], tag: int, buffers: object
+    ) -> Exchange: ...
+
+def hang_up() -> None: ...

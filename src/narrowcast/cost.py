@@ -21,6 +21,7 @@ from narrowcast.collectives.reduce import chunks_of
 from narrowcast.communicator import plain
 from narrowcast.decision import Choice
 from narrowcast.link import Link
+from narrowcast.transport import TcpTransport, TorchDistributedTransport
 
 TCP_SHARE = 0.96  # of a link's bits that are payload: 1,448 of 1,500 bytes, and acknowledgements
 LARGEST_NBYTES = 1 << 30
@@ -46,8 +47,10 @@ class Software:
 
 # Medians on two cores over loopback (benchmarks/results, bench collective): messages of each, and sums of gloo.
 SOFTWARE = {
-    "tcp": Software(chunk_nbytes=262144, message_s=20e-6, native_message_s=100e-6, native_value_s=2e-9),
-    "torch": Software(chunk_nbytes=None, message_s=150e-6, native_message_s=100e-6, native_value_s=2e-9),
+    name: Software(
+        chunk_nbytes=transport.chunk_nbytes, message_s=message_s, native_message_s=100e-6, native_value_s=2e-9
+    )
+    for name, transport, message_s in (("tcp", TcpTransport, 20e-6), ("torch", TorchDistributedTransport, 150e-6))
 }
 
 

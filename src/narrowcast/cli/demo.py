@@ -17,7 +17,7 @@ import narrowcast
 from narrowcast.cli.calibrate import Options, observe_with_bar
 from narrowcast.cli.files import check_report, sequences, write_report
 from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks
-from narrowcast.cli.options import Algorithm
+from narrowcast.cli.options import Algorithm, TransportOption
 from narrowcast.codecs import recipe
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
@@ -44,6 +44,7 @@ def demo(
     json: Annotated[Path | None, typer.Option(help="Write the figures here; replaces an earlier report.")] = None,
     model: Annotated[Path | None, typer.Option(help="A model folder with calibration.txt and scoring.txt.")] = None,
     algorithm: Algorithm = "auto",
+    transport: TransportOption = "auto",
 ) -> None:
     """Calibrate the bundled model, split it over --tp processes, and compare codecs."""
     recipe(codec)
@@ -63,6 +64,7 @@ def demo(
             model=str(folder),
             plans=[Path(plans) / name for name in names],
             algorithm=algorithm,
+            transport=transport,
             batches=batches,
             reference=reference,
             prompts=prompts,

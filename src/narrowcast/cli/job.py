@@ -32,6 +32,7 @@ class Job:
     model: str
     plans: Sequence[Path]
     algorithm: str = "auto"
+    transport: str = "auto"
     timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
     reference: Path | None = None
@@ -82,6 +83,7 @@ def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
             Plan.load(path),
             simulate=simulate,
             algorithm=job.algorithm,
+            transport=job.transport,
             timeout_s=job.timeout_s,
         ) as handle:
             score, of_scoring = (_score(job, model), _report(model, handle)) if job.batches else (None, None)

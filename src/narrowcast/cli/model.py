@@ -13,7 +13,16 @@ from narrowcast import Plan
 from narrowcast.cli.files import DEFAULT_LENGTH, check_report, sequences, write_report
 from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks, run_simulated
 from narrowcast.cli.launch import is_first_rank
-from narrowcast.cli.options import Algorithm, Device, Length, ModelArgument, PlanOption, ReplicateVocabulary, Timeout
+from narrowcast.cli.options import (
+    Algorithm,
+    Device,
+    Length,
+    ModelArgument,
+    PlanOption,
+    ReplicateVocabulary,
+    Timeout,
+    TransportOption,
+)
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
 from narrowcast.split import Split
@@ -29,6 +38,7 @@ def evaluate(
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 32,
     length: Length = DEFAULT_LENGTH,
     algorithm: Algorithm = "auto",
+    transport: TransportOption = "auto",
     replicate_vocabulary: ReplicateVocabulary = False,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     device: Device = "cpu",
@@ -49,6 +59,7 @@ def evaluate(
             model=model,
             plans=[plan],
             algorithm=algorithm,
+            transport=transport,
             replicate_vocabulary=replicate_vocabulary,
             timeout_s=timeout,
             batches=batches,
@@ -71,6 +82,7 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; may be given several times.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 64,
     algorithm: Algorithm = "auto",
+    transport: TransportOption = "auto",
     replicate_vocabulary: ReplicateVocabulary = False,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -84,6 +96,7 @@ def generate(
         model=model,
         plans=[plan],
         algorithm=algorithm,
+        transport=transport,
         replicate_vocabulary=replicate_vocabulary,
         timeout_s=timeout,
         prompts=prompts,

@@ -9,6 +9,7 @@ import narrowcast
 from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.errors import InvalidInputError
 from narrowcast.split import KINDS, Experts, Split
+from narrowcast.transport import TRANSPORTS
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
 TensorParallel = Annotated[
@@ -42,6 +43,7 @@ Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a ran
 Algorithm = Annotated[
     str, typer.Option(help=f"How the ranks add up: {', '.join(('auto', *ALGORITHMS, *NODE_ALGORITHMS))}.")
 ]
+TransportOption = Annotated[str, typer.Option("--transport", help=f"What moves the bytes: {', '.join(TRANSPORTS)}.")]
 
 
 def checked_split(tp_size: int, pp_size: int, experts: Experts) -> Split:

@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -11,12 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from narrowcast.cli.launch import is_first_rank, on_ranks
-from narrowcast.cli.options import Timeout
+from narrowcast.cli.options import Timeout, TransportOption
 from narrowcast.codecs import PRESETS, Codec, FeatureCodec
 from narrowcast.decision import FORMS
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.plan import Plan, check_writable
-from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport
+from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport, connect_group
 from narrowcast.tune import Tuning
 from narrowcast.tune import tune as tune_plan
 
@@ -68,6 +69,7 @@ def tune(
         Path | None, typer.Option("--output", "-o", help="Leave PLAN as it is, and write a new file.")
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, about.")] = 1.0,
+    transport: TransportOption = "auto",
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Measure on the ranks which sums are worth coding, and by which algorithm; write that into PLAN.
@@ -78,7 +80,9 @@ def tune(
     if output is not None:
         check_writable(output, overwrite=False)
     plan = Plan.load(path)
-    tuning = on_ranks(_tune_on_rank, plan.split.world_size, timeout, plan.to_bytes(), path, seconds, timeout)
+    check_transport(transport)
+    data, world_size = plan.to_bytes(), plan.split.world_size
+    tuning = on_ranks(_tune_on_rank, world_size, timeout, data, path, transport, seconds, timeout)
     if is_first_rank():
         tuned = replace(plan, decisions=tuning.decisions)
         tuned.save(output or path, overwrite=output is None)
@@ -87,8 +91,9 @@ def tune(
         console.print(f"decisions written into {output or path}", markup=False)
 
 
-def _tune_on_rank(data: bytes, path: Path, seconds: float, timeout_s: float) -> Tuning:
-    return tune_plan(Plan.from_bytes(data, path), TorchDistributedTransport(timeout_s=timeout_s), budget_s=seconds)
+def _tune_on_rank(data: bytes, path: Path, transport: str, seconds: float, timeout_s: float) -> Tuning:
+    ranks = connect_group(None, transport=transport, device=torch.device("cpu"), timeout_s=timeout_s)
+    return tune_plan(Plan.from_bytes(data, path), ranks, budget_s=seconds)
 
 
 def _timings(tuning: Tuning) -> Table:

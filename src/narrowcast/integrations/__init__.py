@@ -18,7 +18,7 @@ from narrowcast.monitor import Monitor, Report
 from narrowcast.plan import Plan
 from narrowcast.simulator import Simulator
 from narrowcast.split import SUMS, Split
-from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport, Transport
+from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
 
 ENGINES: dict[str, str] = {"transformers": "narrowcast.integrations.transformers"}
 
@@ -59,6 +59,7 @@ def attach(
     count_only: bool = False,
     algorithm: str = "auto",
     deterministic: bool = False,
+    transport: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Handle:
     """Make `model` send its partial sums, and what else the plan names, as `plan` says; every rank calls this.
@@ -69,6 +70,8 @@ def attach(
     `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast plan
     tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
     `deterministic=True`: one algorithm for all sizes, always coded, so that no result depends on the batch.
+    `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
+    mesh for models on the CPU where every rank has the compiled module.
     `timeout_s`: how long to wait for a rank before it counts as lost.
     Raises InvalidInputError for a model that cannot be served, PlanMismatchError for a plan that is not for this
     model or not the same on every rank, PeerLostError when a rank does not come.
@@ -77,6 +80,7 @@ def attach(
     if not isinstance(plan, Plan):
         raise InvalidInputError("attach", expected="a Plan", found=repr(plan), remedy="Load it with Plan.load(path).")
     check_name(algorithm)
+    check_transport(transport)
     for site in plan.sites.values():
         if site.kind in SUMS:
             check_algorithm(algorithm, site.codecs, plan.groups)
@@ -100,25 +104,37 @@ def attach(
             found="a whole one",
             remedy="Load it with distributed_config=DistributedConfig(tp_size=...), or pass simulate=True.",
         )
-    tp, pp = transports_of(engine.groups(model), timeout_s=timeout_s)
+    device = device_of(model)
+    tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
     refusal = None
     try:
         _check_attachable(engine, model, plan, whole=False)
     except InvalidInputError as error:
         refusal = error
     mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": f"{count_only=}, {deterministic=}"}
-    for transport in (transport for transport in (tp, pp) if transport is not None):
-        refusal = _agree(transport, mine, refusal)
+    connected = [each for each in (tp, pp) if each is not None]
+    for each in connected:
+        refusal = _agree(each, mine, refusal)
     if refusal is not None:
         raise refusal
     communicator = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
-    logger.info("plan %s at %d sites, algorithm %s", plan.fingerprint[:12], len(plan.sites), algorithm)
+    over = " and ".join(sorted({each.name for each in connected}))
+    logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
     return Handle(model, engine.take_over(model, communicator), sites.monitor)
 
 
-def transports_of(groups: Groups, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> tuple[Transport | None, Transport | None]:
-    """Transports between the ranks that share layers, and between the stages of a pipeline."""
-    tp, pp = (None if group is None else TorchDistributedTransport(group, timeout_s=timeout_s) for group in groups)
+def transports_of(
+    groups: Groups,
+    *,
+    transport: str = "torch",
+    device: torch.device = torch.device("cpu"),
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> tuple[Transport | None, Transport | None]:
+    """Transports between the ranks that share layers, and between the stages of a pipeline; `attach` says which."""
+    tp, pp = (
+        None if group is None else connect_group(group, transport=transport, device=device, timeout_s=timeout_s)
+        for group in groups
+    )
     return tp, pp
 
 

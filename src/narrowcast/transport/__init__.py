@@ -1,6 +1,21 @@
 """Transports: what moves the bytes."""
 
 from narrowcast.transport.base import Buffers, Collectives, Transport, Work
-from narrowcast.transport.torch_distributed import DEFAULT_TIMEOUT_S, TorchDistributedTransport, connect
+from narrowcast.transport.choice import TRANSPORTS, check_transport, connect_group
+from narrowcast.transport.group import DEFAULT_TIMEOUT_S
+from narrowcast.transport.tcp import TcpTransport
+from narrowcast.transport.torch_distributed import TorchDistributedTransport, connect
 
-__all__ = ["DEFAULT_TIMEOUT_S", "Buffers", "Collectives", "TorchDistributedTransport", "Transport", "Work", "connect"]
+__all__ = [
+    "DEFAULT_TIMEOUT_S",
+    "TRANSPORTS",
+    "Buffers",
+    "Collectives",
+    "TcpTransport",
+    "TorchDistributedTransport",
+    "Transport",
+    "Work",
+    "check_transport",
+    "connect",
+    "connect_group",
+]

@@ -43,7 +43,9 @@ class Transport(ABC):
     rank: int
     world_size: int
     collectives: Collectives
+    name: ClassVar[str] = "custom"
     chunk_nbytes: ClassVar[int | None] = None
+    """Payload bytes a message at most where an algorithm pipelines; None: never cut a message."""
 
     @abstractmethod
     def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> Work:
