@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowcast.bench.model import WEIGHTS, Job, prepared
-from narrowcast.bench.ranks import run
-from narrowcast.bench.shapes import VOCAB_SIZE, shape_of
-from narrowcast.transport.tcp import TcpTransport, TcpWork
 from torch import nn
 
 import narrowcast
+from narrowcast.bench.model import WEIGHTS, Job, prepared
+from narrowcast.bench.ranks import run
+from narrowcast.bench.shapes import VOCAB_SIZE, shape_of
 from narrowcast.cli.files import check_report, write_report
 from narrowcast.communicator import Communicator
 from narrowcast.integrations import load_engine
@@ -35,6 +34,7 @@ from narrowcast.kernels.cpu import Kernel
 from narrowcast.link import Link
 from narrowcast.plan import Plan
 from narrowcast.split import Split
+from narrowcast.transport.tcp import TcpTransport, TcpWork
 
 PARTS = "compute", "encode", "decode", "link", "waiting", "overhead"
 PREFILL, DECODE, ROUNDS = 512, 16, 5

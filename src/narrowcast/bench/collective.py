@@ -18,9 +18,9 @@ from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import chunks_of
 from narrowcast.errors import NarrowcastError
 from narrowcast.link import Link
-from narrowcast.transport import TorchDistributedTransport, Transport
+from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
 
-TRANSPORTS: dict[str, Callable[[], Transport]] = {"torch": TorchDistributedTransport}
+TRANSPORTS: dict[str, Callable[[], Transport]] = {"torch": TorchDistributedTransport, "tcp": TcpTransport}
 NUM_FEATURES = 4096
 DTYPE = torch.bfloat16
 

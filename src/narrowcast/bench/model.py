@@ -3,7 +3,7 @@
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from narrowcast.link import Link
 from narrowcast.plan import Plan
 from narrowcast.split import Split
 
-NATIVE = "native"
+NATIVE = "native", "torch"  # the engine's own sums, over the group that it makes
 NUM_CALIBRATION_TOKENS = 64
 WEIGHTS = "weights"
 
@@ -34,11 +34,15 @@ class Job:
 
     shape: Shape
     codecs: Sequence[str]
+    transports: Sequence[str] = ("auto",)
     tp_size: int
     prefill: int
     decode: int
     rounds: int
     replicate_vocabulary: bool
+
+
+Way = tuple[str, str]  # a codec over a transport
 
 
 class Spans(NamedTuple):
@@ -70,38 +74,36 @@ def _whole(shape: Shape, folder: Path) -> nn.Module:
 def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for the engine's own sums in BF16, then one for each codec: medians of interleaved rounds."""
     by_rank = run(_on_rank, job.tp_size, link, job, folder)
-    for codec in by_rank[0]:
-        answers = [measured[codec] for measured in by_rank]
+    for codec, transport in by_rank[0]:
+        answers = [measured[codec, transport] for measured in by_rank]
         prefill = over_ranks([[each.prefill for each in own] for own in answers])
         decode = over_ranks([[each.decode for each in own] for own in answers])
         yield {
             "link": None if link is None else str(link),
             "codec": codec,
-            "transport": "torch",
+            "transport": transport,
             "prefill_tokens": job.prefill,
             "ttft_ms": statistics.median(prefill) * 1e3,
             "decode_ms_per_token": statistics.median(decode) * 1e3 / job.decode,
         }
 
 
-def _on_rank(job: Job, folder: Path) -> dict[str, list[Spans]]:
+def _on_rank(job: Job, folder: Path) -> dict[Way, list[Spans]]:
     split = Split(tp_size=job.tp_size)
     model = load_engine().load(folder / WEIGHTS, split=split, replicate_vocabulary=job.replicate_vocabulary)
-    plans = {NATIVE: None} | {codec: Plan.load(folder / codec) for codec in job.codecs}
-    measured: dict[str, list[Spans]] = {codec: [] for codec in plans}
+    plans = {codec: Plan.load(folder / codec) for codec in job.codecs}
+    ways = [NATIVE, *((codec, transport) for codec in plans for transport in job.transports)]
+    measured: dict[Way, list[Spans]] = {way: [] for way in ways}
     for round in range(-1, job.rounds):
-        for codec, plan in plans.items():
-            with _attached(model, plan):
+        for codec, transport in ways:
+            plan = plans.get(codec)
+            with nullcontext() if plan is None else narrowcast.attach(model, plan, transport=transport):
                 if round < 0:  # warms up besides
                     _check_agreement(model, codec, job.prefill)
                 spans = _answer(model, job)
             if round >= 0:
-                measured[codec].append(spans)
+                measured[codec, transport].append(spans)
     return measured
-
-
-def _attached(model: nn.Module, plan: Plan | None) -> AbstractContextManager[object]:
-    return nullcontext() if plan is None else narrowcast.attach(model, plan)
 
 
 @torch.no_grad()

@@ -74,13 +74,13 @@ def draw_collectives(rows: Rows, path: Path) -> None:
 
 def draw_models(rows: Rows, path: Path) -> None:
     """Bars of the time to the first token, and of that for each one after it, by link and codec."""
-    links, codecs = _distinct(rows, "link"), _distinct(rows, "codec")
+    links, ways = _distinct(rows, "link"), list(dict.fromkeys((row["codec"], row["transport"]) for row in rows))
     figure, all_axes = _figure(2)
     for axes, what in zip(all_axes, ("ttft_ms", "decode_ms_per_token"), strict=True):
-        for place, codec in enumerate(codecs):
-            values = [row[what] for link in links for row in rows if (row["link"], row["codec"]) == (link, codec)]
-            places = [index + (place - (len(codecs) - 1) / 2) * 0.8 / len(codecs) for index in range(len(links))]
-            axes.bar(places, values, width=0.8 / len(codecs), label=codec)
+        for place, way in enumerate(ways):
+            values = [row[what] for row in rows if (row["codec"], row["transport"]) == way]
+            places = [index + (place - (len(ways) - 1) / 2) * 0.8 / len(ways) for index in range(len(links))]
+            axes.bar(places, values, width=0.8 / len(ways), label=", ".join(way))
         axes.set_xticks(range(len(links)), [link or NO_LINK for link in links], fontsize=8)
         axes.set_ylabel(what.replace("_", " "))
     all_axes[-1].legend(fontsize=7)

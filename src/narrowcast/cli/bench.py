@@ -28,6 +28,7 @@ from narrowcast.collectives import ALGORITHMS
 from narrowcast.errors import InvalidInputError
 from narrowcast.link import Link
 from narrowcast.plan import check_writable
+from narrowcast.transport.tcp import COMPILED
 
 app = typer.Typer(help="Measure codecs, sums over ranks, and whole models.", no_args_is_help=True)
 
@@ -52,6 +53,10 @@ Links = Annotated[
 ]
 Codecs = Annotated[
     list[str] | None, typer.Option("--codec", metavar="PRESET", help="A preset; may be given several times.")
+]
+Transports = Annotated[
+    list[str] | None,
+    typer.Option("--transport", help=f"One of {', '.join(collectives.TRANSPORTS)}; may be given several times."),
 ]
 
 
@@ -101,10 +106,7 @@ def collective(
             "--bytes", metavar="SIZE", help=f"Of the BF16 tensor: 64K, or 1K..64M in steps of {FACTOR}; repeatable."
         ),
     ] = ["1K..64M"],  # noqa: B006
-    transport: Annotated[
-        list[str],
-        typer.Option(help=f"One of {', '.join(collectives.TRANSPORTS)}; may be given several times."),
-    ] = ["torch"],  # noqa: B006
+    transport: Transports = None,
     seconds: Annotated[float, typer.Option(min=0, help="About so long for each size.")] = 1.0,
     json: Json = None,
     plot: Plot = None,
@@ -118,7 +120,7 @@ def collective(
     sweep = collectives.Sweep(
         codecs=_presets(codec, ["bf16", "int4-feature"]),
         algorithms=_chosen("--algorithm", algorithm or list(ALGORITHMS), ("auto", *ALGORITHMS)),
-        transports=_chosen("--transport", transport, collectives.TRANSPORTS),
+        transports=_transports(transport, list(collectives.TRANSPORTS)),
         sizes=_sizes(sizes),
         seconds=seconds,
     )
@@ -138,6 +140,7 @@ def collective(
 def model(
     link: Links = None,
     codec: Codecs = None,
+    transport: Transports = None,
     parameters: Annotated[str, typer.Option(help="Of the layers of a Llama with random weights.")] = "380M",
     tp: TensorParallel = 2,
     prefill: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
@@ -156,6 +159,7 @@ def model(
     job = models.Job(
         shape=shape_of(round(number("--parameters", parameters, THOUSANDS))),
         codecs=_presets(codec, ["int4-feature"]),
+        transports=_transports(transport, ["tcp"]),
         tp_size=tp,
         prefill=prefill,
         decode=decode,
@@ -166,7 +170,12 @@ def model(
     with models.prepared(job) as folder:
         rows = _measured((f"{where}, {each or plots.NO_LINK}", models.rows(job, folder, each)) for each in links)
     _finish(rows, json, plot, plots.draw_models)
-    _print(rows, where, ["link", "codec"], {"ttft_ms": "first token, ms", "decode_ms_per_token": "then, ms a token"})
+    _print(
+        rows,
+        where,
+        ["link", "codec", "transport"],
+        {"ttft_ms": "first token, ms", "decode_ms_per_token": "then, ms a token"},
+    )
 
 
 def _measured(parts: Iterable[tuple[str, Iterable[dict[str, Any]]]]) -> list[dict[str, Any]]:
@@ -237,6 +246,11 @@ def _presets(chosen: Sequence[str] | None, otherwise: Sequence[str]) -> list[str
     for preset in chosen or ():
         recipe(preset)
     return list(dict.fromkeys(chosen or otherwise))
+
+
+def _transports(chosen: Sequence[str] | None, otherwise: Sequence[str]) -> list[str]:
+    """What --transport says, or `otherwise`: without the compiled module, torch.distributed."""
+    return _chosen("--transport", chosen or (otherwise if COMPILED else ["torch"]), collectives.TRANSPORTS)
 
 
 def _chosen(option: str, chosen: Sequence[str], known: Iterable[str]) -> list[str]:
