@@ -35,6 +35,16 @@ app = typer.Typer(help="Measure codecs, sums over ranks, and whole models.", no_
 FACTOR = 4  # between the sizes of a range
 BINARY = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 THOUSANDS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "G": 10**9}
+FAMILIES = (
+    "bf16",
+    "int4-feature",
+    "int8-feature",
+    "int4-group128",
+    "int2-group32-spike",
+    "fp8-e4m3-token",
+    "mxfp4",
+    "nvfp4",
+)
 CPU_INFO = Path("/proc/cpuinfo")
 
 Draw = Callable[[list[dict[str, Any]], Path], None]
@@ -52,7 +62,7 @@ Links = Annotated[
     ),
 ]
 Codecs = Annotated[
-    list[str] | None, typer.Option("--codec", metavar="PRESET", help="A preset; may be given several times.")
+    list[str] | None, typer.Option("--codec", metavar="PRESET", help="A preset, or all; may be given several times.")
 ]
 Transports = Annotated[
     list[str] | None,
@@ -77,11 +87,11 @@ def codec(
 ) -> None:
     """Time encode, decode and decode_sum of two payloads, on one thread, against copying the tensor.
 
-    All presets, unless some are named. Each path of kernels must give the reference's bytes before it is timed.
+    A preset of each family, unless some are named. Each path of kernels must give the reference's bytes before it is timed.
     """
     _check_files(json, plot, overwrite=overwrite)
     _chosen("--dtype", [dtype], codecs.DTYPES)
-    presets, size = _presets(codec, list(PRESETS)), _shape(shape)
+    presets, size = _presets(codec, FAMILIES), _shape(shape)
     rows = _measured((preset, codecs.rows(preset, dtype=dtype, shape=size, seconds_each=seconds)) for preset in presets)
     _finish(rows, json, plot, plots.draw_codecs)
     _print(
@@ -243,6 +253,8 @@ def _links(texts: Sequence[str] | None, world_size: int) -> list[Link | None]:
 
 
 def _presets(chosen: Sequence[str] | None, otherwise: Sequence[str]) -> list[str]:
+    if chosen and "all" in chosen:
+        return list(PRESETS)
     for preset in chosen or ():
         recipe(preset)
     return list(dict.fromkeys(chosen or otherwise))
