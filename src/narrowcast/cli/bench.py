@@ -87,7 +87,7 @@ def codec(
 ) -> None:
     """Time encode, decode and decode_sum of two payloads, on one thread, against copying the tensor.
 
-    A preset of each family, unless some are named. Each path of kernels must give the reference's bytes before it is timed.
+    A preset of each family, unless some are named. Each path of kernels must give the reference's bytes first.
     """
     _check_files(json, plot, overwrite=overwrite)
     _chosen("--dtype", [dtype], codecs.DTYPES)
