@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowcast.bench.ranks import run
-from narrowcast.bench.timing import Case, interleaved, over_ranks, rounds_within, spread
 
 from narrowcast import PRESETS
+from narrowcast.bench.ranks import run
+from narrowcast.bench.timing import Case, interleaved, over_ranks, rounds_within, spread
 from narrowcast.cli.files import check_report, write_report
 from narrowcast.codecs import Ranges
 from narrowcast.collectives import Pending, Stages, all_reduce_steps

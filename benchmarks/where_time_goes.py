@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from narrowcast.bench.model import WEIGHTS, Job, prepared
-from narrowcast.bench.ranks import run
-from narrowcast.bench.shapes import VOCAB_SIZE, shape_of
 from torch import nn
 
 import narrowcast
+from narrowcast.bench.model import WEIGHTS, Job, prepared
+from narrowcast.bench.ranks import run
+from narrowcast.bench.shapes import VOCAB_SIZE, shape_of
 from narrowcast.cli.files import check_report, write_report
 from narrowcast.communicator import Communicator
 from narrowcast.integrations import load_engine

@@ -3,11 +3,13 @@
 #include <nanobind/nanobind.h>
 
 void bind_kernels(nanobind::module_& m);
+void bind_link(nanobind::module_& m);
 void bind_mesh(nanobind::module_& m);
 
 NB_MODULE(_native, m) {
   m.doc() = "Kernels of the codecs, the TCP mesh, the link emulator.";
   nanobind::set_leak_warnings(false);  // what caches hold when Python ends is no leak
   bind_kernels(m);
+  bind_link(m);
   bind_mesh(m);
 }

@@ -14,10 +14,12 @@ ORDER = [
     "errors",
     "link",
     "_native",
+    "link",
     "ops",
     "kernels",
     "codecs",
     "transport",
+    "processes",
     "collectives",
     "decision",
     "split",
@@ -30,6 +32,7 @@ ORDER = [
     "integrations",
     "calibrate",
     "evaluate",
+    "bench",
     "cli",
 ]
 ENGINES = {"transformers", "vllm"}

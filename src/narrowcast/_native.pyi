@@ -60,6 +60,14 @@ def paths() -> list[str]: ...
 def path() -> str: ...
 def use_path(name: str) -> None: ...
 
+# The link emulator (csrc/link.cpp).
+
+def enter_namespace(address: str, mtu: int) -> int:
+    """Move the calling thread into a network namespace of its own; the descriptor of its TUN device."""
+
+def carry(devices: list[int], rate_bps: float, delay_s: float, queue_bytes: int) -> None:
+    """Carry packets between TUN devices, rank 0's first, as links of that rate and delay do; never returns."""
+
 # The TCP mesh: csrc/mesh_bindings.cpp.
 
 class Exchange:

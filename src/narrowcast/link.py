@@ -17,8 +17,8 @@ class Link:
     """`rate_bps` bits a second in each direction, of which each arrives `delay_s` seconds after it was sent.
 
     >>> link = Link.parse("1Gbps,0.1ms")
-    >>> str(link), link.transfer_s(4 * 2**20)
-    ('1Gbps,100us', 0.033654432)
+    >>> str(link), round(link.transfer_s(4 * 2**20), 6)
+    ('1Gbps,100us', 0.033654)
     """
 
     rate_bps: float

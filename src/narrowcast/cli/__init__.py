@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli import calibrate, count, demo, doctor, model, plan, predict
+from narrowcast.cli import bench, calibrate, count, demo, doctor, model, plan, predict
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,6 +31,7 @@ app.command()(calibrate.calibrate)
 app.command()(model.evaluate)
 app.command()(model.generate)
 app.add_typer(plan.app, name="plan")
+app.add_typer(bench.app, name="bench")
 app.command()(doctor.doctor)
 
 __all__ = ["app"]

@@ -1,7 +1,5 @@
 """Running a function on `world_size` ranks: started here, or, under torchrun, those that it started."""
 
-import contextlib
-import ctypes
 import logging
 import os
 import signal
@@ -9,18 +7,14 @@ import uuid
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
-import torch
-import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from narrowcast.errors import InvalidInputError, NarrowcastError
-from narrowcast.transport import connect
+from narrowcast.processes import as_rank
 
 SHUTDOWN_S = 3
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -72,21 +66,7 @@ def is_first_rank() -> bool:
 
 @record
 def _rank_main(function: Callable[..., Any], timeout_s: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started the ranks, who ends them
-    _end_with_parent()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    connect(timeout_s=timeout_s)
-    try:
-        return function(*args, **kwargs)
-    finally:
-        dist.destroy_process_group()
-
-
-def _end_with_parent() -> None:
-    """Even a parent that is killed leaves no rank behind (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return as_rank(function, timeout_s, *args, **kwargs)
 
 
 def _check_world_size(world_size: int) -> None:
