@@ -6,9 +6,6 @@
 namespace narrowcast {
 namespace NARROWCAST_PATH {
 
-NARROWCAST_INLINE I32 not_finite(F32 x) { return (bits_as<I32>(x) & int32_t(kMagnitude)) >= int32_t(kInfinity); }
-NARROWCAST_INLINE F32 nan_unless_finite(F32 x) { return select(not_finite(x), splat(bits_as<float>(kNan)), x); }
-
 // Only a rounded value tells whether it stayed finite: FP16 ends at 65504.
 template <class To>
 NARROWCAST_INLINE void store_finite(To* to, F32 x, size_t count) {

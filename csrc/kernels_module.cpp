@@ -59,6 +59,26 @@ Format make_feature(int num_bits, size_t num_features, uintptr_t scale, uintptr_
   return format;
 }
 
+Format make_group(int num_bits, size_t group_size, bool symmetric, bool spikes) {
+  Format format = {};
+  format.kind = Kind::group;
+  format.num_bits = num_bits;
+  format.group_size = group_size;
+  format.symmetric = symmetric;
+  format.spikes = spikes;
+  return format;
+}
+
+Format make_minifloat(int num_bits, int mantissa_bits, int smallest_exponent, int largest_code, int scale_format,
+                      size_t block_size) {
+  Format format = {};
+  format.kind = Kind::minifloat;
+  format.element = {num_bits, mantissa_bits, smallest_exponent, largest_code};
+  format.scale_format = static_cast<ScaleFormat>(scale_format);
+  format.group_size = block_size;
+  return format;
+}
+
 // Counts of several threads, added to a tensor of two.
 class Total {
  public:
@@ -144,6 +164,8 @@ void bind_kernels(nb::module_& m) {
   nb::class_<Format>(m, "Format");
   m.def("cast", &make_cast);
   m.def("feature", &make_feature);
+  m.def("group", &make_group);
+  m.def("minifloat", &make_minifloat);
   m.def("encode", &encode);
   m.def("decode_sum", &decode_sum);
   m.def("recode", &recode);

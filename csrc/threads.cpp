@@ -20,9 +20,12 @@ class ScratchOwner {
   Scratch of(size_t num_features, size_t num_ranks) {
     const size_t values = num_features * sizeof(float) + kScratchSlack;
     const size_t codes = (num_features + kScratchSlack + 63) & ~size_t{63};
-    bytes_.resize(std::max(bytes_.size(), 2 * values + num_ranks * codes));
+    const size_t group_row = num_features / kSmallestGroup + kScratchSlack / sizeof(float);
+    const size_t groups = kGroupRows * group_row * sizeof(float);
+    bytes_.resize(std::max(bytes_.size(), 2 * values + groups + num_ranks * codes));
     auto* start = bytes_.data();
-    return {reinterpret_cast<float*>(start), reinterpret_cast<float*>(start + values), start + 2 * values, codes};
+    auto floats = [&](size_t offset) { return reinterpret_cast<float*>(start + offset); };
+    return {floats(0), floats(values), start + 2 * values + groups, codes, floats(2 * values), group_row};
   }
 
  private:

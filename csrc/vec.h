@@ -85,17 +85,47 @@ NARROWCAST_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no
 NARROWCAST_INLINE I32 min(I32 a, I32 b) { return a < b ? a : b; }
 NARROWCAST_INLINE I32 max(I32 a, I32 b) { return a > b ? a : b; }
 
+NARROWCAST_INLINE F32 nan_vector() { return bits_as<F32>(I32{} + int32_t(kNan)); }
+NARROWCAST_INLINE F32 magnitude(F32 x) { return bits_as<F32>(bits_as<I32>(x) & int32_t(kMagnitude)); }
+NARROWCAST_INLINE I32 not_finite(F32 x) { return (bits_as<I32>(x) & int32_t(kMagnitude)) >= int32_t(kInfinity); }
+NARROWCAST_INLINE F32 nan_unless_finite(F32 x) { return select(not_finite(x), nan_vector(), x); }
+
+// The next BF16 not below `x`, which is not negative; not above `x`.
+NARROWCAST_INLINE F32 bf16_up(F32 x) {
+  return bits_as<F32>((bits_as<U32>(x) + 0xFFFF) & 0xFFFF0000);
+}
+NARROWCAST_INLINE F32 bf16_down(F32 x) {
+  const U32 bits = bits_as<U32>(x), negative = U32{} - (bits >> 31);
+  return bits_as<F32>((bits + (negative & 0xFFFF)) & 0xFFFF0000);
+}
+
 NARROWCAST_INLINE int64_t sum(I32 v) {
   int64_t total = 0;
   for (size_t lane = 0; lane < kLanes; ++lane) total += v[lane];
   return total;
 }
 
-NARROWCAST_INLINE bool any(I32 v) {
-  int32_t found = 0;
-  for (size_t lane = 0; lane < kLanes; ++lane) found |= v[lane];
-  return found != 0;
+// 0, 1, 2, ...
+NARROWCAST_INLINE I32 lane_numbers() {
+  I32 numbers;
+  for (size_t lane = 0; lane < kLanes; ++lane) numbers[lane] = int32_t(lane);
+  return numbers;
 }
+
+// Every lane beside the one `distance` away, in pairs.
+template <class V>
+NARROWCAST_INLINE V swapped(V v, int32_t distance) {
+#if defined(__clang__)
+  V other;
+  for (size_t lane = 0; lane < kLanes; ++lane) other[lane] = v[lane ^ size_t(distance)];
+  return other;
+#else
+  return __builtin_shuffle(v, lane_numbers() ^ distance);
+#endif
+}
+
+// Whole numbers from rounding half to even, of magnitudes below 2**22.
+NARROWCAST_INLINE I32 round_to_i32(F32 x) { return bits_as<I32>(x + 0x1.8p23f) - 0x4B400000; }
 
 // --- What compilers would do lane by lane: a path for another machine gives its instructions here -------------------
 
@@ -109,6 +139,42 @@ NARROWCAST_INLINE F32 min(F32 a, F32 b) {  // b, if either is NaN
 #else
   return a < b ? a : b;
 #endif
+}
+
+NARROWCAST_INLINE F32 max(F32 a, F32 b) {  // b, if either is NaN
+#if defined(__AVX512BW__)
+  return bits_as<F32>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
+#elif defined(__AVX2__)
+  return bits_as<F32>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b)));
+#elif defined(__SSE2__)
+  return bits_as<F32>(_mm_max_ps(bits_as<__m128>(a), bits_as<__m128>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+NARROWCAST_INLINE bool any(I32 v) {
+#if defined(__AVX512BW__)
+  return _mm512_test_epi32_mask(bits_as<__m512i>(v), bits_as<__m512i>(v)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(bits_as<__m256i>(v), bits_as<__m256i>(v));
+#else
+  int32_t found = 0;
+  for (size_t lane = 0; lane < kLanes; ++lane) found |= v[lane];
+  return found != 0;
+#endif
+}
+
+// Of all lanes; none is NaN.
+NARROWCAST_INLINE float smallest(F32 v) {
+#pragma GCC unroll 4
+  for (int32_t distance = kLanes / 2; distance; distance /= 2) v = min(v, swapped(v, distance));
+  return v[0];
+}
+NARROWCAST_INLINE float largest(F32 v) {
+#pragma GCC unroll 4
+  for (int32_t distance = kLanes / 2; distance; distance /= 2) v = max(v, swapped(v, distance));
+  return v[0];
 }
 
 struct Quad {
@@ -199,6 +265,22 @@ NARROWCAST_INLINE U16 low_16_bits(U32 v) {
 #endif
 }
 
+// Lanes are 0 to 255.
+NARROWCAST_INLINE U8 low_8_bits(I32 v) {
+#if defined(__AVX512BW__)
+  return bits_as<U8>(_mm512_cvtepi32_epi8(bits_as<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_packus_epi32(bits_as<__m256i>(v), bits_as<__m256i>(v));
+  const __m128i ordered = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
+  return bits_as<U8>(_mm_cvtsi128_si64(_mm_packus_epi16(ordered, ordered)));
+#elif defined(__SSE2__)
+  const __m128i words = _mm_packs_epi32(bits_as<__m128i>(v), bits_as<__m128i>(v));
+  return bits_as<U8>(_mm_cvtsi128_si32(_mm_packus_epi16(words, words)));
+#else
+  return __builtin_convertvector(v, U8);
+#endif
+}
+
 // --- Values of 16 bits ---------------------------------------------------------------------------------------------
 
 NARROWCAST_INLINE F32 from_bf16(U16 h) { return bits_as<F32>(widen(h) << 16); }
@@ -268,7 +350,14 @@ NARROWCAST_INLINE F32 load(const Fp16* from, size_t count = kLanes) {
   return from_fp16(count == kLanes ? load_vector<U16>(from) : load_part<U16>(from, count));
 }
 
-NARROWCAST_INLINE F32 canonical(F32 x) { return select(x != x, bits_as<F32>(I32{} + int32_t(kNan)), x); }
+// Where fewer than a vector are left, the first of them stands behind them.
+template <class T>
+NARROWCAST_INLINE F32 load_repeated(const T* from, size_t count) {
+  const F32 v = load(from, count);
+  return count == kLanes ? v : select(lane_numbers() < int32_t(count), v, splat(v[0]));
+}
+
+NARROWCAST_INLINE F32 canonical(F32 x) { return select(x != x, nan_vector(), x); }
 
 NARROWCAST_INLINE void store(float* to, F32 x, size_t count = kLanes) {
   if (count == kLanes) store_vector(to, canonical(x));
@@ -293,6 +382,21 @@ NARROWCAST_INLINE void store_normal(float* to, F32 x, size_t count = kLanes) {
 NARROWCAST_INLINE void store_normal(Bf16* to, F32 x, size_t count = kLanes) {
   if (count == kLanes) store_vector(to, normal_to_bf16(x));
   else store_part(to, normal_to_bf16(x), count);
+}
+
+// Numbers that BF16 holds: as they are.
+NARROWCAST_INLINE void store_exact(Bf16* to, F32 x, size_t count = kLanes) {
+  const U16 halves = low_16_bits(bits_as<U32>(x) >> 16);
+  if (count == kLanes) store_vector(to, halves);
+  else store_part(to, halves, count);
+}
+
+NARROWCAST_INLINE U8 load_bytes(const uint8_t* from, size_t count = kLanes) {
+  return count == kLanes ? load_vector<U8>(from) : load_part<U8>(from, count);
+}
+NARROWCAST_INLINE void store_bytes(uint8_t* to, U8 v, size_t count = kLanes) {
+  if (count == kLanes) store_vector(to, v);
+  else store_part(to, v, count);
 }
 
 // Calls `body(first, count)` for each vector of `total` values; `count` is a constant but for the last one.
