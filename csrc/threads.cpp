@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
-#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -82,9 +81,10 @@ class Pool {
 
 std::atomic<size_t> most_threads{1};
 
+// Never destroyed: at the end of the process the workers still wait in it.
 struct {
   std::mutex mutex;
-  std::unique_ptr<Pool> pool;
+  Pool* pool = nullptr;
   size_t num_workers = 0;
   pid_t process = 0;
 } shared;
@@ -93,12 +93,11 @@ struct {
 Pool* take_pool(size_t num_workers) {
   if (!shared.mutex.try_lock()) return nullptr;
   if (shared.process != getpid() || shared.num_workers < num_workers) {
-    shared.pool.release();  // its threads wait for ever, or are not there after a fork
-    shared.pool.reset(new Pool(num_workers));
+    shared.pool = new Pool(num_workers);  // threads of the one before wait for ever, or are not there after a fork
     shared.num_workers = num_workers;
     shared.process = getpid();
   }
-  return shared.pool.get();
+  return shared.pool;
 }
 
 }  // namespace
