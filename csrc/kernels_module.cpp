@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "paths.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -16,19 +17,7 @@ namespace nb = nanobind;
 namespace narrowcast {
 namespace {
 
-std::vector<const Kernels*> runnable() {
-  std::vector<const Kernels*> found = {&portable_kernels};
-#ifdef NARROWCAST_X86
-  if (__builtin_cpu_supports("x86-64-v3")) found.push_back(&avx2_kernels);
-  if (__builtin_cpu_supports("x86-64-v4")) found.push_back(&avx512_kernels);
-  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16")) {
-    found.push_back(&avx512_bf16_kernels);
-  }
-#endif
-  return found;
-}
-
-std::atomic<const Kernels*> kernels{runnable().back()};
+std::atomic<const Kernels*> kernels{runnable_kernels().back()};
 
 template <class T>
 T* at(uintptr_t address) {
@@ -142,12 +131,12 @@ void recode(const Format& partial, uintptr_t payloads, size_t num_ranks, ptrdiff
 
 std::vector<std::string> paths() {
   std::vector<std::string> names;
-  for (const Kernels* path : runnable()) names.push_back(path->name);
+  for (const Kernels* path : runnable_kernels()) names.push_back(path->name);
   return names;
 }
 
 void use_path(const std::string& name) {
-  for (const Kernels* path : runnable()) {
+  for (const Kernels* path : runnable_kernels()) {
     if (name == path->name) {
       kernels = path;
       return;

@@ -124,8 +124,8 @@ NARROWCAST_INLINE V swapped(V v, int32_t distance) {
 #endif
 }
 
-// Whole numbers from rounding half to even, of magnitudes below 2**22.
-NARROWCAST_INLINE I32 round_to_i32(F32 x) { return bits_as<I32>(x + 0x1.8p23f) - 0x4B400000; }
+// Whole numbers from rounding half to even, of magnitudes below 2**22; anything of others.
+NARROWCAST_INLINE I32 round_to_i32(F32 x) { return bits_as<I32>(bits_as<U32>(x + 0x1.8p23f) - 0x4B400000); }
 
 // --- What compilers would do lane by lane: a path for another machine gives its instructions here -------------------
 

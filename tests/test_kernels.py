@@ -1,4 +1,4 @@
-"""Every path of the C++ kernels against the reference kernels, bit for bit; threads; what checks keep away from them."""
+"""Every path of the C++ kernels against the reference, bit for bit; threads; what checks keep away from them."""
 
 import os
 import subprocess
