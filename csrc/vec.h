@@ -281,6 +281,18 @@ NARROWCAST_INLINE U8 low_8_bits(I32 v) {
 #endif
 }
 
+// What the low 4 bits of each lane stand for in `feature`: the code less 8, NaN for 0.
+NARROWCAST_INLINE F32 steps_of_4_bits(I32 codes) {
+#if defined(__AVX512BW__)
+  const float nan = bits_as<float>(kNan);
+  const __m512 steps = _mm512_setr_ps(nan, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return bits_as<F32>(_mm512_permutexvar_ps(bits_as<__m512i>(codes), steps));  // reads 4 bits
+#else
+  const I32 code = codes & 15;
+  return select(code == 0, nan_vector(), __builtin_convertvector(code - 8, F32));
+#endif
+}
+
 // --- Values of 16 bits ---------------------------------------------------------------------------------------------
 
 NARROWCAST_INLINE F32 from_bf16(U16 h) { return bits_as<F32>(widen(h) << 16); }
