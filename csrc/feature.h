@@ -121,7 +121,7 @@ NARROWCAST_INLINE bool has_zero(const uint8_t* codes, size_t num_codes) {
   return any(bits_as<I32>(zeros));
 }
 
-// Values of one rank: codes times scales. With `marked`, code 0 is NaN.
+// Values of one rank, by slot: codes times scales. With `marked`, code 0 is NaN.
 template <bool marked>
 NARROWCAST_INLINE F32 dequantize(const uint8_t* codes, const float* scale, int32_t offset, size_t first,
                                  size_t count) {
@@ -143,6 +143,7 @@ template <bool tame, class T>
 NARROWCAST_INLINE void sum_coded(const Format& format, const Payloads& payloads, const Scratch& scratch, T* out) {
   const int32_t offset = 1 << (format.num_bits - 1);
   const size_t num_features = format.num_features;
+  const size_t num_coded = num_features - format.num_outliers;
   const float* scale = format.scale + payloads.first_source * num_features;
   auto body = [&](auto num_ranks, size_t first, size_t count) {
     F32 total = dequantize<!tame>(scratch.codes, scale, offset, first, count);
@@ -153,16 +154,16 @@ NARROWCAST_INLINE void sum_coded(const Format& format, const Payloads& payloads,
     store_sum<tame>(out + first, total, count);
   };
   if (payloads.num_ranks == 2) {
-    for_each_vector(num_features, [&](size_t first, size_t count) { body([] { return 2; }, first, count); });
+    for_each_vector(num_coded, [&](size_t first, size_t count) { body([] { return 2; }, first, count); });
   } else if (payloads.num_ranks == 1) {
-    for_each_vector(num_features, [&](size_t first, size_t count) { body([] { return 1; }, first, count); });
+    for_each_vector(num_coded, [&](size_t first, size_t count) { body([] { return 1; }, first, count); });
   } else {
-    for_each_vector(num_features,
+    for_each_vector(num_coded,
                     [&](size_t first, size_t count) { body([&] { return payloads.num_ranks; }, first, count); });
   }
 }
 
-// 4 bits without a detour through memory: features of the first half of the slots share bytes with those of the second.
+// 4 bits without a detour through memory: the first half of the slots shares its bytes with the second.
 template <bool tame, class T, class NumRanks>
 NARROWCAST_INLINE void sum_4_bits(const Format& format, const Payloads& payloads, size_t row, NumRanks num_ranks,
                                   T* out) {
@@ -186,37 +187,11 @@ NARROWCAST_INLINE void sum_4_bits(const Format& format, const Payloads& payloads
   if (first < half) body(first, half - first, num_coded - half - first);
 }
 
-NARROWCAST_INLINE int slot_of_4_bits(const uint8_t* packed, size_t half, size_t slot) {
-  return slot < half ? packed[slot] & 15 : packed[slot - half] >> 4;
-}
-
-// Features whose codes are in the slots of outliers.
-template <class T>
-NARROWCAST_INLINE void sum_moved_4_bits(const Format& format, const Payloads& payloads, size_t row, float* totals,
-                                        T* out) {
-  const size_t half = (format.num_features - format.num_outliers + 1) / 2;
-  for (size_t rank = 0; rank < payloads.num_ranks; ++rank) {
-    const float* scale = format.scale + (payloads.first_source + rank) * format.num_features;
-    const uint8_t* packed = payloads.row(rank, row) + 2 * format.num_outliers;
-    for (size_t i = 0; i < format.num_holes; ++i) {
-      const int code = slot_of_4_bits(packed, half, size_t(format.holes[i]));
-      const float value = code ? float(code - 8) * scale[format.fillers[i]] : bits_as<float>(kNan);
-      totals[i] = rank ? totals[i] + value : value;
-    }
-  }
-  T* rounded = reinterpret_cast<T*>(totals);  // overtakes nothing that is still to be read
-  for_each_vector(format.num_holes,
-                  [&](size_t first, size_t count) { store(rounded + first, load(totals + first, count), count); });
-  for (size_t i = 0; i < format.num_holes; ++i) out[format.fillers[i]] = rounded[i];
-}
-
 template <bool tame, class T>
-NARROWCAST_INLINE void sum_row_of_4_bits(const Format& format, const Payloads& payloads, size_t row, float* totals,
-                                         T* out) {
+NARROWCAST_INLINE void sum_row_of_4_bits(const Format& format, const Payloads& payloads, size_t row, T* out) {
   if (payloads.num_ranks == 2) sum_4_bits<tame>(format, payloads, row, [] { return 2; }, out);
   else if (payloads.num_ranks == 1) sum_4_bits<tame>(format, payloads, row, [] { return 1; }, out);
   else sum_4_bits<tame>(format, payloads, row, [&] { return payloads.num_ranks; }, out);
-  sum_moved_4_bits(format, payloads, row, totals, out);
 }
 
 template <class T>
@@ -228,7 +203,6 @@ NARROWCAST_INLINE void sum_row_of_codes(const Format& format, const Payloads& pa
     uint8_t* codes = scratch.codes + rank * scratch.codes_stride;
     unpack(payloads.row(rank, row) + 2 * format.num_outliers, num_coded, format.num_bits, codes);
     marked |= has_zero(codes, num_coded);
-    for (size_t i = 0; i < format.num_holes; ++i) codes[format.fillers[i]] = codes[format.holes[i]];
   }
   if (format.tame && !marked) sum_coded<true>(format, payloads, scratch, out);
   else sum_coded<false>(format, payloads, scratch, out);
@@ -246,8 +220,9 @@ NARROWCAST_FLAT void feature_decode_sum_row(const Format& format, const Payloads
     return;
   }
   if (format.num_bits != 4) sum_row_of_codes(format, payloads, row, scratch, out);
-  else if (format.tame) sum_row_of_4_bits<true>(format, payloads, row, scratch.spare, out);
-  else sum_row_of_4_bits<false>(format, payloads, row, scratch.spare, out);
+  else if (format.tame) sum_row_of_4_bits<true>(format, payloads, row, out);
+  else sum_row_of_4_bits<false>(format, payloads, row, out);
+  for (size_t i = 0; i < format.num_holes; ++i) out[format.fillers[i]] = out[format.holes[i]];
   T* totals = reinterpret_cast<T*>(scratch.spare);
   cast_decode_sum_row(static_cast<const Bf16*>(nullptr), payloads, row, num_outliers, totals);
   for (size_t i = 0; i < num_outliers; ++i) out[format.outliers[i]] = totals[i];

@@ -88,7 +88,8 @@ struct Format {
   Dtype dtype;   // cast
   int num_bits;  // feature, group
   size_t num_features;  // feature: as calibrated
-  // feature: FP32 [R, E]; their reciprocals, zero where there is an outlier; int64 [K], [H], [H].
+  // feature: FP32 [R, E], by slot (of which there are fewer than E); reciprocals by feature, zero where there is an
+  // outlier; int64 [K], [H], [H].
   const float *scale, *reciprocal;
   const int64_t *outliers, *holes, *fillers;
   size_t num_outliers, num_holes;

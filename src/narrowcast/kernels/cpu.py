@@ -102,7 +102,8 @@ def feature(
     if native is None or not scale_RE.is_cpu:
         return None
     coded_RE = reciprocal_RE.index_fill(1, outliers_K, 0.0)  # so that nothing clips where an outlier is
-    tensors = [each.contiguous() for each in (scale_RE.float(), coded_RE, outliers_K, holes, fillers)]
+    by_slot_RE = scale_RE.float().index_copy(1, holes, scale_RE[:, fillers].float())
+    tensors = [each.contiguous() for each in (by_slot_RE, coded_RE, outliers_K, holes, fillers)]
     scale, reciprocal, outliers, holes, fillers = tensors
     form = native.feature(
         num_bits,
