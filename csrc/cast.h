@@ -1,7 +1,7 @@
 // `cast`: values as they are, rounded to the codec's dtype; what is not finite afterwards is the canonical NaN.
 #pragma once
 
-#include "vec.h"
+#include "values.h"
 
 namespace narrowcast {
 namespace NARROWCAST_PATH {
@@ -11,6 +11,12 @@ template <class To>
 NARROWCAST_INLINE void store_finite(To* to, F32 x, size_t count) {
   store(to, x, count);
   store(to, nan_unless_finite(load(to, count)), count);
+}
+
+template <class From, class To>
+NARROWCAST_INLINE void store_finite_of(const From*, To* to, F32 x, size_t count) { store_finite(to, x, count); }
+NARROWCAST_INLINE void store_finite_of(const Bf16*, Bf16* to, F32 x, size_t count) {
+  store_exact(to, nan_unless_finite(x), count);  // nothing to round
 }
 
 // Null pointers tell types.
@@ -24,7 +30,7 @@ NARROWCAST_FLAT void cast_encode_rows(const From*, const Rows& x, const To*, con
     for_each_vector(x.num_values, [&](size_t first, size_t count) {
       const F32 value = load(values + first, count);
       non_finite -= not_finite(value);
-      store_finite(rounded + first, value, count);
+      store_finite_of(values, rounded + first, value, count);
     });
   }
   counts.non_finite += sum(non_finite);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "pack.h"
+#include "values.h"
 
 namespace narrowcast {
 namespace NARROWCAST_PATH {
