@@ -1,19 +1,22 @@
 // `cast`: values as they are, rounded to the codec's dtype; what is not finite afterwards is the canonical NaN.
 #pragma once
 
-#include "vec.h"
+#include "values.h"
 
 namespace narrowcast {
 namespace NARROWCAST_PATH {
-
-NARROWCAST_INLINE I32 not_finite(F32 x) { return (bits_as<I32>(x) & int32_t(kMagnitude)) >= int32_t(kInfinity); }
-NARROWCAST_INLINE F32 nan_unless_finite(F32 x) { return select(not_finite(x), splat(bits_as<float>(kNan)), x); }
 
 // Only a rounded value tells whether it stayed finite: FP16 ends at 65504.
 template <class To>
 NARROWCAST_INLINE void store_finite(To* to, F32 x, size_t count) {
   store(to, x, count);
   store(to, nan_unless_finite(load(to, count)), count);
+}
+
+template <class From, class To>
+NARROWCAST_INLINE void store_finite_of(const From*, To* to, F32 x, size_t count) { store_finite(to, x, count); }
+NARROWCAST_INLINE void store_finite_of(const Bf16*, Bf16* to, F32 x, size_t count) {
+  store_exact(to, nan_unless_finite(x), count);  // nothing to round
 }
 
 // Null pointers tell types.
@@ -27,7 +30,7 @@ NARROWCAST_FLAT void cast_encode_rows(const From*, const Rows& x, const To*, con
     for_each_vector(x.num_values, [&](size_t first, size_t count) {
       const F32 value = load(values + first, count);
       non_finite -= not_finite(value);
-      store_finite(rounded + first, value, count);
+      store_finite_of(values, rounded + first, value, count);
     });
   }
   counts.non_finite += sum(non_finite);

@@ -121,7 +121,7 @@ NARROWCAST_INLINE bool has_zero(const uint8_t* codes, size_t num_codes) {
   return any(bits_as<I32>(zeros));
 }
 
-// Values of one rank: codes times scales. With `marked`, code 0 is NaN.
+// Values of one rank, by slot: codes times scales. With `marked`, code 0 is NaN.
 template <bool marked>
 NARROWCAST_INLINE F32 dequantize(const uint8_t* codes, const float* scale, int32_t offset, size_t first,
                                  size_t count) {
@@ -131,11 +131,19 @@ NARROWCAST_INLINE F32 dequantize(const uint8_t* codes, const float* scale, int32
   return steps * load(scale + first, count);
 }
 
+// With `tame`, the sum is a number that needs no care, or the canonical NaN.
+template <bool tame, class T>
+NARROWCAST_INLINE void store_sum(T* to, F32 sum, size_t count) {
+  if (tame) store_normal(to, sum, count);
+  else store(to, sum, count);
+}
+
 // With `tame`, the sums are numbers that need no care.
 template <bool tame, class T>
 NARROWCAST_INLINE void sum_coded(const Format& format, const Payloads& payloads, const Scratch& scratch, T* out) {
   const int32_t offset = 1 << (format.num_bits - 1);
   const size_t num_features = format.num_features;
+  const size_t num_coded = num_features - format.num_outliers;
   const float* scale = format.scale + payloads.first_source * num_features;
   auto body = [&](auto num_ranks, size_t first, size_t count) {
     F32 total = dequantize<!tame>(scratch.codes, scale, offset, first, count);
@@ -143,41 +151,78 @@ NARROWCAST_INLINE void sum_coded(const Format& format, const Payloads& payloads,
       const uint8_t* codes = scratch.codes + rank * scratch.codes_stride;
       total = total + dequantize<!tame>(codes, scale + rank * num_features, offset, first, count);
     }
-    if (tame) store_normal(out + first, total, count);
-    else store(out + first, total, count);
+    store_sum<tame>(out + first, total, count);
   };
   if (payloads.num_ranks == 2) {
-    for_each_vector(num_features, [&](size_t first, size_t count) { body([] { return 2; }, first, count); });
+    for_each_vector(num_coded, [&](size_t first, size_t count) { body([] { return 2; }, first, count); });
   } else if (payloads.num_ranks == 1) {
-    for_each_vector(num_features, [&](size_t first, size_t count) { body([] { return 1; }, first, count); });
+    for_each_vector(num_coded, [&](size_t first, size_t count) { body([] { return 1; }, first, count); });
   } else {
-    for_each_vector(num_features,
+    for_each_vector(num_coded,
                     [&](size_t first, size_t count) { body([&] { return payloads.num_ranks; }, first, count); });
   }
 }
 
+// 4 bits without a detour through memory: the first half of the slots shares its bytes with the second.
+template <bool tame, class T, class NumRanks>
+NARROWCAST_INLINE void sum_4_bits(const Format& format, const Payloads& payloads, size_t row, NumRanks num_ranks,
+                                  T* out) {
+  const size_t num_coded = format.num_features - format.num_outliers, half = (num_coded + 1) / 2;
+  const float* scales = format.scale + payloads.first_source * format.num_features;
+  auto body = [&](size_t first, size_t count, size_t upper_count) {
+    F32 low = {}, high = {};
+    for (size_t rank = 0; rank < num_ranks(); ++rank) {
+      const float* scale = scales + rank * format.num_features;
+      const I32 pairs = widen(load_bytes(payloads.row(rank, row) + 2 * format.num_outliers + first, count));
+      const F32 low_value = steps_of_4_bits(pairs) * load(scale + first, count);
+      const F32 high_value = steps_of_4_bits(pairs >> 4) * load(scale + half + first, upper_count);
+      low = rank ? low + low_value : low_value;
+      high = rank ? high + high_value : high_value;
+    }
+    store_sum<tame>(out + first, low, count);
+    store_sum<tame>(out + half + first, high, upper_count);
+  };
+  size_t first = 0;
+  for (; first + kLanes <= num_coded - half; first += kLanes) body(first, kLanes, kLanes);
+  if (first < half) body(first, half - first, num_coded - half - first);
+}
+
+template <bool tame, class T>
+NARROWCAST_INLINE void sum_row_of_4_bits(const Format& format, const Payloads& payloads, size_t row, T* out) {
+  if (payloads.num_ranks == 2) sum_4_bits<tame>(format, payloads, row, [] { return 2; }, out);
+  else if (payloads.num_ranks == 1) sum_4_bits<tame>(format, payloads, row, [] { return 1; }, out);
+  else sum_4_bits<tame>(format, payloads, row, [&] { return payloads.num_ranks; }, out);
+}
+
 template <class T>
-NARROWCAST_FLAT void feature_decode_sum_row(const Format& format, const Payloads& payloads, size_t row, const Scratch& scratch,
-                                   T* out) {
-  const size_t num_features = format.num_features, num_outliers = format.num_outliers;
-  const size_t num_coded = num_features - num_outliers;
-  bool marked = false, guarded = false;
+NARROWCAST_INLINE void sum_row_of_codes(const Format& format, const Payloads& payloads, size_t row,
+                                        const Scratch& scratch, T* out) {
+  const size_t num_coded = format.num_features - format.num_outliers;
+  bool marked = false;
   for (size_t rank = 0; rank < payloads.num_ranks; ++rank) {
-    const uint8_t* payload = payloads.row(rank, row);
     uint8_t* codes = scratch.codes + rank * scratch.codes_stride;
-    unpack(payload + 2 * num_outliers, num_coded, format.num_bits, codes);
+    unpack(payloads.row(rank, row) + 2 * format.num_outliers, num_coded, format.num_bits, codes);
     marked |= has_zero(codes, num_coded);
-    for (size_t i = 0; i < format.num_holes; ++i) codes[format.fillers[i]] = codes[format.holes[i]];
-    guarded |= num_outliers && (payload[0] | payload[1] << 8) == kGuardMark;
-  }
-  if (guarded) {
-    for_each_vector(num_features, [&](size_t first, size_t count) {
-      store(out + first, splat(bits_as<float>(kNan)), count);
-    });
-    return;
   }
   if (format.tame && !marked) sum_coded<true>(format, payloads, scratch, out);
   else sum_coded<false>(format, payloads, scratch, out);
+}
+
+template <class T>
+NARROWCAST_FLAT void feature_decode_sum_row(const Format& format, const Payloads& payloads, size_t row,
+                                            const Scratch& scratch, T* out) {
+  const size_t num_outliers = format.num_outliers;
+  for (size_t rank = 0; num_outliers && rank < payloads.num_ranks; ++rank) {
+    const uint8_t* payload = payloads.row(rank, row);
+    if ((payload[0] | payload[1] << 8) != kGuardMark) continue;
+    for_each_vector(format.num_features,
+                    [&](size_t first, size_t count) { store(out + first, nan_vector(), count); });
+    return;
+  }
+  if (format.num_bits != 4) sum_row_of_codes(format, payloads, row, scratch, out);
+  else if (format.tame) sum_row_of_4_bits<true>(format, payloads, row, out);
+  else sum_row_of_4_bits<false>(format, payloads, row, out);
+  for (size_t i = 0; i < format.num_holes; ++i) out[format.fillers[i]] = out[format.holes[i]];
   T* totals = reinterpret_cast<T*>(scratch.spare);
   cast_decode_sum_row(static_cast<const Bf16*>(nullptr), payloads, row, num_outliers, totals);
   for (size_t i = 0; i < num_outliers; ++i) out[format.outliers[i]] = totals[i];

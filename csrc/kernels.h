@@ -53,23 +53,51 @@ struct Scratch {
   float *values, *spare;  // [E]: a row on its way through `recode`; for whatever a kernel likes
   uint8_t* codes;         // [R, codes_stride]
   size_t codes_stride;
+  float* groups;          // [kGroupRows, groups_stride]: numbers for each group of features
+  size_t groups_stride;
+
+  float* group_row(size_t index) const { return groups + index * groups_stride; }
 };
 
 constexpr size_t kScratchSlack = 256;
+constexpr size_t kGroupRows = 6, kSmallestGroup = 16;
 
-enum class Kind : int { cast, feature };
+enum class Kind : int { cast, feature, group, minifloat };
+
+// A floating-point format of 8 bits or fewer (codecs/floats.py). Codes above the largest are NaN.
+struct Element {
+  int num_bits, mantissa_bits, smallest_exponent, largest_code;
+
+  int sign() const { return 1 << (num_bits - 1); }
+  bool has_nan() const { return largest_code < sign() - 1; }
+  int nan_code() const { return sign() - 1; }
+  int largest_exponent() const { return (largest_code >> mantissa_bits) - 1 + smallest_exponent; }
+  float largest() const {
+    const int mantissa = (largest_code & ((1 << mantissa_bits) - 1)) | 1 << mantissa_bits;
+    return static_cast<float>(mantissa) * static_cast<float>(1 << (largest_exponent() - mantissa_bits + 8)) / 256;
+  }
+};
+
+constexpr Element kE4m3 = {8, 3, -6, 0x7E};
+
+enum class ScaleFormat : int { bf16 = 0, e8m0 = 1, e4m3 = 2 };
 
 // A codec with its parameters, which belong to the Python codec.
 struct Format {
   Kind kind;
   Dtype dtype;   // cast
-  int num_bits;  // feature
+  int num_bits;  // feature, group
   size_t num_features;  // feature: as calibrated
-  // feature: FP32 [R, E]; their reciprocals, zero where there is an outlier; int64 [K], [H], [H].
+  // feature: FP32 [R, E], by slot (of which there are fewer than E); reciprocals by feature, zero where there is an
+  // outlier; int64 [K], [H], [H].
   const float *scale, *reciprocal;
   const int64_t *outliers, *holes, *fillers;
   size_t num_outliers, num_holes;
   bool tame;  // feature: sums of finite values neither overflow nor are subnormal, for any number of ranks up to R
+  size_t group_size;       // group; minifloat, where 0 means all features
+  bool symmetric, spikes;  // group
+  Element element;         // minifloat
+  ScaleFormat scale_format;
 };
 
 // One path. Row ranges [begin, end) let threads share a tensor.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "paths.h"
 #include "threads.h"
 
 namespace nb = nanobind;
@@ -16,19 +17,7 @@ namespace nb = nanobind;
 namespace narrowcast {
 namespace {
 
-std::vector<const Kernels*> runnable() {
-  std::vector<const Kernels*> found = {&portable_kernels};
-#ifdef NARROWCAST_X86
-  if (__builtin_cpu_supports("x86-64-v3")) found.push_back(&avx2_kernels);
-  if (__builtin_cpu_supports("x86-64-v4")) found.push_back(&avx512_kernels);
-  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16")) {
-    found.push_back(&avx512_bf16_kernels);
-  }
-#endif
-  return found;
-}
-
-std::atomic<const Kernels*> kernels{runnable().back()};
+std::atomic<const Kernels*> kernels{runnable_kernels().back()};
 
 template <class T>
 T* at(uintptr_t address) {
@@ -56,6 +45,26 @@ Format make_feature(int num_bits, size_t num_features, uintptr_t scale, uintptr_
   format.fillers = at<const int64_t>(fillers);
   format.num_holes = num_holes;
   format.tame = tame;
+  return format;
+}
+
+Format make_group(int num_bits, size_t group_size, bool symmetric, bool spikes) {
+  Format format = {};
+  format.kind = Kind::group;
+  format.num_bits = num_bits;
+  format.group_size = group_size;
+  format.symmetric = symmetric;
+  format.spikes = spikes;
+  return format;
+}
+
+Format make_minifloat(int num_bits, int mantissa_bits, int smallest_exponent, int largest_code, int scale_format,
+                      size_t block_size) {
+  Format format = {};
+  format.kind = Kind::minifloat;
+  format.element = {num_bits, mantissa_bits, smallest_exponent, largest_code};
+  format.scale_format = static_cast<ScaleFormat>(scale_format);
+  format.group_size = block_size;
   return format;
 }
 
@@ -122,12 +131,12 @@ void recode(const Format& partial, uintptr_t payloads, size_t num_ranks, ptrdiff
 
 std::vector<std::string> paths() {
   std::vector<std::string> names;
-  for (const Kernels* path : runnable()) names.push_back(path->name);
+  for (const Kernels* path : runnable_kernels()) names.push_back(path->name);
   return names;
 }
 
 void use_path(const std::string& name) {
-  for (const Kernels* path : runnable()) {
+  for (const Kernels* path : runnable_kernels()) {
     if (name == path->name) {
       kernels = path;
       return;
@@ -144,6 +153,8 @@ void bind_kernels(nb::module_& m) {
   nb::class_<Format>(m, "Format");
   m.def("cast", &make_cast);
   m.def("feature", &make_feature);
+  m.def("group", &make_group);
+  m.def("minifloat", &make_minifloat);
   m.def("encode", &encode);
   m.def("decode_sum", &decode_sum);
   m.def("recode", &recode);

@@ -1,6 +1,7 @@
 // All kernels of one path. CMakeLists.txt compiles this file once for each, with its flags and its name.
 #include "cast.h"
 #include "feature.h"
+#include "minifloat.h"
 
 namespace narrowcast {
 namespace NARROWCAST_PATH {
@@ -28,6 +29,8 @@ static void encode(const Format& format, const Rows& x, size_t source, const Pay
         with_dtype(format.dtype, [&](auto* to) { cast_encode_rows(from, x, to, out, counts, begin, end); });
         return;
       case Kind::feature: feature_encode_rows(from, format, x, source, out, counts, scratch, begin, end); return;
+      case Kind::group: group_encode_rows(from, format, x, out, counts, scratch, begin, end); return;
+      case Kind::minifloat: minifloat_encode_rows(from, format, x, out, counts, scratch, begin, end); return;
     }
   });
 }
@@ -40,6 +43,8 @@ static void decode_sum_row(const Format& format, const Payloads& payloads, size_
       with_dtype(format.dtype, [&](auto* from) { cast_decode_sum_row(from, payloads, row, num_values, out); });
       return;
     case Kind::feature: feature_decode_sum_row(format, payloads, row, scratch, out); return;
+    case Kind::group: group_decode_sum_row(format, payloads, row, scratch, out, num_values); return;
+    case Kind::minifloat: minifloat_decode_sum_row(format, payloads, row, scratch, out, num_values); return;
   }
 }
 

@@ -19,9 +19,12 @@ class ScratchOwner {
   Scratch of(size_t num_features, size_t num_ranks) {
     const size_t values = num_features * sizeof(float) + kScratchSlack;
     const size_t codes = (num_features + kScratchSlack + 63) & ~size_t{63};
-    bytes_.resize(std::max(bytes_.size(), 2 * values + num_ranks * codes));
+    const size_t group_row = num_features / kSmallestGroup + kScratchSlack / sizeof(float);
+    const size_t groups = kGroupRows * group_row * sizeof(float);
+    bytes_.resize(std::max(bytes_.size(), 2 * values + groups + num_ranks * codes));
     auto* start = bytes_.data();
-    return {reinterpret_cast<float*>(start), reinterpret_cast<float*>(start + values), start + 2 * values, codes};
+    auto floats = [&](size_t offset) { return reinterpret_cast<float*>(start + offset); };
+    return {floats(0), floats(values), start + 2 * values + groups, codes, floats(2 * values), group_row};
   }
 
  private:
@@ -78,9 +81,10 @@ class Pool {
 
 std::atomic<size_t> most_threads{1};
 
+// Never destroyed: at the end of the process the workers still wait in it.
 struct {
   std::mutex mutex;
-  Pool* pool = nullptr;  // never destroyed: its threads wait for work until the process has ended
+  Pool* pool = nullptr;
   size_t num_workers = 0;
   pid_t process = 0;
 } shared;
@@ -89,7 +93,7 @@ struct {
 Pool* take_pool(size_t num_workers) {
   if (!shared.mutex.try_lock()) return nullptr;
   if (shared.process != getpid() || shared.num_workers < num_workers) {
-    shared.pool = new Pool(num_workers);  // the threads of the one before wait for ever, or are not there after a fork
+    shared.pool = new Pool(num_workers);  // threads of the one before wait for ever, or are not there after a fork
     shared.num_workers = num_workers;
     shared.process = getpid();
   }

@@ -85,17 +85,47 @@ NARROWCAST_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no
 NARROWCAST_INLINE I32 min(I32 a, I32 b) { return a < b ? a : b; }
 NARROWCAST_INLINE I32 max(I32 a, I32 b) { return a > b ? a : b; }
 
+NARROWCAST_INLINE F32 nan_vector() { return bits_as<F32>(I32{} + int32_t(kNan)); }
+NARROWCAST_INLINE F32 magnitude(F32 x) { return bits_as<F32>(bits_as<I32>(x) & int32_t(kMagnitude)); }
+NARROWCAST_INLINE I32 not_finite(F32 x) { return (bits_as<I32>(x) & int32_t(kMagnitude)) >= int32_t(kInfinity); }
+NARROWCAST_INLINE F32 nan_unless_finite(F32 x) { return select(not_finite(x), nan_vector(), x); }
+
+// The next BF16 not below `x`, which is not negative; not above `x`.
+NARROWCAST_INLINE F32 bf16_up(F32 x) {
+  return bits_as<F32>((bits_as<U32>(x) + 0xFFFF) & 0xFFFF0000);
+}
+NARROWCAST_INLINE F32 bf16_down(F32 x) {
+  const U32 bits = bits_as<U32>(x), negative = U32{} - (bits >> 31);
+  return bits_as<F32>((bits + (negative & 0xFFFF)) & 0xFFFF0000);
+}
+
 NARROWCAST_INLINE int64_t sum(I32 v) {
   int64_t total = 0;
   for (size_t lane = 0; lane < kLanes; ++lane) total += v[lane];
   return total;
 }
 
-NARROWCAST_INLINE bool any(I32 v) {
-  int32_t found = 0;
-  for (size_t lane = 0; lane < kLanes; ++lane) found |= v[lane];
-  return found != 0;
+// 0, 1, 2, ...
+NARROWCAST_INLINE I32 lane_numbers() {
+  I32 numbers;
+  for (size_t lane = 0; lane < kLanes; ++lane) numbers[lane] = int32_t(lane);
+  return numbers;
 }
+
+// Every lane beside the one `distance` away, in pairs.
+template <class V>
+NARROWCAST_INLINE V swapped(V v, int32_t distance) {
+#if defined(__clang__)
+  V other;
+  for (size_t lane = 0; lane < kLanes; ++lane) other[lane] = v[lane ^ size_t(distance)];
+  return other;
+#else
+  return __builtin_shuffle(v, lane_numbers() ^ distance);
+#endif
+}
+
+// Whole numbers from rounding half to even, of magnitudes below 2**22; anything of others.
+NARROWCAST_INLINE I32 round_to_i32(F32 x) { return bits_as<I32>(bits_as<U32>(x + 0x1.8p23f) - 0x4B400000); }
 
 // --- What compilers would do lane by lane: a path for another machine gives its instructions here -------------------
 
@@ -109,6 +139,42 @@ NARROWCAST_INLINE F32 min(F32 a, F32 b) {  // b, if either is NaN
 #else
   return a < b ? a : b;
 #endif
+}
+
+NARROWCAST_INLINE F32 max(F32 a, F32 b) {  // b, if either is NaN
+#if defined(__AVX512BW__)
+  return bits_as<F32>(_mm512_max_ps(bits_as<__m512>(a), bits_as<__m512>(b)));
+#elif defined(__AVX2__)
+  return bits_as<F32>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b)));
+#elif defined(__SSE2__)
+  return bits_as<F32>(_mm_max_ps(bits_as<__m128>(a), bits_as<__m128>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
+NARROWCAST_INLINE bool any(I32 v) {
+#if defined(__AVX512BW__)
+  return _mm512_test_epi32_mask(bits_as<__m512i>(v), bits_as<__m512i>(v)) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256(bits_as<__m256i>(v), bits_as<__m256i>(v));
+#else
+  int32_t found = 0;
+  for (size_t lane = 0; lane < kLanes; ++lane) found |= v[lane];
+  return found != 0;
+#endif
+}
+
+// Of all lanes; none is NaN.
+NARROWCAST_INLINE float smallest(F32 v) {
+#pragma GCC unroll 4
+  for (int32_t distance = kLanes / 2; distance; distance /= 2) v = min(v, swapped(v, distance));
+  return v[0];
+}
+NARROWCAST_INLINE float largest(F32 v) {
+#pragma GCC unroll 4
+  for (int32_t distance = kLanes / 2; distance; distance /= 2) v = max(v, swapped(v, distance));
+  return v[0];
 }
 
 struct Quad {
@@ -199,108 +265,32 @@ NARROWCAST_INLINE U16 low_16_bits(U32 v) {
 #endif
 }
 
-// --- Values of 16 bits ---------------------------------------------------------------------------------------------
-
-NARROWCAST_INLINE F32 from_bf16(U16 h) { return bits_as<F32>(widen(h) << 16); }
-
-NARROWCAST_INLINE F32 from_fp16(U16 h) {
-#if defined(__AVX512F__)
-  return bits_as<F32>(_mm512_cvtph_ps(bits_as<__m256i>(h)));
-#elif defined(__F16C__)
-  return bits_as<F32>(_mm256_cvtph_ps(bits_as<__m128i>(h)));
+// Lanes are 0 to 255.
+NARROWCAST_INLINE U8 low_8_bits(I32 v) {
+#if defined(__AVX512BW__)
+  return bits_as<U8>(_mm512_cvtepi32_epi8(bits_as<__m512i>(v)));
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_packus_epi32(bits_as<__m256i>(v), bits_as<__m256i>(v));
+  const __m128i ordered = _mm256_castsi256_si128(_mm256_permute4x64_epi64(words, 0x08));
+  return bits_as<U8>(_mm_cvtsi128_si64(_mm_packus_epi16(ordered, ordered)));
+#elif defined(__SSE2__)
+  const __m128i words = _mm_packs_epi32(bits_as<__m128i>(v), bits_as<__m128i>(v));
+  return bits_as<U8>(_mm_cvtsi128_si32(_mm_packus_epi16(words, words)));
 #else
-  const U32 wide = widen(h);
-  // The exponent's bias is 112 too small: a product with 2**112 sets that right, for subnormal numbers too.
-  const U32 magnitude = bits_as<U32>(bits_as<F32>((wide & 0x7FFF) << 13) * 0x1p112f);
-  const U32 special = bits_as<U32>(bits_as<I32>(wide & 0x7C00) == 0x7C00) & kInfinity;
-  return bits_as<F32>(magnitude | special | (wide & 0x8000) << 16);
+  return __builtin_convertvector(v, U8);
 #endif
 }
 
-// Rounded half to even; NaN becomes the canonical one.
-NARROWCAST_INLINE U16 to_bf16(F32 x) {
-  const U32 bits = bits_as<U32>(x);
-  const U32 rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-  const U32 nan = bits_as<U32>(x != x);
-  return low_16_bits((nan & 0x7FC0) | (~nan & rounded));
-}
-
-// The same of numbers that are not NaN and not subnormal, for which there may be an instruction.
-NARROWCAST_INLINE U16 normal_to_bf16(F32 x) {
-#if defined(__AVX512BF16__)
-  return bits_as<U16>(_mm512_cvtneps_pbh(bits_as<__m512>(x)));
+// What the low 4 bits of each lane stand for in `feature`: the code less 8, NaN for 0.
+NARROWCAST_INLINE F32 steps_of_4_bits(I32 codes) {
+#if defined(__AVX512BW__)
+  const float nan = bits_as<float>(kNan);
+  const __m512 steps = _mm512_setr_ps(nan, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  return bits_as<F32>(_mm512_permutexvar_ps(bits_as<__m512i>(codes), steps));  // reads 4 bits
 #else
-  const U32 bits = bits_as<U32>(x);
-  return low_16_bits((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+  const I32 code = codes & 15;
+  return select(code == 0, nan_vector(), __builtin_convertvector(code - 8, F32));
 #endif
-}
-
-NARROWCAST_INLINE U16 to_fp16(F32 x) {
-  const U32 nan = bits_as<U32>(x != x);
-#if defined(__AVX512F__)
-  const U16 rounded = bits_as<U16>(_mm512_cvtps_ph(bits_as<__m512>(x), _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  const U16 rounded = bits_as<U16>(_mm256_cvtps_ph(bits_as<__m256>(x), _MM_FROUND_TO_NEAREST_INT));
-#else
-  const U32 bits = bits_as<U32>(x), magnitude = bits & kMagnitude;
-  const U32 normal = (magnitude + 0xFFF + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
-  // Adding 0.5 rounds a number below 2**-14 to units of 2**-24, the subnormal ones of FP16.
-  const U32 small = bits_as<U32>(bits_as<F32>(magnitude) + 0.5f) - 0x3F000000;
-  const U32 is_small = bits_as<U32>(bits_as<I32>(magnitude) < 0x38800000);
-  const U32 is_large = bits_as<U32>(bits_as<I32>(magnitude) >= 0x477FF000);  // 65520 rounds to infinity
-  const U32 finite = (is_small & small) | (~is_small & normal);
-  const U32 any_magnitude = (is_large & 0x7C00) | (~is_large & finite);
-  const U16 rounded = low_16_bits(any_magnitude | (bits >> 16 & 0x8000));
-#endif
-  const U16 narrow_nan = low_16_bits(nan);
-  return (narrow_nan & 0x7E00) | (~narrow_nan & rounded);
-}
-
-// --- Values in a tensor's dtype ------------------------------------------------------------------------------------
-
-NARROWCAST_INLINE F32 load(const float* from, size_t count = kLanes) {
-  return count == kLanes ? load_vector<F32>(from) : load_part<F32>(from, count);
-}
-NARROWCAST_INLINE F32 load(const Bf16* from, size_t count = kLanes) {
-  return from_bf16(count == kLanes ? load_vector<U16>(from) : load_part<U16>(from, count));
-}
-NARROWCAST_INLINE F32 load(const Fp16* from, size_t count = kLanes) {
-  return from_fp16(count == kLanes ? load_vector<U16>(from) : load_part<U16>(from, count));
-}
-
-NARROWCAST_INLINE F32 canonical(F32 x) { return select(x != x, bits_as<F32>(I32{} + int32_t(kNan)), x); }
-
-NARROWCAST_INLINE void store(float* to, F32 x, size_t count = kLanes) {
-  if (count == kLanes) store_vector(to, canonical(x));
-  else store_part(to, canonical(x), count);
-}
-NARROWCAST_INLINE void store(Bf16* to, F32 x, size_t count = kLanes) {
-  if (count == kLanes) store_vector(to, to_bf16(x));
-  else store_part(to, to_bf16(x), count);
-}
-NARROWCAST_INLINE void store(Fp16* to, F32 x, size_t count = kLanes) {
-  if (count == kLanes) store_vector(to, to_fp16(x));
-  else store_part(to, to_fp16(x), count);
-}
-
-// The same for numbers that are not NaN and not subnormal.
-template <class T>
-NARROWCAST_INLINE void store_normal(T* to, F32 x, size_t count = kLanes) { store(to, x, count); }
-NARROWCAST_INLINE void store_normal(float* to, F32 x, size_t count = kLanes) {
-  if (count == kLanes) store_vector(to, x);
-  else store_part(to, x, count);
-}
-NARROWCAST_INLINE void store_normal(Bf16* to, F32 x, size_t count = kLanes) {
-  if (count == kLanes) store_vector(to, normal_to_bf16(x));
-  else store_part(to, normal_to_bf16(x), count);
-}
-
-// Calls `body(first, count)` for each vector of `total` values; `count` is a constant but for the last one.
-template <class Body>
-NARROWCAST_INLINE void for_each_vector(size_t total, Body body) {
-  size_t first = 0;
-  for (; first + kLanes <= total; first += kLanes) body(first, kLanes);
-  if (first < total) body(first, total - first);
 }
 
 }  // namespace NARROWCAST_PATH

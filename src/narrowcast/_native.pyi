@@ -17,6 +17,10 @@ def feature(
     num_holes: int,
     tame: bool,
 ) -> Format: ...
+def group(num_bits: int, group_size: int, symmetric: bool, spikes: bool) -> Format: ...
+def minifloat(
+    num_bits: int, mantissa_bits: int, smallest_exponent: int, largest_code: int, scale_format: int, block_size: int
+) -> Format: ...
 def encode(
     format: Format,
     x: int,

@@ -113,9 +113,3 @@ def store_sum(decoded: list[Tensor], out_TE: Tensor) -> None:
         total_TE = total_TE + values_TE
     out_TE.copy_(total_TE)
     out_TE.masked_fill_(out_TE.isnan(), torch.nan)  # which NaN a conversion gives depends on the CPU's vector width
-
-
-def kernel_of(device: str) -> str:
-    """Which kernels serve `device` ("cpu", "cuda"): "native", or "reference" for those in plain PyTorch."""
-    native = torch._C._dispatch_has_kernel_for_dispatch_key("narrowcast::feature_encode", device.upper())
-    return "native" if native else "reference"

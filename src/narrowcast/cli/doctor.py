@@ -9,7 +9,7 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from narrowcast import ops
+from narrowcast import kernels
 from narrowcast.transport.tcp import COMPILED
 
 PACKAGES = "narrowcast", "torch", "numpy", "safetensors", "transformers", "accelerate", "typer", "rich", "matplotlib"
@@ -36,14 +36,25 @@ def doctor() -> None:
     table.add_row("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
     table.add_row("cuda", ", ".join(_gpus()) or "none")
     table.add_section()
-    for device in ("cpu", *(["cuda"] if _gpus() else [])):
-        kernel = ops.kernel_of(device)
-        table.add_row(f"kernels on {device}", kernel + (" (plain PyTorch)" if kernel == "reference" else ""))
+    table.add_row("kernels on cpu", _cpu_kernels())
+    if _gpus():
+        table.add_row("kernels on cuda", "reference (plain PyTorch)")
     table.add_section()
     for backend, available in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())):
         table.add_row(f"transport torch.distributed, {backend}", "available" if available else "not in this PyTorch")
     table.add_row("transport tcp", "available" if COMPILED else "needs the compiled module")
     Console().print(table)
+
+
+def _cpu_kernels() -> str:
+    selected, others = kernels.selected(), kernels.available()[:-1]
+    if selected == kernels.REFERENCE:
+        return (
+            "[yellow]reference (plain PyTorch)[/]: the compiled module is missing, and coding takes many times as long."
+            " Install a C++ compiler and CMake (apt install g++ cmake), then install narrowcast again, with pip's -v to"
+            " see why a build fails."
+        )
+    return f"{selected} (C++); also {', '.join(reversed(others))}"
 
 
 def _gpus() -> list[str]:

@@ -45,6 +45,16 @@ class Codec(ABC):
     def row_nbytes(self, num_features: int) -> int:
         """Payload bytes of one token."""
 
+    def _known_row_nbytes(self, num_features: int) -> int:
+        nbytes = self._sizes.get(num_features)
+        if nbytes is None:
+            nbytes = self._sizes[num_features] = self.row_nbytes(num_features)
+        return nbytes
+
+    @cached_property
+    def _sizes(self) -> dict[int, int]:
+        return {}
+
     def payload_nbytes(self, num_tokens: int, num_features: int) -> int:
         """Payload bytes of `num_tokens` tokens."""
         return num_tokens * self.row_nbytes(num_features)
@@ -56,12 +66,15 @@ class Codec(ABC):
         """
         self._check_source(source)
         self._check_values(x_TE)
+        shape = x_TE.shape[0], self._known_row_nbytes(x_TE.shape[1])
         if out is None:
-            out = torch.empty(len(x_TE), self.row_nbytes(x_TE.shape[1]), dtype=torch.uint8, device=x_TE.device)
+            out = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
+        elif out.shape != shape or out.dtype is not torch.uint8:
+            raise self._misfit(f"out of {list(shape)} bytes", out)
         if not x_TE.numel():
             return out
         kernel = self._kernel
-        if kernel is not None and cpu.enabled and _is_plain(x_TE) and _is_plain(out):
+        if kernel is not None and cpu.enabled and _is_plain(x_TE) and _is_plain(out) and _may_count(stats):
             kernel.encode(x_TE, source, out, stats)
         else:
             self._encode(x_TE, source, out, stats)
@@ -95,14 +108,15 @@ class Codec(ABC):
 
         `num_features` as in `decode`.
         """
-        if self.num_sources not in (None, len(payloads_RTB)):
+        num_ranks = len(payloads_RTB)
+        if self.num_sources not in (None, num_ranks):
             raise InvalidInputError(
                 f"{self.id} codec",
                 expected=f"payloads of {self.num_sources} ranks",
-                found=f"{len(payloads_RTB)}",
+                found=f"{num_ranks}",
                 remedy="Use a codec that was calibrated for this many ranks.",
             )
-        return self._decode_into(payloads_RTB, 0, len(payloads_RTB), out, dtype, num_features)
+        return self._decode_into(payloads_RTB, 0, num_ranks, out, dtype, num_features)
 
     def recode(
         self,
@@ -115,11 +129,20 @@ class Codec(ABC):
     ) -> Tensor:
         """The payload of the sum, coded by `reduced`: `decode_sum` in FP32, then `encode`, in one pass if possible."""
         kernel, second = self._kernel, reduced._kernel
-        if kernel is not None and second is not None and cpu.enabled and _is_plain(payloads_RTB) and _is_plain(out):
-            if out.numel():
-                kernel.recode(payloads_RTB, second, num_features, out, stats)
-            return out
-        return reduced.encode(self.decode_sum(payloads_RTB, num_features=num_features), source=0, out=out, stats=stats)
+        plain = _is_plain(payloads_RTB) and _is_plain(out) and _may_count(stats)
+        if kernel is None or second is None or not cpu.enabled or not plain:
+            total_TE = self.decode_sum(payloads_RTB, num_features=num_features)
+            return reduced.encode(total_TE, source=0, out=out, stats=stats)
+        num_ranks, num_tokens, _ = payloads_RTB.shape
+        shape = self.num_sources or num_ranks, num_tokens, self._known_row_nbytes(num_features)
+        if payloads_RTB.shape != shape or payloads_RTB.dtype is not torch.uint8:
+            raise self._misfit(f"payloads of {list(shape)} bytes", payloads_RTB)
+        shape_out = num_tokens, reduced._known_row_nbytes(num_features)
+        if out.shape != shape_out or out.dtype is not torch.uint8:
+            raise reduced._misfit(f"out of {list(shape_out)} bytes", out)
+        if out.numel():
+            kernel.recode(payloads_RTB, second, num_features, out, stats)
+        return out
 
     def _decode_into(
         self,
@@ -130,18 +153,20 @@ class Codec(ABC):
         dtype: torch.dtype,
         num_features: int | None,
     ) -> Tensor:
-        num_tokens, row_nbytes = payloads_RTB.shape[1:]
+        _, num_tokens, row_nbytes = payloads_RTB.shape
         if out is None:
             num_features = self.num_features(row_nbytes) if num_features is None else num_features
             out = torch.empty(num_tokens, num_features, dtype=dtype, device=payloads_RTB.device)
         shape = num_tokens, out.shape[-1] if num_features is None else num_features
-        if out.shape != shape or self.row_nbytes(shape[1]) != row_nbytes:
+        known_nbytes = self._known_row_nbytes(shape[1])
+        if out.shape != shape or known_nbytes != row_nbytes or payloads_RTB.dtype is not torch.uint8:
             raise InvalidInputError(
                 f"{self.id} codec",
-                expected=f"{list(shape)} values, {self.row_nbytes(shape[1])} bytes a token",
-                found=f"{row_nbytes} bytes a token, to be decoded into {list(out.shape)}",
+                expected=f"{list(shape)} values, {known_nbytes} bytes a token",
+                found=f"{row_nbytes} a token in {payloads_RTB.dtype}, to be decoded into {list(out.shape)}",
                 remedy="Decode what was encoded, with its number of features.",
             )
+        self._check_values(out)
         if not out.numel():
             return out
         kernel = self._kernel
@@ -234,16 +259,17 @@ class Codec(ABC):
         return self.from_state(config, {name: tensor.to(device) for name, tensor in tensors.items()})
 
     def _check_source(self, source: int) -> None:
-        if self.num_sources is not None and not 0 <= source < self.num_sources:
+        num_sources = self.num_sources
+        if num_sources is not None and not 0 <= source < num_sources:
             raise InvalidInputError(
                 f"{self.id} codec",
-                expected=f"a source rank from 0 to {self.num_sources - 1}",
+                expected=f"a source rank from 0 to {num_sources - 1}",
                 found=source,
                 remedy="Use a codec that was calibrated for this many ranks.",
             )
 
     def _check_values(self, x_TE: Tensor) -> None:
-        if x_TE.ndim != 2 or x_TE.dtype not in FLOAT_DTYPES:
+        if x_TE.dtype not in FLOAT_DTYPES or x_TE.dim() != 2:
             raise InvalidInputError(
                 f"{self.id} codec",
                 expected="values [tokens, features] in bf16, fp16 or fp32",
@@ -251,10 +277,22 @@ class Codec(ABC):
                 remedy="Reshape or convert them first.",
             )
 
+    def _misfit(self, expected: str, found: Tensor) -> InvalidInputError:
+        return InvalidInputError(
+            f"{self.id} codec",
+            expected=expected,
+            found=f"{list(found.shape)} in {found.dtype}",
+            remedy="Size buffers with payload_nbytes.",
+        )
+
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether its address tells all: a CPU tensor that is no stand-in for one, its last dimension contiguous."""
     return type(tensor) is Tensor and tensor.is_cpu and tensor.stride(-1) == 1
+
+
+def _may_count(stats: Tensor | None) -> bool:
+    return stats is None or (_is_plain(stats) and stats.dtype is torch.int64 and stats.shape == (2,))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -129,7 +129,7 @@ class FeatureCodec(Codec):
                 remedy="Calibrate again.",
             )
 
-    @property
+    @cached_property
     def num_sources(self) -> int:
         return len(self.scale)
 

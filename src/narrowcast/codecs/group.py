@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 from narrowcast import ops
 from narrowcast.codecs.base import DynamicCodec
 from narrowcast.errors import InvalidInputError
+from narrowcast.kernels import cpu
 
 SMALLEST_STEP = torch.finfo(torch.bfloat16).smallest_normal  # so that its reciprocal is finite
 
@@ -203,6 +204,9 @@ class GroupCodec(DynamicCodec):
 
     def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None:
         torch.ops.narrowcast.group_decode_sum(payloads_RTB, *self._arguments, out_TE)
+
+    def _make_kernel(self) -> cpu.Kernel | None:
+        return cpu.group(*self._arguments)
 
     @property
     def _arguments(self) -> tuple[int, int, bool, bool]:

@@ -17,6 +17,7 @@ from narrowcast import ops
 from narrowcast.codecs.base import DynamicCodec
 from narrowcast.codecs.floats import E4M3, FORMATS, FloatFormat
 from narrowcast.errors import InvalidInputError
+from narrowcast.kernels import cpu
 
 # How scales are stored: "bf16", "e8m0" (powers of two), or "e4m3" on top of one BF16 scale a token.
 Scale = Literal["bf16", "e8m0", "e4m3"]
@@ -178,6 +179,11 @@ class MinifloatCodec(DynamicCodec):
     def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None:
         size = self._size(out_TE.shape[1])
         torch.ops.narrowcast.minifloat_decode_sum(payloads_RTB, self.element, self.scale, size, out_TE)
+
+    def _make_kernel(self) -> cpu.Kernel | None:
+        form = FORMATS[self.element]
+        element = form.num_bits, form.mantissa_bits, form.smallest_exponent, form.largest_code
+        return cpu.minifloat(*element, self.scale, self.block_size)
 
     def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
         if not x_TE.numel():

@@ -43,4 +43,4 @@ def _select(path: str) -> None:
         cpu.native.use_path(path)
 
 
-__all__ = ["available", "forced", "selected"]
+__all__ = ["REFERENCE", "available", "forced", "selected"]

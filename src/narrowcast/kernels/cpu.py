@@ -18,6 +18,7 @@ except ImportError:  # there was no compiler at the install
 enabled = native is not None
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+_SCALES = {"bf16": 0, "e8m0": 1, "e4m3": 2}
 _LARGE = 1 << 19  # values from which on several threads may share a tensor
 
 
@@ -101,7 +102,8 @@ def feature(
     if native is None or not scale_RE.is_cpu:
         return None
     coded_RE = reciprocal_RE.index_fill(1, outliers_K, 0.0)  # so that nothing clips where an outlier is
-    tensors = [each.contiguous() for each in (scale_RE.float(), coded_RE, outliers_K, holes, fillers)]
+    by_slot_RE = scale_RE.float().index_copy(1, holes, scale_RE[:, fillers].float())
+    tensors = [each.contiguous() for each in (by_slot_RE, coded_RE, outliers_K, holes, fillers)]
     scale, reciprocal, outliers, holes, fillers = tensors
     form = native.feature(
         num_bits,
@@ -116,6 +118,21 @@ def feature(
         _is_tame(scale, num_bits),
     )
     return Kernel(form, *tensors)
+
+
+def group(num_bits: int, group_size: int, symmetric: bool, spikes: bool) -> Kernel | None:
+    """The kernels of a `group` codec."""
+    return Kernel(native.group(num_bits, group_size, symmetric, spikes)) if native else None
+
+
+def minifloat(
+    num_bits: int, mantissa_bits: int, smallest_exponent: int, largest_code: int, scale: str, block_size: int | None
+) -> Kernel | None:
+    """The kernels of a `minifloat` codec; the element's numbers are those of `FloatFormat`."""
+    if native is None:
+        return None
+    element = num_bits, mantissa_bits, smallest_exponent, largest_code
+    return Kernel(native.minifloat(*element, _SCALES[scale], block_size or 0))
 
 
 def _is_tame(scale_RE: Tensor, num_bits: int) -> bool:

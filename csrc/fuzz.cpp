@@ -1,0 +1,172 @@
+// Random bytes through all kernels of all paths, in heap buffers that end with their last byte. Built with sanitizers
+// by tests/test_fuzz.py, it ends at the first read or write beyond a buffer: `fuzz NUM_CASES SEED`.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+#include "paths.h"
+#include "threads.h"
+
+using namespace narrowcast;
+
+namespace {
+
+std::mt19937 generator;
+
+size_t below(size_t end) { return generator() % end; }
+bool coin() { return below(2); }
+
+// Exactly as long as it says, unlike a std::vector.
+template <class T>
+struct Buffer {
+  explicit Buffer(size_t size) : size(size), data(new T[size]) {}
+
+  size_t size;
+  std::unique_ptr<T[]> data;
+};
+
+template <class T>
+Buffer<T> random_bytes(size_t size) {
+  Buffer<T> buffer(size);
+  auto* bytes = reinterpret_cast<uint8_t*>(buffer.data.get());
+  for (size_t i = 0; i < size * sizeof(T); ++i) bytes[i] = uint8_t(generator());
+  return buffer;
+}
+
+size_t packed_nbytes(size_t num_codes, int num_bits) {
+  size_t nbytes = 0;
+  for (int width : {8, 4, 2, 1}) nbytes += num_bits & width ? (num_codes * width + 7) / 8 : 0;
+  return nbytes;
+}
+
+// A format with random parameters, the tensors that it points to, and its size.
+struct Case {
+  Format format = {};
+  size_t row_nbytes = 0;
+  std::vector<Buffer<float>> floats;
+  std::vector<Buffer<int64_t>> indices;
+};
+
+const int64_t* kept(Case& made, const std::vector<int64_t>& values) {
+  made.indices.emplace_back(values.size());
+  std::copy(values.begin(), values.end(), made.indices.back().data.get());
+  return made.indices.back().data.get();
+}
+
+Case feature_case(size_t num_features, size_t num_ranks) {
+  Case made;
+  Format& format = made.format;
+  format.kind = Kind::feature;
+  format.num_bits = 2 + int(below(7));
+  format.num_features = num_features;
+  format.tame = coin();
+  std::vector<int64_t> outliers, holes, fillers;
+  const size_t odds = 1 + below(70);
+  for (size_t i = 0; i < num_features; ++i) {
+    if (below(odds) == 0) outliers.push_back(int64_t(i));
+  }
+  const size_t num_coded = num_features - outliers.size();
+  size_t next = 0;
+  for (size_t i = 0; i < num_features; ++i) {
+    const bool is_outlier = next < outliers.size() && size_t(outliers[next]) == i;
+    next += is_outlier;
+    if (is_outlier && i < num_coded) holes.push_back(int64_t(i));
+    if (!is_outlier && i >= num_coded) fillers.push_back(int64_t(i));
+  }
+  format.outliers = kept(made, outliers);
+  format.holes = kept(made, holes);
+  format.fillers = kept(made, fillers);
+  format.num_outliers = outliers.size();
+  format.num_holes = holes.size();
+  for (const float** part : {&format.scale, &format.reciprocal}) {
+    made.floats.emplace_back(num_ranks * num_features);
+    for (size_t i = 0; i < num_ranks * num_features; ++i) made.floats.back().data[i] = std::ldexp(1.0f, int(below(9)));
+    *part = made.floats.back().data.get();
+  }
+  made.row_nbytes = 2 * outliers.size() + packed_nbytes(num_coded, format.num_bits);
+  return made;
+}
+
+Case group_case(size_t num_features) {
+  Case made;
+  Format& format = made.format;
+  format.kind = Kind::group;
+  format.num_bits = 2 + int(below(7));
+  format.group_size = 32 << below(3);
+  format.symmetric = coin();
+  format.spikes = !format.symmetric && coin();
+  const size_t num_groups = (num_features + format.group_size - 1) / format.group_size;
+  const size_t parameters = format.symmetric ? 2 : format.spikes ? 10 : 4;
+  made.row_nbytes = parameters * num_groups + packed_nbytes(num_features, format.num_bits);
+  return made;
+}
+
+Case minifloat_case(size_t num_features) {
+  static constexpr Element kElements[] = {kE4m3, {8, 2, -14, 0x7B}, {6, 3, 0, 0x1F}, {6, 2, -2, 0x1F}, {4, 1, 0, 0x07}};
+  static constexpr size_t kSizes[] = {0, 16, 32, 64, 128};
+  Case made;
+  Format& format = made.format;
+  format.kind = Kind::minifloat;
+  format.element = kElements[below(5)];
+  format.scale_format = static_cast<ScaleFormat>(below(3));
+  const bool is_bf16 = format.scale_format == ScaleFormat::bf16;
+  format.group_size = is_bf16 ? kSizes[below(5)] : format.scale_format == ScaleFormat::e8m0 ? 32 : 16;
+  const size_t size = format.group_size ? format.group_size : num_features;
+  const size_t num_blocks = (num_features + size - 1) / size;
+  made.row_nbytes = (is_bf16 ? 2 : 1) * num_blocks + (format.scale_format == ScaleFormat::e4m3 ? 2 : 0) +
+                    packed_nbytes(num_features, format.element.num_bits);
+  return made;
+}
+
+Case any_case(size_t num_features, size_t num_ranks) {
+  switch (below(4)) {
+    case 0: {
+      Case made;
+      made.format.kind = Kind::cast;
+      made.format.dtype = static_cast<Dtype>(below(3));
+      made.row_nbytes = num_features * (made.format.dtype == Dtype::fp32 ? 4 : 2);
+      return made;
+    }
+    case 1: return feature_case(num_features, num_ranks);
+    case 2: return group_case(num_features);
+    default: return minifloat_case(num_features);
+  }
+}
+
+void run_case(const Kernels& path) {
+  const size_t num_features = 1 + below(coin() ? 40 : 400), num_tokens = 1 + below(3), num_ranks = 1 + below(4);
+  const Dtype dtype = static_cast<Dtype>(below(3));
+  const size_t itemsize = dtype == Dtype::fp32 ? 4 : 2, num_values = num_tokens * num_features;
+  const Case partial = any_case(num_features, num_ranks), reduced = any_case(num_features, 1);
+  const ptrdiff_t stride = ptrdiff_t(partial.row_nbytes), reduced_stride = ptrdiff_t(reduced.row_nbytes);
+  auto values = random_bytes<uint8_t>(num_values * itemsize);
+  auto payloads = random_bytes<uint8_t>(num_ranks * num_tokens * partial.row_nbytes);
+  Buffer<uint8_t> coded(num_tokens * partial.row_nbytes), recoded(num_tokens * reduced.row_nbytes);
+  const Rows rows = {values.data.get(), dtype, ptrdiff_t(num_features), num_tokens, num_features};
+  const Payloads from = {{payloads.data.get(), stride}, ptrdiff_t(num_tokens) * stride, num_ranks, 0};
+  for_rows(num_tokens, 0, num_features, num_ranks, [&](size_t begin, size_t end, const Scratch& scratch) {
+    Counts counts;
+    path.encode(partial.format, rows, below(num_ranks), {coded.data.get(), stride}, counts, scratch, begin, end);
+    path.decode_sum(partial.format, from, rows, scratch, begin, end);
+    const Payload out = {recoded.data.get(), reduced_stride};
+    path.recode(partial.format, from, reduced.format, num_features, out, counts, scratch, begin, end);
+  });
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int num_cases = argc > 1 ? std::atoi(argv[1]) : 1000;
+  generator.seed(argc > 2 ? unsigned(std::atoi(argv[2])) : 0);
+  for (const Kernels* path : runnable_kernels()) {
+    // A thread of its own for each: its scratch is no larger than the case needs.
+    for (int i = 0; i < num_cases; ++i) std::thread([path] { run_case(*path); }).join();
+    std::printf("%s: %d cases\n", path->name, num_cases);
+  }
+}

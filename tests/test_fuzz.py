@@ -1,0 +1,31 @@
+"""Random bytes through every C++ kernel, built with address and undefined-behaviour sanitizers (csrc/fuzz.cpp)."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+tools = ["cmake", "c++"]
+
+
+def run(*command: str | Path) -> str:
+    done = subprocess.run([str(each) for each in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="the sources are not here")
+@pytest.mark.skipif(not all(map(shutil.which, tools)), reason=f"needs {' and '.join(tools)}")
+def test_no_payload_makes_a_kernel_read_or_write_beyond_its_buffers(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.cpp"
+    probe.write_text("int main() {}", encoding="utf8")
+    sanitizers = "-fsanitize=address,undefined"
+    if subprocess.run(["c++", sanitizers, probe, "-o", tmp_path / "probe"], capture_output=True).returncode:
+        pytest.skip("this compiler has no sanitizers")
+    run("cmake", "-S", ROOT, "-B", tmp_path / "build", "-DNARROWCAST_FUZZ=ON")
+    run("cmake", "--build", tmp_path / "build", "--parallel", "2")
+    told = run(tmp_path / "build" / "fuzz", "2000", "0")
+    assert "portable: 2000 cases" in told
