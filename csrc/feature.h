@@ -45,6 +45,7 @@ NARROWCAST_INLINE int64_t quantize(const T* x, const float* reciprocal, size_t n
     Bytes clamped = {};
     I32 beyond = {};
     for (; first < end; first += kVectorBytes) {
+      prefetch<kVectorBytes * sizeof(T)>(x + first);
       Quad steps;
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {

@@ -127,6 +127,14 @@ NARROWCAST_INLINE V swapped(V v, int32_t distance) {
 // Whole numbers from rounding half to even, of magnitudes below 2**22; anything of others.
 NARROWCAST_INLINE I32 round_to_i32(F32 x) { return bits_as<I32>(bits_as<U32>(x + 0x1.8p23f) - 0x4B400000); }
 
+// Ask for what stands two pages on, as the hardware's own prefetching ends with a page. Any address will do.
+template <size_t nbytes>
+NARROWCAST_INLINE void prefetch(const void* from) {
+  for (size_t line = 0; line < nbytes; line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + 8192 + line));
+  }
+}
+
 // --- What compilers would do lane by lane: a path for another machine gives its instructions here -------------------
 
 NARROWCAST_INLINE F32 min(F32 a, F32 b) {  // b, if either is NaN

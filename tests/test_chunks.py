@@ -67,10 +67,11 @@ def test_chunks_are_shared_evenly_and_few() -> None:
     assert chunks_of(stages, 1000, NUM_FEATURES, 4, None) == [slice(0, 1000)]
     assert chunks_of(stages, 1000, NUM_FEATURES, 4, 1000 * nbytes) == [slice(0, 1000)]
     assert chunks_of(stages, 7, NUM_FEATURES, 4, 1) == [slice(0, 7)], "two chunks would not be shared evenly"
-    chunks = chunks_of(stages, 1003, NUM_FEATURES, 4, nbytes)
+    assert len(chunks_of(stages, 1003, NUM_FEATURES, 4, 100 * nbytes)) == 11
+    chunks = chunks_of(stages, 9003, NUM_FEATURES, 4, nbytes)
     assert len(chunks) == MAX_CHUNKS
     assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
-    assert (chunks[0].start, chunks[-1].stop) == (0, 1003)
+    assert (chunks[0].start, chunks[-1].stop) == (0, 9003)
     assert all(chunk.start % 4 == 0 for chunk in chunks)
 
 

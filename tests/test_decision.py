@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import PRESETS, InvalidInputError, Plan
+from narrowcast.cli import app
 from narrowcast.codecs import Ranges
 from narrowcast.collectives import simulate
 from narrowcast.communicator import Communicator, SiteCodecs, plain
@@ -190,3 +192,24 @@ def test_an_attached_model_follows_its_plan(ranks: Callable[[int], Ranks], tmp_p
         assert plain_report.bits_per_value == 16
         assert coded_report.bits_per_value < 5  # type: ignore[operator]
         assert (plain_logits - exact).abs().max() < (coded_logits - exact).abs().max()
+
+
+def run_tune(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["plan", "tune", *arguments], catch_exceptions=False)
+
+
+def test_the_command_completes_the_plan(tmp_path: Path) -> None:
+    plan, new = tmp_path / "a.plan", tmp_path / "b.plan"
+    a_plan(2).save(plan)
+    before = plan.read_bytes()
+    done = run_tune(str(plan), "--seconds", "0.2", "--output", str(new))
+    assert done.exit_code == 0, done.output
+    assert "coded one_shot" in done.output
+    assert plan.read_bytes() == before
+    tuned = Plan.load(new)
+    assert tuned.decisions.choice(1, NUM_FEATURES, coded=True) is not None
+    assert replace(tuned, decisions=Decisions()).fingerprint == a_plan(2).fingerprint
+    with pytest.raises(InvalidInputError, match="expected a new file"):
+        run_tune(str(plan), "--output", str(new))
+    with pytest.raises(InvalidInputError, match="one of auto, tcp, torch"):
+        run_tune(str(plan), "--transport", "pigeon")

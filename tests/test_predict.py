@@ -67,7 +67,7 @@ def test_two_shot_sends_less_and_waits_more() -> None:
 def test_coding_hides_behind_the_link_or_the_link_behind_coding() -> None:
     free, slow = model_of("1Gbps,0ms", 2), model_of("1Gbps,0ms", 2, Coding(encode_s=1e-9, decode_s=1e-9))
     coding_s = 3 * 4096 * 4096 * 1e-9
-    assert seconds(slow, ONE, 4096) < seconds(free, ONE, 4096) + coding_s / 8, "16 chunks hide it"
+    assert seconds(slow, ONE, 4096) < seconds(free, ONE, 4096) + coding_s / 8, "64 chunks hide it"
     assert seconds(slow, ONE, 1) == pytest.approx(seconds(free, ONE, 1) + 3 * 4096 * 1e-9), "one chunk hides nothing"
 
 

@@ -264,7 +264,8 @@ def check_idle() -> float:
 
 
 def test_who_waits_burns_no_core(ranks: Pools) -> None:
-    assert ranks(2).run(check_idle)[1] < 0.1
+    """1.5 seconds of waiting: a loop that never slept would take them all."""
+    assert ranks(2).run(check_idle)[1] < 0.75
 
 
 def connections_are_kept() -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from itertools import pairwise
 from typing import Literal, overload
 
@@ -16,7 +16,8 @@ from narrowcast.collectives.pending import Group, Pending, finish, transport_of
 from narrowcast.errors import InvalidInputError
 from narrowcast.transport import Transport, Work
 
-MAX_CHUNKS = 16  # more would gain nothing: filling and emptying the pipe then take a sixteenth of the coding
+MAX_CHUNKS = 256  # of one tensor: more would gain nothing, and each costs some 30 us of Python
+WINDOW = 8  # chunks under way: enough bytes for a long link, few enough to be decoded while the caches have them
 
 
 @overload
@@ -95,7 +96,7 @@ def all_reduce_steps(
     if len(chunks) == 1:
         yield from steps(x_TE, y_TE, stages, rank, world_size, stats)
     else:
-        yield from in_turns([steps(x_TE[own], y_TE[own], stages, rank, world_size, stats) for own in chunks])
+        yield from in_turns(steps(x_TE[own], y_TE[own], stages, rank, world_size, stats) for own in chunks)
     return y
 
 
@@ -117,17 +118,23 @@ def chunks_of(
     return [slice(start, stop) for start, stop in pairwise([*starts, num_tokens])]
 
 
-def in_turns(parts: Sequence[Filling]) -> Generator[Begin | Work, Work, None]:
-    """The steps of all parts: while the bytes of one travel, the next one codes."""
+def in_turns(parts: Iterable[Filling]) -> Generator[Begin | Work, Work, None]:
+    """The steps of all parts, of which WINDOW are under way: while the bytes of one travel, the next one codes."""
     under_way: deque[tuple[Filling, Work]] = deque()
     for part in parts:
         under_way.append((part, (yield Begin(next(part)))))
+        while len(under_way) == WINDOW:
+            yield from _step_of_the_oldest(under_way)
     while under_way:
-        part, work = under_way.popleft()
-        yield work
-        exchange = next(part, None)
-        if exchange is not None:
-            under_way.append((part, (yield Begin(exchange))))
+        yield from _step_of_the_oldest(under_way)
+
+
+def _step_of_the_oldest(under_way: deque[tuple[Filling, Work]]) -> Generator[Begin | Work, Work, None]:
+    part, work = under_way.popleft()
+    yield work
+    exchange = next(part, None)
+    if exchange is not None:
+        under_way.append((part, (yield Begin(exchange))))
 
 
 @overload
