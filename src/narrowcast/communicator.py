@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from narrowcast.codecs import CastCodec, Codec
 from narrowcast.collectives import (
@@ -17,15 +18,15 @@ from narrowcast.collectives import (
     Stages,
     all_gather_features_steps,
     all_gather_steps,
-    all_reduce_steps,
     all_to_all_steps,
     broadcast_steps,
     choose,
+    deferred_all_reduce_steps,
     named,
     recv_steps,
     send_steps,
 )
-from narrowcast.collectives.base import Steps, Traffic
+from narrowcast.collectives.base import Deferred, Steps, Traffic
 from narrowcast.decision import Choice, Decisions
 from narrowcast.monitor import Monitor, SiteCounters
 from narrowcast.transport import Transport
@@ -109,23 +110,34 @@ class Communicator:
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """Sum partial sums `x` [..., E], whose memory the sum may take."""
-        num_tokens, num_features = math.prod(x.shape[:-1]), x.shape[-1]
+        x_TE = x.reshape(-1, x.shape[-1])
+        return self._sum(Deferred.of(x_TE), x_TE if x.is_contiguous() else torch.empty_like(x_TE), site).view(x.shape)
+
+    def all_reduce_linear(self, x: Tensor, weight: Tensor, site: str) -> Tensor:
+        """Sum `x` [..., F] times `weight` [E, F] over the ranks: products of the next tokens while others travel."""
+        num_tokens, num_features = math.prod(x.shape[:-1]), weight.shape[0]
+        x_TF = x.reshape(num_tokens, x.shape[-1])  # a rank may hold no column
+        products = Deferred(num_tokens, num_features, lambda own: functional.linear(x_TF[own], weight))
+        return self._sum(products, x.new_empty(num_tokens, num_features), site).view(*x.shape[:-1], num_features)
+
+    def _sum(self, x: Deferred, y_TE: Tensor, site: str) -> Tensor:
+        """The sum, in `y_TE` or in memory of its own."""
+        num_tokens, num_features, dtype = x.num_tokens, x.num_features, y_TE.dtype
         choice = self._codecs.choice(site, num_tokens, num_features, self.tp.world_size)
-        planned = self._codecs.of(site, x) if choice.form == "coded" else plain(x.dtype)
+        planned = self._codecs.of(site, y_TE) if choice.form == "coded" else plain(dtype)
 
         def sent() -> Traffic:
             return traffic_of(choice, planned, num_tokens, num_features, self.tp.rank, self.tp.world_size)
 
         if choice.form == "native":
-            self._codecs.counters(site).count(num_tokens, sent(), x.dtype.itemsize)
-            return self.tp.native_all_reduce(x)
+            self._codecs.counters(site).count(num_tokens, sent(), dtype.itemsize)
+            return self.tp.native_all_reduce(x.tokens(slice(None)))
         stages, algorithm = planned, choice.algorithm
         if self._count_only:
-            stages = plain(x.dtype)
+            stages = plain(dtype)
             algorithm = choose("auto", stages, num_tokens, num_features, self.tp.world_size)
-        out = x if x.is_contiguous() else None
-        steps = all_reduce_steps(x, stages, self.tp, algorithm, self._stats(site), out)
-        return self._drive(steps, self.tp, site, num_tokens, x.dtype, sent)
+        steps = deferred_all_reduce_steps(x, y_TE, stages, self.tp, algorithm, self._stats(site))
+        return self._drive(steps, self.tp, site, num_tokens, dtype, sent)
 
     def all_gather_features(self, x: Tensor, site: str, num_features: Sequence[int]) -> Tensor:
         """Put the last dimensions of all ranks side by side; rank r holds `num_features[r]` of it."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from narrowcast.codecs import CastCodec
 from narrowcast.collectives import Pending, all_gather_steps
@@ -27,6 +28,9 @@ class GatheringCommunicator(Communicator):
         x_TE = x.reshape(-1, x.shape[-1])
         partials = self._gather(x_TE, [len(x_TE)] * self.tp.world_size)
         return self._wires.all_reduce(partials, site).view(x.shape)
+
+    def all_reduce_linear(self, x: Tensor, weight: Tensor, site: str) -> Tensor:
+        return self.all_reduce(functional.linear(x, weight), site)
 
     def all_gather_features(self, x: Tensor, site: str, num_features: Sequence[int]) -> Tensor:
         num_tokens = math.prod(x.shape[:-1])

@@ -22,7 +22,13 @@ from narrowcast.collectives.gather import (
 )
 from narrowcast.collectives.pending import Pending, transport_of
 from narrowcast.collectives.point_to_point import recv, recv_steps, send, send_steps
-from narrowcast.collectives.reduce import all_reduce, all_reduce_steps, reduce_scatter, reduce_scatter_steps
+from narrowcast.collectives.reduce import (
+    all_reduce,
+    all_reduce_steps,
+    deferred_all_reduce_steps,
+    reduce_scatter,
+    reduce_scatter_steps,
+)
 
 __all__ = [
     "ALGORITHMS",
@@ -43,6 +49,7 @@ __all__ = [
     "checked_groups",
     "checked_stages",
     "choose",
+    "deferred_all_reduce_steps",
     "named",
     "recv",
     "recv_steps",

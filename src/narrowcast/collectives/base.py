@@ -9,7 +9,7 @@ Shapes: T tokens, E features, R ranks, B payload bytes of a token.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -43,6 +43,20 @@ class Begin(NamedTuple):
 # What is yielded: an exchange to wait for, one to begin, or the Work of one that was begun.
 Steps = Generator[Exchange | Begin | Work, Any, Tensor]
 Filling = Generator[Exchange, None, None]
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor [T, E] of which `tokens(own)` gives some, computed when they are about to travel."""
+
+    num_tokens: int
+    num_features: int
+    tokens: Callable[[slice], Tensor]
+
+    @classmethod
+    def of(cls, x_TE: Tensor) -> Self:
+        """What is there already."""
+        return cls(x_TE.shape[0], x_TE.shape[1], x_TE.__getitem__)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from narrowcast.collectives.base import Begin, Exchange, Steps, Traffic
 from narrowcast.transport import Collectives, TorchDistributedTransport, Transport, Work
 
-MAX_STEPS = 1 << 15  # exchanges of one collective, each of which has a tag of its own: 256 chunks of a ring of 65
+MAX_STEPS = 1 << 15  # exchanges of one collective, each of which has a tag of its own: 64 chunks of a ring of 256
 
 Group = dist.ProcessGroup | Transport | None
 

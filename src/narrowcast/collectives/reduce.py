@@ -11,13 +11,23 @@ from torch import Tensor
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.algorithms import checked_stages, choose, named
-from narrowcast.collectives.base import Begin, Exchange, Filling, Stages, Steps, check_matrix, share_of, without
+from narrowcast.collectives.base import (
+    Begin,
+    Deferred,
+    Exchange,
+    Filling,
+    Stages,
+    Steps,
+    check_matrix,
+    share_of,
+    without,
+)
 from narrowcast.collectives.pending import Group, Pending, finish, transport_of
 from narrowcast.errors import InvalidInputError
 from narrowcast.transport import Transport, Work
 
-MAX_CHUNKS = 256  # of one tensor: more would gain nothing, and each costs some 30 us of Python
-WINDOW = 8  # chunks under way: enough bytes for a long link, few enough to be decoded while the caches have them
+MAX_CHUNKS = 64  # of one tensor: more would gain nothing, and each costs some 30 us of Python
+WINDOW = 16  # chunks under way: enough bytes for a long link, few enough to be decoded while the caches have them
 
 
 @overload
@@ -88,16 +98,23 @@ def all_reduce_steps(
     stats: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Steps:
-    """The steps of `algorithm`, which can run, on `x` [..., E]: of all tokens, or of chunks of them that take turns."""
+    """The steps of `algorithm`, which can run, on `x` [..., E]."""
     x_TE, y = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    y_TE, rank, world_size = y.view(x_TE.shape), transport.rank, transport.world_size
-    (num_tokens, num_features), steps = x_TE.shape, named(algorithm).steps
-    chunks = chunks_of(stages, num_tokens, num_features, world_size, transport.chunk_nbytes)
-    if len(chunks) == 1:
-        yield from steps(x_TE, y_TE, stages, rank, world_size, stats)
-    else:
-        yield from in_turns(steps(x_TE[own], y_TE[own], stages, rank, world_size, stats) for own in chunks)
+    yield from deferred_all_reduce_steps(Deferred.of(x_TE), y.view(x_TE.shape), stages, transport, algorithm, stats)
     return y
+
+
+def deferred_all_reduce_steps(
+    x: Deferred, y_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, stats: Tensor | None = None
+) -> Steps:
+    """The same of tokens that are yet to be computed: all at once, or chunks that take turns, computing and sending."""
+    steps, rank, world_size = named(algorithm).steps, transport.rank, transport.world_size
+    chunks = chunks_of(stages, x.num_tokens, x.num_features, world_size, transport.chunk_nbytes)
+    if len(chunks) == 1:
+        yield from steps(x.tokens(chunks[0]), y_TE, stages, rank, world_size, stats)
+    else:
+        yield from in_turns(steps(x.tokens(own), y_TE[own], stages, rank, world_size, stats) for own in chunks)
+    return y_TE
 
 
 def chunks_of(

@@ -42,7 +42,7 @@ class TcpTransport(GroupTransport):
     """
 
     name = "tcp"
-    chunk_nbytes = 262144
+    chunk_nbytes = 131072
 
     def __init__(
         self,

@@ -28,7 +28,7 @@ def real_rows(name: str, layer: Any, communicator: Communicator) -> Forward:
     weight, bias = local(layer.weight), None if layer.bias is None else local(layer.bias)
 
     def forward(x: Tensor) -> Tensor:
-        return add_bias(communicator.all_reduce(functional.linear(x, weight), name), bias)
+        return add_bias(communicator.all_reduce_linear(x, weight, name), bias)
 
     return forward
 
