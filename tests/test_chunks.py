@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from narrowcast import PRESETS, InvalidInputError, all_reduce
 from narrowcast.codecs import Ranges
@@ -12,6 +13,7 @@ from narrowcast.collectives import Pending, Stages, all_reduce_steps, simulate
 from narrowcast.collectives.algorithms import named
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import MAX_CHUNKS, chunks_of
+from narrowcast.communicator import Communicator, SiteCodecs
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 
@@ -73,6 +75,36 @@ def test_chunks_are_shared_evenly_and_few() -> None:
     assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
     assert (chunks[0].start, chunks[-1].stop) == (0, 9003)
     assert all(chunk.start % 4 == 0 for chunk in chunks)
+
+
+def summed_products(num_tokens: int) -> tuple[Tensor, list[str]]:
+    """The sum of a layer's products, and in which order products and exchanges were made."""
+    transport = TorchDistributedTransport()
+    transport.chunk_nbytes = 500  # type: ignore[misc]
+    rank, world_size = transport.rank, transport.world_size
+    sites = SiteCodecs({"s": stages_of(world_size, "one_shot").codecs}, (), "one_shot", torch.device("cpu"))
+    communicator, order = Communicator(sites, tp=transport, pp=None), []
+    exchange, linear = transport.exchange, functional.linear
+    transport.exchange = lambda *args, **kwargs: (order.append("exchange"), exchange(*args, **kwargs))[1]  # type: ignore[func-returns-value, method-assign]
+    functional.linear = lambda *args: (order.append("product"), linear(*args))[1]  # type: ignore[func-returns-value]
+    try:
+        x_TF = inputs(world_size, num_tokens)[rank].view(1, num_tokens, -1)
+        return communicator.all_reduce_linear(x_TF, weight_of(), "s"), order
+    finally:
+        functional.linear = linear
+
+
+def weight_of() -> Tensor:
+    return torch.randn(NUM_FEATURES, NUM_FEATURES, generator=torch.Generator().manual_seed(6)).bfloat16() / 10
+
+
+def test_products_are_made_while_others_travel(ranks: Callable[[int], Ranks]) -> None:
+    partials = [functional.linear(x_TF, weight_of()) for x_TF in inputs(2, 60)]
+    expected = simulate.all_reduce(partials, codec=stages_of(2, "one_shot").codecs, algorithm="one_shot")
+    for y, order in ranks(2).run(summed_products, 60):
+        assert torch.equal(y[0], expected)
+        assert len(order) > 8
+        assert order == ["product", "exchange"] * (len(order) // 2)
 
 
 def several_at_once(num_tokens: int) -> list[Tensor]:
