@@ -9,6 +9,8 @@ from narrowcast.errors import MissingDependencyError
 
 Rows = Sequence[Mapping[str, Any]]
 NO_LINK = "loopback"
+YARDSTICKS = "native", "raw"
+STYLES = "-", "--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1))
 
 
 def check_possible() -> None:
@@ -49,17 +51,24 @@ def draw_codecs(rows: Rows, path: Path) -> None:
 
 
 def draw_collectives(rows: Rows, path: Path) -> None:
-    """Time against size, a panel for each link and number of ranks; dotted, what the link alone takes."""
+    """Time against size, a panel for each link and number of ranks; dotted, what the link alone takes.
+
+    A colour for each codec, a style for each transport and algorithm.
+    """
     panels = list(dict.fromkeys((row["link"], row["world_size"]) for row in rows))
+    colours = {codec: f"C{index % 10}" for index, codec in enumerate(_distinct(rows, "codec"))}
+    ways = list(dict.fromkeys((row["transport"], row["algorithm"]) for row in rows if row["codec"] not in YARDSTICKS))
+    styles = dict(zip(ways, STYLES, strict=False))
     figure, all_axes = _figure(len(panels))
     for axes, (link, world_size) in zip(all_axes, panels, strict=True):
         here = [row for row in rows if (row["link"], row["world_size"]) == (link, world_size)]
         for label, line in _lines(here):
-            places = [row["nbytes"] for row in line]
-            (drawn,) = axes.plot(places, [row["median_us"] for row in line], ".-", linewidth=1.2, label=label)
+            places, colour = [row["nbytes"] for row in line], colours[line[0]["codec"]]
+            style = styles.get((line[0]["transport"], line[0]["algorithm"]), "-")
+            times = [row["median_us"] for row in line]
+            axes.plot(places, times, marker=".", linestyle=style, color=colour, linewidth=1.2, label=label)
             if link is not None:
-                limits = [row["limit_us"] for row in line]
-                axes.plot(places, limits, ":", color=drawn.get_color(), linewidth=1)
+                axes.plot(places, [row["limit_us"] for row in line], ":", color=colour, linewidth=0.7)
         sizes = _distinct(here, "nbytes")
         axes.set_xscale("log", base=2)
         axes.set_xticks(sizes, [size(each) for each in sizes], fontsize=7)
@@ -68,7 +77,8 @@ def draw_collectives(rows: Rows, path: Path) -> None:
         axes.set_title(f"{link or NO_LINK}, {world_size} ranks", fontsize=9)
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("median, us (dotted: the link alone)")
-    all_axes[-1].legend(fontsize=7)
+    handles = {label: line for axes in all_axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7, frameon=False)
     figure.savefig(path, dpi=120, format="png")
 
 
