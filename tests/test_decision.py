@@ -1,5 +1,8 @@
 """Which way a sum takes: what was measured decides, alike on every rank; deterministic=True fixes one for all sizes."""
 
+import json
+import logging
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import narrowcast
+from conftest import MODEL
 from models import random_ids, save_random
 from narrowcast import PRESETS, InvalidInputError, Plan
 from narrowcast.cli import app
@@ -179,6 +183,37 @@ def attached(folder: Path, plan: bytes, ids: Tensor) -> list[tuple[Tensor, Repor
     return found
 
 
+def test_scores_are_of_the_codecs_however_a_plan_was_tuned(tmp_path: Path) -> None:
+    model = load_engine().load(MODEL)
+    plan = narrowcast.calibrate(model, [random_ids(1, 32)], tp_size=2, codec="int4-feature")
+    tables = [{model.config.hidden_size: ((1, choice),)} for choice in (PLAIN, NATIVE)]
+    replace(plan, decisions=Decisions(*tables)).save(tmp_path / "plan")
+    options = "--plan", str(tmp_path / "plan"), "--sequences", "1", "--length", "32", "--json", str(tmp_path / "r.json")
+    done = run_cli("evaluate", str(MODEL), *options)
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf8"))["bits_per_value"] < 5
+
+
+def told(folder: Path, plan: bytes) -> str:
+    model = load_engine().load(folder, split=Split(tp_size=2))
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("narrowcast").addHandler(handler)
+    narrowcast.attach(model, Plan.from_bytes(plan, "memory"), transport="torch").remove()
+    logging.getLogger("narrowcast").removeHandler(handler)
+    return "\n".join(records)
+
+
+def test_a_plan_that_was_tuned_over_another_transport_is_told(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
+    folder = save_random("llama", tmp_path / "model")
+    plan = narrowcast.calibrate(load_engine().load(folder), [random_ids(1, 8)], tp_size=2, codec="int4-feature")
+    for transport, warns in (("tcp", True), ("torch.distributed", False), ("", False)):
+        data = replace(plan, decisions=replace(TABLE, transport=transport)).to_bytes()
+        for messages in ranks(2).run(told, folder, data):
+            assert ("was tuned over tcp" in messages) == warns
+
+
 def test_an_attached_model_follows_its_plan(ranks: Callable[[int], Ranks], tmp_path: Path) -> None:
     """Where uncompressed sums are faster nothing is coded, unless one way is asked for all sizes."""
     folder, ids = save_random("llama", tmp_path / "model"), random_ids(1, 12)
@@ -194,16 +229,25 @@ def test_an_attached_model_follows_its_plan(ranks: Callable[[int], Ranks], tmp_p
         assert (plain_logits - exact).abs().max() < (coded_logits - exact).abs().max()
 
 
+def run_cli(*arguments: str) -> Any:
+    return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+
+
 def run_tune(*arguments: str) -> Any:
-    return CliRunner().invoke(app, ["plan", "tune", *arguments], catch_exceptions=False)
+    return run_cli("plan", "tune", *arguments)
 
 
-def test_the_command_completes_the_plan(tmp_path: Path) -> None:
-    plan, new = tmp_path / "a.plan", tmp_path / "b.plan"
+def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, new, temporary = tmp_path / "a.plan", tmp_path / "b.plan", tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     a_plan(2).save(plan)
     before = plan.read_bytes()
+    assert "not tuned: every sum is coded" in run_cli("plan", "inspect", str(plan)).output
     done = run_tune(str(plan), "--seconds", "0.2", "--output", str(new))
     assert done.exit_code == 0, done.output
+    assert not list(temporary.glob("narrowcast-*")), "the launcher's logs are gone"
+    assert f"sums of {NUM_FEATURES} features" in run_cli("plan", "inspect", str(new)).output
     assert "coded one_shot" in done.output
     assert plan.read_bytes() == before
     tuned = Plan.load(new)

@@ -41,10 +41,14 @@ Thresholds = Sequence[tuple[int, Choice]]
 
 @dataclass(frozen=True)
 class Decisions:
-    """Choices for sums of `num_features` values a token: for sites that the plan codes, and for all others."""
+    """Choices for sums of `num_features` values a token: for sites that the plan codes, and for all others.
+
+    `transport`: the name of the one that they were measured over.
+    """
 
     coded: Mapping[int, Thresholds] = field(default_factory=dict)
     plain: Mapping[int, Thresholds] = field(default_factory=dict)
+    transport: str = ""
 
     def choice(self, num_tokens: int, num_features: int, *, coded: bool) -> Choice | None:
         """The way for a sum of that size; None where nothing was measured."""
@@ -56,12 +60,14 @@ class Decisions:
 
     def to_json(self) -> dict[str, Any]:
         """All tables as JSON values."""
-        return {"coded": _to_json(self.coded), "plain": _to_json(self.plain)}
+        return {"coded": _to_json(self.coded), "plain": _to_json(self.plain), "transport": self.transport}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Decisions":
         """The tables that `to_json` gave; KeyError, TypeError or ValueError if it gave none such."""
-        return cls(coded=_from_json(values["coded"]), plain=_from_json(values["plain"]))
+        return cls(
+            coded=_from_json(values["coded"]), plain=_from_json(values["plain"]), transport=str(values["transport"])
+        )
 
 
 def _to_json(tables: Mapping[int, Thresholds]) -> dict[str, Any]:

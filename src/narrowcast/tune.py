@@ -148,8 +148,8 @@ def _of_first_rank_all(transport: Transport, timings: Sequence[Timing], num_feat
         )
         for num_tokens, nbytes, seconds, measured in json.loads(_of_first_rank(transport, json.dumps(mine)))
     ]
-    tables = ({num_features: _thresholds(shared, forms)} for forms in (FORMS, FORMS[1:]))
-    return Tuning(decisions=Decisions(*tables), timings=shared)
+    coded, uncoded = ({num_features: _thresholds(shared, forms)} for forms in (FORMS, FORMS[1:]))
+    return Tuning(decisions=Decisions(coded=coded, plain=uncoded, transport=transport.name), timings=shared)
 
 
 def _thresholds(timings: Sequence[Timing], forms: Sequence[str]) -> Thresholds:

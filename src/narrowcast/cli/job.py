@@ -5,7 +5,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import functional
 import narrowcast
 from narrowcast import Plan
 from narrowcast.cli.launch import is_first_rank, on_ranks
+from narrowcast.decision import Decisions
 from narrowcast.evaluate import Score, compare, log_probs
 from narrowcast.integrations import Handle, device_of, load_engine, transports_of
 from narrowcast.monitor import Report
@@ -78,9 +79,12 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
 def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
     outcomes = []
     for path in job.plans:
+        plan = Plan.load(path)
+        if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
+            plan = replace(plan, decisions=Decisions())
         with narrowcast.attach(
             model,
-            Plan.load(path),
+            plan,
             simulate=simulate,
             algorithm=job.algorithm,
             transport=job.transport,

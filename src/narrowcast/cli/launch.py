@@ -3,11 +3,12 @@
 import logging
 import os
 import signal
+import tempfile
 import uuid
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -27,6 +28,18 @@ def on_ranks(function: Callable[P, T], world_size: int, timeout_s: float, *args:
         return cast(T, _rank_main(function, timeout_s, args, kwargs))
     _silence_launcher()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all ranks are on this machine
+    with tempfile.TemporaryDirectory(prefix="narrowcast-") as logs:
+        return _launched(function, world_size, timeout_s, logs, args, kwargs)
+
+
+def _launched(
+    function: Callable[P, T],
+    world_size: int,
+    timeout_s: float,
+    logs: str,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> T:
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -37,6 +50,7 @@ def on_ranks(function: Callable[P, T], world_size: int, timeout_s: float, *args:
         local_addr="localhost",
         max_restarts=0,
         shutdown_timeout=SHUTDOWN_S,
+        logs_specs=DefaultLogsSpecs(log_dir=logs),
     )
     try:
         results: dict[int, T] = elastic_launch(config, _rank_main)(function, timeout_s, args, kwargs)

@@ -26,7 +26,7 @@ from narrowcast.cli.options import (
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
 from narrowcast.split import Split
-from narrowcast.transport import DEFAULT_TIMEOUT_S
+from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
 
 def evaluate(
@@ -45,9 +45,11 @@ def evaluate(
 ) -> None:
     """Score MODEL with a plan against the uncompressed model: perplexity, KL divergence, top-1 agreement.
 
+    Of a tuned plan, too, every sum is coded here: what it leaves uncoded for speed makes answers only better.
     The uncompressed model's log-probabilities wait in the temporary folder: 4 bytes a token and vocabulary entry.
     """
     check_report(json)
+    check_transport(transport)
     split = Plan.load(plan).split
     engine = load_engine()
     batches = sequences(
@@ -87,6 +89,7 @@ def generate(
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
+    check_transport(transport)
     split = Plan.load(plan).split
     tokenizer = load_engine().load_tokenizer(model)
     prompts = [tokenizer(each, return_tensors="pt").input_ids for each in prompt]

@@ -1,5 +1,6 @@
 """`narrowcast plan`: looking into a plan, and measuring which way its sums should take."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -42,7 +43,7 @@ def inspect(
     plot: Annotated[Path | None, typer.Option(help="Draw the ranges of each site into this PNG file.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace the PNG file if it exists.")] = False,
 ) -> None:
-    """Show a plan: sites, codecs, bits, outliers, scales and expected errors at a glance."""
+    """Show a plan: what was tuned, sites, codecs, bits, outliers, scales and expected errors at a glance."""
     if plot is not None:
         check_writable(plot, overwrite=overwrite)
     plan = Plan.load(path)
@@ -52,6 +53,8 @@ def inspect(
     console.print("calibration: " + ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
     if plan.groups:
         console.print(f"nodes: {', '.join(str(list(group)) for group in plan.groups)}", highlight=False)
+    for line in _decisions(plan):
+        console.print(line, highlight=False)
     for stage, title, errors in STAGES:
         if any(stage < len(site.codecs) for site in plan.sites.values()):
             console.print(_table(plan, stage, title, errors))
@@ -68,7 +71,10 @@ def tune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Leave PLAN as it is, and write a new file.")
     ] = None,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How long to measure, about.")] = 1.0,
+    overwrite: Annotated[bool, typer.Option(help="Replace the new file if it exists.")] = False,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="How long to measure, about: longer where other work makes times unsteady.")
+    ] = 1.0,
     transport: TransportOption = "auto",
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -78,14 +84,14 @@ def tune(
     is found holds for this link and these machines.
     """
     if output is not None:
-        check_writable(output, overwrite=False)
+        check_writable(output, overwrite=overwrite)
     plan = Plan.load(path)
     check_transport(transport)
     data, world_size = plan.to_bytes(), plan.split.world_size
     tuning = on_ranks(_tune_on_rank, world_size, timeout, data, path, transport, seconds, timeout)
     if is_first_rank():
         tuned = replace(plan, decisions=tuning.decisions)
-        tuned.save(output or path, overwrite=output is None)
+        tuned.save(output or path, overwrite=overwrite or output is None)
         console = Console()
         console.print(_timings(tuning))
         console.print(f"decisions written into {output or path}", markup=False)
@@ -111,6 +117,17 @@ def _timings(tuning: Tuning) -> Table:
         )
         table.add_row(str(timing.num_tokens), str(timing.nbytes), *cells)
     return table
+
+
+def _decisions(plan: Plan) -> Iterator[str]:
+    """Which way sums take, by their number of tokens."""
+    decisions = plan.decisions
+    if not decisions.coded:
+        yield "not tuned: every sum is coded, whatever its size"
+    for what, tables in (("sums", decisions.coded), ("sums that are not coded", decisions.plain)):
+        for num_features, thresholds in tables.items():
+            ways = ", ".join(f"{choice} from {num_tokens} tokens on" for num_tokens, choice in thresholds)
+            yield f"tuned over {decisions.transport}, {what} of {num_features} features: {ways}"
 
 
 def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table:

@@ -119,6 +119,9 @@ def attach(
         raise refusal
     communicator = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
     over = " and ".join(sorted({each.name for each in connected}))
+    tuned_over = plan.decisions.transport
+    if tp is not None and tuned_over not in ("", tp.name) and algorithm == "auto" and not deterministic:
+        logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)
     logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
     return Handle(model, engine.take_over(model, communicator), sites.monitor)
 
