@@ -72,7 +72,7 @@ def test_coding_hides_behind_the_link_or_the_link_behind_coding() -> None:
 
 
 def test_break_even_is_where_the_times_cross() -> None:
-    model = model_of("1Gbps,0ms", 2, Coding(encode_s=2e-8, decode_s=2e-8))
+    model = model_of("1Gbps,0ms", 2, Coding(encode_s=2e-7, decode_s=2e-7))
     assert model.break_even_nbytes(ONE) is None, "so slow a codec never pays"
     model = model_of("1Gbps,0ms", 2, Coding(encode_s=3e-9, decode_s=3e-9))
     nbytes = model.break_even_nbytes(ONE)
