@@ -3,7 +3,7 @@
 import importlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self, cast
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from narrowcast.collectives import check_algorithm, check_name
 from narrowcast.communicator import Communicator, SiteCodecs
+from narrowcast.decision import Decisions
 from narrowcast.errors import InvalidInputError, MissingDependencyError, PlanMismatchError
 from narrowcast.integrations.base import Engine, Groups
 from narrowcast.integrations.forwards import Forwards
@@ -76,23 +77,11 @@ def attach(
     Raises InvalidInputError for a model that cannot be served, PlanMismatchError for a plan that is not for this
     model or not the same on every rank, PeerLostError when a rank does not come.
     """
-    engine = engine_of(model)
-    if not isinstance(plan, Plan):
-        raise InvalidInputError("attach", expected="a Plan", found=repr(plan), remedy="Load it with Plan.load(path).")
-    check_name(algorithm)
-    check_transport(transport)
-    for site in plan.sites.values():
-        if site.kind in SUMS:
-            check_algorithm(algorithm, site.codecs, plan.groups)
+    engine, device = engine_of(model), device_of(model)
+    _check_arguments(plan, algorithm, transport)
     codecs = {name: site.codecs for name, site in plan.sites.items()}
-    sites = SiteCodecs(
-        codecs,
-        plan.groups,
-        algorithm,
-        device_of(model),
-        decisions=plan.decisions,
-        deterministic=deterministic,
-    )
+    decisions = plan.decisions if algorithm == "auto" and not deterministic else Decisions()
+    sites = SiteCodecs(codecs, plan.groups, algorithm, device, decisions=decisions, deterministic=deterministic)
     if simulate:
         _check_attachable(engine, model, plan, whole=True)
         simulator = Simulator(sites, count_only=count_only)
@@ -104,24 +93,14 @@ def attach(
             found="a whole one",
             remedy="Load it with distributed_config=DistributedConfig(tp_size=...), or pass simulate=True.",
         )
-    device = device_of(model)
     tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
-    refusal = None
-    try:
-        _check_attachable(engine, model, plan, whole=False)
-    except InvalidInputError as error:
-        refusal = error
     mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": f"{count_only=}, {deterministic=}"}
     connected = [each for each in (tp, pp) if each is not None]
-    for each in connected:
-        refusal = _agree(each, mine, refusal)
-    if refusal is not None:
-        raise refusal
+    _check_on_all_ranks(engine, model, plan, connected, mine)
     communicator = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
     over = " and ".join(sorted({each.name for each in connected}))
-    tuned_over = plan.decisions.transport
-    if tp is not None and tuned_over not in ("", tp.name) and algorithm == "auto" and not deterministic:
-        logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)
+    if tp is not None and decisions.transport not in ("", tp.name):
+        logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", decisions.transport, tp.name)
     logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
     return Handle(model, engine.take_over(model, communicator), sites.monitor)
 
@@ -178,6 +157,31 @@ def check_detached(model: nn.Module) -> None:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model computes."""
     return next(model.parameters()).device
+
+
+def _check_arguments(plan: Plan, algorithm: str, transport: str) -> None:
+    if not isinstance(plan, Plan):
+        raise InvalidInputError("attach", expected="a Plan", found=repr(plan), remedy="Load it with Plan.load(path).")
+    check_name(algorithm)
+    check_transport(transport)
+    for site in plan.sites.values():
+        if site.kind in SUMS:
+            check_algorithm(algorithm, site.codecs, plan.groups)
+
+
+def _check_on_all_ranks(
+    engine: Engine, model: nn.Module, plan: Plan, connected: Sequence[Transport], mine: Mapping[str, str]
+) -> None:
+    """What any rank refuses all refuse, and they take the same plan with the same options."""
+    refusal = None
+    try:
+        _check_attachable(engine, model, plan, whole=False)
+    except InvalidInputError as error:
+        refusal = error
+    for each in connected:
+        refusal = _agree(each, mine, refusal)
+    if refusal is not None:
+        raise refusal
 
 
 def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bool) -> None:
