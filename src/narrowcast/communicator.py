@@ -55,7 +55,8 @@ class SiteCodecs:
         self._coded = {
             name: Stages(tuple(codec.to(device) for codec in stages), nodes) for name, stages in codecs.items()
         }
-        self._algorithm, self._decisions, self._deterministic = algorithm, decisions, deterministic
+        self._algorithm, self._deterministic = algorithm, deterministic
+        self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
         self._algorithms: dict[tuple[str, str, int, int], str] = {}
         self.monitor = Monitor(device)
 
@@ -70,9 +71,8 @@ class SiteCodecs:
     def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
         """The way that a sum takes."""
         form, algorithm = ("coded", self._algorithm) if site in self._coded else ("plain", "auto")
-        if self._algorithm == "auto" and not self._deterministic:
-            decided = self._decisions.choice(num_tokens, num_features, coded=form == "coded")
-            form, algorithm = decided or (form, algorithm)
+        decided = self.decisions.choice(num_tokens, num_features, coded=form == "coded")
+        form, algorithm = decided or (form, algorithm)
         if form == "native":
             return Choice(form)
         few_tokens = 1 if self._deterministic else min(num_tokens, world_size)  # more do not change the algorithm

@@ -11,7 +11,6 @@ from torch import nn
 
 from narrowcast.collectives import check_algorithm, check_name
 from narrowcast.communicator import Communicator, SiteCodecs
-from narrowcast.decision import Decisions
 from narrowcast.errors import InvalidInputError, MissingDependencyError, PlanMismatchError
 from narrowcast.integrations.base import Engine, Groups
 from narrowcast.integrations.forwards import Forwards
@@ -80,8 +79,7 @@ def attach(
     engine, device = engine_of(model), device_of(model)
     _check_arguments(plan, algorithm, transport)
     codecs = {name: site.codecs for name, site in plan.sites.items()}
-    decisions = plan.decisions if algorithm == "auto" and not deterministic else Decisions()
-    sites = SiteCodecs(codecs, plan.groups, algorithm, device, decisions=decisions, deterministic=deterministic)
+    sites = SiteCodecs(codecs, plan.groups, algorithm, device, decisions=plan.decisions, deterministic=deterministic)
     if simulate:
         _check_attachable(engine, model, plan, whole=True)
         simulator = Simulator(sites, count_only=count_only)
@@ -99,8 +97,9 @@ def attach(
     _check_on_all_ranks(engine, model, plan, connected, mine)
     communicator = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
     over = " and ".join(sorted({each.name for each in connected}))
-    if tp is not None and decisions.transport not in ("", tp.name):
-        logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", decisions.transport, tp.name)
+    tuned_over = sites.decisions.transport
+    if tp is not None and tuned_over not in ("", tp.name):
+        logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)
     logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
     return Handle(model, engine.take_over(model, communicator), sites.monitor)
 

@@ -34,10 +34,9 @@ class Collectives:
 class Transport(ABC):
     """A group of `world_size` ranks, this one being `rank`.
 
+    Sizes are known to both ends, buffers belong to the caller, and every wait has a deadline.
     `chunk_nbytes`: the bytes of payload to send at a time, so that coding and sending overlap; None for all at once,
     where a message costs more than that gains.
-
-    Sizes are known to both ends, buffers belong to the caller, and every wait has a deadline.
     """
 
     rank: int
@@ -45,7 +44,6 @@ class Transport(ABC):
     collectives: Collectives
     name: ClassVar[str] = "custom"
     chunk_nbytes: ClassVar[int | None] = None
-    """Payload bytes a message at most where an algorithm pipelines; None: never cut a message."""
 
     @abstractmethod
     def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> Work:
