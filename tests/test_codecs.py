@@ -150,7 +150,7 @@ def test_a_format_with_a_code_for_nan_uses_it(preset: str) -> None:
 @every_preset
 def test_counters_tell_clipped_from_not_finite(preset: str) -> None:
     codec, _ = calibrated(preset, random(1, 50, 70).clamp(-1, 1))
-    x_TE, stats = torch.zeros(4, 70), torch.zeros(2, dtype=torch.int64)
+    x_TE, stats = torch.zeros(4, 70), torch.zeros(3, dtype=torch.int64)
     x_TE[0, :] = 1e4
     x_TE[1, :3] = torch.nan
     codec.encode(x_TE, source=0, stats=stats)

@@ -2,6 +2,7 @@
 
 import torch
 
+from narrowcast.codecs.allocated import AllocatedCodec, AllocatedRecipe
 from narrowcast.codecs.base import Codec, Ranges, Recipe
 from narrowcast.codecs.cast import CastCodec
 from narrowcast.codecs.feature import FeatureCodec, FeatureRecipe
@@ -9,7 +10,9 @@ from narrowcast.codecs.group import GroupCodec
 from narrowcast.codecs.minifloat import MinifloatCodec
 from narrowcast.errors import InvalidInputError
 
-CODECS: dict[str, type[Codec]] = {codec.id: codec for codec in (CastCodec, FeatureCodec, GroupCodec, MinifloatCodec)}
+CODECS: dict[str, type[Codec]] = {
+    codec.id: codec for codec in (CastCodec, FeatureCodec, GroupCodec, MinifloatCodec, AllocatedCodec)
+}
 
 PRESETS: dict[str, Recipe] = {
     "bf16": CastCodec(dtype=torch.bfloat16),
@@ -43,6 +46,7 @@ PRESETS: dict[str, Recipe] = {
     "mxfp6-e2m3": MinifloatCodec(element="e2m3", scale="e8m0", block_size=32),
     "mxfp6-e3m2": MinifloatCodec(element="e3m2", scale="e8m0", block_size=32),
     "mxfp4": MinifloatCodec(element="e2m1", scale="e8m0", block_size=32),
+    "allocated": AllocatedRecipe(),
     "nvfp4": MinifloatCodec(element="e2m1", scale="e4m3", block_size=16),
 }
 
@@ -61,6 +65,8 @@ def recipe(preset: str | Recipe) -> Recipe:
 __all__ = [
     "CODECS",
     "PRESETS",
+    "AllocatedCodec",
+    "AllocatedRecipe",
     "CastCodec",
     "Codec",
     "FeatureCodec",

@@ -291,6 +291,12 @@ def _is_plain(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.is_cpu and tensor.stride(-1) == 1
 
 
+def is_positive(scale: Tensor) -> bool:
+    """Whether all scales are finite, positive and normal numbers of BF16."""
+    smallest = torch.finfo(torch.bfloat16).smallest_normal
+    return bool((scale.isfinite() & (scale >= smallest)).all())
+
+
 def _may_count(stats: Tensor | None) -> bool:
     return stats is None or (_is_plain(stats) and stats.dtype is torch.int64 and stats.shape == (2,))
 

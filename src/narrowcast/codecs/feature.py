@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from narrowcast import ops
-from narrowcast.codecs.base import Codec, Ranges
+from narrowcast.codecs.base import Codec, Ranges, is_positive
 from narrowcast.errors import InvalidInputError
 from narrowcast.kernels import cpu
 
@@ -114,7 +114,7 @@ class FeatureCodec(Codec):
             raise InvalidInputError(
                 "feature codec", expected="2 to 8 bits", found=self.num_bits, remedy="Choose another width."
             )
-        if self.scale.ndim != 2 or self.scale.dtype != torch.bfloat16 or not _is_positive(self.scale):
+        if self.scale.ndim != 2 or self.scale.dtype != torch.bfloat16 or not is_positive(self.scale):
             raise InvalidInputError(
                 "feature codec",
                 expected="scales [sources, features] in bf16, finite, positive and normal",
@@ -242,11 +242,6 @@ class FeatureRecipe:
 def _reaching(scale: Tensor) -> Tensor:
     """Smallest normal BF16 not below `scale`, so that the largest value never clips for rounding alone."""
     return ops.bfloat16_up(scale.float().clamp(min=torch.finfo(torch.bfloat16).smallest_normal))
-
-
-def _is_positive(scale: Tensor) -> bool:
-    smallest = torch.finfo(torch.bfloat16).smallest_normal
-    return bool((scale.isfinite() & (scale >= smallest)).all())
 
 
 def _is_ascending(outliers: Tensor, num_features: int) -> bool:
