@@ -23,6 +23,7 @@ ORDER = [
     "collectives",
     "decision",
     "split",
+    "transform",
     "plan",
     "monitor",
     "communicator",
@@ -30,8 +31,8 @@ ORDER = [
     "tune",
     "simulator",
     "integrations",
-    "calibrate",
     "evaluate",
+    "calibrate",
     "bench",
     "cli",
 ]

@@ -23,6 +23,7 @@ from narrowcast.codecs import CODECS, Codec
 from narrowcast.decision import Decisions
 from narrowcast.errors import InvalidInputError, PlanFormatError, PlanMismatchError
 from narrowcast.split import Split
+from narrowcast.transform import Transform
 
 T = TypeVar("T")
 
@@ -72,12 +73,13 @@ class Site:
 
     `codecs` by stage: [0] what the ranks put in, [1] a reduced sum where it travels again.
     `error`: expected relative RMS error by algorithm (of a sum; "once" for what travels once as it is), measured
-    on calibration data.
+    on calibration data. `transform`: where components travel in place of features.
     """
 
     kind: str
     codecs: tuple[Codec, ...]
     error: Mapping[str, float]
+    transform: Transform | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,7 +187,12 @@ class Plan:
                 config, own = codec.state()
                 stages.append({"codec": codec.id, "config": config, "tensors": sorted(own)})
                 tensors |= {f"{name}/{stage}/{key}": value.cpu().contiguous() for key, value in own.items()}
-            sites[name] = {"kind": site.kind, "stages": stages, "error": dict(site.error)}
+            transform = None
+            if site.transform is not None:
+                config, own = site.transform.state()
+                transform = {"config": config, "tensors": sorted(own)}
+                tensors |= {f"{name}/transform/{key}": value.cpu().contiguous() for key, value in own.items()}
+            sites[name] = {"kind": site.kind, "stages": stages, "error": dict(site.error), "transform": transform}
         header = {
             "format_version": FORMAT_VERSION,
             "split": asdict(self.split),
@@ -258,7 +265,11 @@ def _site(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         )
         for index, stage in enumerate(entry["stages"])
     )
-    return Site(kind=entry["kind"], codecs=codecs, error=entry["error"])
+    transform = None
+    if (stored := entry["transform"]) is not None:
+        own = {key: tensors[f"{name}/transform/{key}"] for key in stored["tensors"]}
+        transform = Transform.from_state(stored["config"], own)
+    return Site(kind=entry["kind"], codecs=codecs, error=entry["error"], transform=transform)
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -88,11 +88,22 @@ def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: in
     partials_RTB = sends[rank].expand(world_size, *sends[rank].shape).contiguous()
     yield Exchange(without(sends, rank), without(partials_RTB.unbind(), rank), x_TE.numel() - own.num_values)
 
-    reduced = [new_payload(owner.reduced, *owner.shape, like=x_TE) for owner in owners]
-    own.partial.recode(partials_RTB, own.reduced, num_features=own.shape[1], out=reduced[rank], stats=stats)
+    reduced = [
+        new_payload(owner.reduced, owner.shape[0], stages.num_reduced(owner.shape[1]), like=x_TE) for owner in owners
+    ]
+    if stages.mix is None:
+        own.partial.recode(partials_RTB, own.reduced, num_features=own.shape[1], out=reduced[rank], stats=stats)
+    else:
+        total = own.partial.decode_sum(partials_RTB, num_features=own.shape[1])
+        own.reduced.encode(_mixed(total, stages.mix), source=0, out=reduced[rank], stats=stats)
     yield to_all(reduced[rank], reduced, rank, own.num_values)
     for owner, payload_TB in zip(owners, reduced, strict=True):
-        owner.reduced.decode(payload_TB, source=0, out=y_TE[owner.tokens, owner.features])
+        features = owner.features if stages.mix is None else slice(None)
+        owner.reduced.decode(payload_TB, source=0, out=y_TE[owner.tokens, features])
+
+
+def _mixed(total_TE: Tensor, mix_JE: Tensor) -> Tensor:
+    return torch.nn.functional.linear(total_TE, mix_JE.float())
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
@@ -100,6 +111,10 @@ def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> T
     dtype, num_features = partials[0].dtype, partials[0].shape[1]
     payloads_RTB = torch.stack([partial.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
     total_TE = partial.decode_sum(payloads_RTB, num_features=num_features)
+    if stages.mix is not None:  # a matrix product may round otherwise for another number of tokens
+        owners = [share_of(len(total_TE), rank, len(partials)) for rank in range(len(partials))]
+        total_TE = torch.cat([_mixed(total_TE[own], stages.mix) for own in owners])
+        num_features = total_TE.shape[1]
     payload_TB = reduced.encode(total_TE, source=0, stats=stats)
     return reduced.decode(payload_TB, source=0, dtype=dtype, num_features=num_features)
 
@@ -110,7 +125,7 @@ def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_s
         return None
     own, peers = owners[rank], [owner for peer, owner in enumerate(owners) if peer != rank]
     nbytes = sum(owner.partial.payload_nbytes(*owner.shape) for owner in peers)
-    nbytes += len(peers) * own.reduced.payload_nbytes(*own.shape)
+    nbytes += len(peers) * own.reduced.payload_nbytes(own.shape[0], stages.num_reduced(own.shape[1]))
     return Traffic(nbytes, sum(owner.num_values for owner in peers) + len(peers) * own.num_values)
 
 

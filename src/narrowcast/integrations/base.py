@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from narrowcast.communicator import Communicator
 from narrowcast.integrations.forwards import Forwards
@@ -26,6 +27,10 @@ class Wires(Protocol):
     def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
         """The sum [..., E] of what each rank puts in."""
         ...
+
+    def all_reduce_linear(self, inputs: Sequence[Tensor], weights: Sequence[Tensor], site: str) -> Tensor:
+        """The sum of the products of each rank's input [..., F] with its weights [E, F]."""
+        return self.all_reduce([functional.linear(x, w) for x, w in zip(inputs, weights, strict=True)], site)
 
     def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
         """The parts [..., E0], [..., E1], ... of the ranks, side by side."""
