@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +19,7 @@ import narrowcast
 from conftest import MODEL
 from models import CONFIGS, SMALL, random_ids
 from narrowcast.calibrate import axes
+from narrowcast.cli.rotate import rotate as rotate_command
 from narrowcast.errors import InvalidInputError, PlanMismatchError
 from narrowcast.evaluate import Score, compare, log_probs
 from narrowcast.integrations.rotation import rotate
@@ -357,6 +360,33 @@ def test_a_model_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
     random_model(CONFIGS["gemma2"]()).save_pretrained(tmp_path / "gemma2")
     assert "post_attention_layernorm" in refused("rotate", tmp_path / "gemma2", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["gemma2"]
+
+
+@pytest.mark.parametrize("chosen", ["principal", "fisher", "joint"])
+def test_axes_are_those_of_the_moments(chosen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With moments of no model: the embedding that is written is the original's, on these axes."""
+    covariances, fishers = ({name: wishart(256, seed, 512) for seed, name in enumerate("ab", 2 * i)} for i in range(2))
+    asked: dict[str, Any] = {}
+
+    def moments(model: Any, batches: list[Tensor], *, tp_size: int) -> SimpleNamespace:
+        asked.update(shapes=[list(each.shape) for each in batches], tp_size=tp_size)
+        return SimpleNamespace(covariances=covariances, fishers=fishers)
+
+    monkeypatch.setitem(sys.modules, "narrowcast.calibrate.moments", SimpleNamespace(moments=moments))
+    rotate_command(
+        str(MODEL), tmp_path / "out", chosen, MODEL / "scoring.txt", tp=4, num_sequences=2, length=16, device="cpu"
+    )
+    assert asked == {"shapes": [[1, 16]] * 2, "tp_size": 4}
+    rotation_EE = {
+        "principal": lambda: axes.principal(covariances),
+        "fisher": lambda: axes.fisher_pooled(covariances, fishers),
+        "joint": lambda: axes.joint(covariances, fishers),
+    }[chosen]()
+    before, after = (load_file(path / "model.safetensors") for path in (MODEL, tmp_path / "out"))
+    expected = before["model.embed_tokens.weight"].float() @ rotation_EE.float()
+    torch.testing.assert_close(after["model.embed_tokens.weight"], expected.bfloat16())
+    mark = json.loads((tmp_path / "out" / "rotation.json").read_text(encoding="utf8"))
+    assert (mark["axes"], mark["text"], mark["tp_size"]) == (chosen, str(MODEL / "scoring.txt"), 4)
 
 
 def test_axes_that_are_measured_need_a_text(tmp_path: Path) -> None:
