@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli import bench, calibrate, count, demo, doctor, model, plan, predict
+from narrowcast.cli import bench, calibrate, count, demo, doctor, model, plan, predict, rotate
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,6 +30,7 @@ app.command()(predict.predict)
 app.command()(calibrate.calibrate)
 app.command()(model.evaluate)
 app.command()(model.generate)
+app.command()(rotate.rotate)
 app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
 app.command()(doctor.doctor)

@@ -91,3 +91,18 @@ class Engine(Protocol):
     def take_over(self, model: nn.Module, communicator: Communicator) -> Forwards:
         """Send through `communicator` whatever the split model sends; what is returned puts the engine back."""
         ...
+
+    def num_features(self, model: nn.Module) -> int:
+        """E of the residual stream."""
+        ...
+
+    def rotate(self, model: nn.Module, rotation_EE: Tensor) -> None:
+        """Fold a rotation of the residual stream into a whole model's weights, in place.
+
+        InvalidInputError, with the model as it was, where that would change its answers.
+        """
+        ...
+
+    def save(self, model: nn.Module, path: str | Path) -> None:
+        """Write a whole model into a folder that `load` reads."""
+        ...
