@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from narrowcast.codecs import CODECS, Codec
+from narrowcast.codecs import CODECS, CastCodec, Codec
 from narrowcast.decision import Decisions
 from narrowcast.errors import InvalidInputError, PlanFormatError, PlanMismatchError
 from narrowcast.split import Split
@@ -66,6 +66,12 @@ class ModelFingerprint:
             samples[name] = [mine or theirs for mine, theirs in zip(known, digests, strict=True)]
         return ModelFingerprint(config=self.config, samples=samples)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole fingerprint."""
+        values = {"config": dict(self.config), "samples": dict(_in_order(self.samples))}
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
@@ -107,6 +113,18 @@ class Plan:
     def fingerprint(self) -> str:
         """SHA-256 of everything in the plan: equal plans, and only those, have equal fingerprints."""
         return _digest(*self._contents())
+
+    def only(self, names: Collection[str]) -> "Plan":
+        """This plan with all sites but `names` sent as they are, and nothing tuned: what these alone do."""
+        plain = CastCodec(dtype=torch.float32)  # holds what any dtype does
+        return replace(
+            self,
+            sites={
+                name: site if name in names else replace(site, codecs=(plain,) * len(site.codecs), error={})
+                for name, site in self.sites.items()
+            },
+            decisions=Decisions(),
+        )
 
     def check(self, model: ModelFingerprint, split: Split) -> None:
         """PlanMismatchError unless the plan is for this model, spread in this way."""
