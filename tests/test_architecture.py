@@ -32,6 +32,7 @@ ORDER = [
     "integrations",
     "calibrate",
     "evaluate",
+    "tasks",
     "bench",
     "cli",
 ]

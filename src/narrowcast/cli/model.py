@@ -23,6 +23,7 @@ from narrowcast.cli.options import (
     Timeout,
     TransportOption,
 )
+from narrowcast.cli.tasks import Limit, TasksData, TasksOption, answers, chosen_tasks, print_tasks, report
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
 from narrowcast.split import Split
@@ -37,6 +38,9 @@ def evaluate(
     json: Annotated[Path | None, typer.Option(help="Write the figures here; replaces an earlier report.")] = None,
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 32,
     length: Length = DEFAULT_LENGTH,
+    tasks: TasksOption = "",
+    tasks_data: TasksData = None,
+    limit: Limit = None,
     algorithm: Algorithm = "auto",
     transport: TransportOption = "auto",
     replicate_vocabulary: ReplicateVocabulary = False,
@@ -51,6 +55,7 @@ def evaluate(
     check_report(json)
     check_transport(transport)
     split = Plan.load(plan).split
+    asked = chosen_tasks(tasks, tasks_data, limit)
     engine = load_engine()
     batches = sequences(
         engine.load_tokenizer(model), text or Path(model) / "scoring.txt", length=length, limit=num_sequences
@@ -66,16 +71,22 @@ def evaluate(
             timeout_s=timeout,
             batches=batches,
             reference=reference,
+            tasks=asked,
         )
+        uncompressed = answers(model, whole, asked)
         (outcome,) = run_on_ranks(job, split) if real else run_simulated(job, whole)
     if not is_first_rank():
         return
     assert outcome.score is not None, "there were batches"
     figures = asdict(outcome.score) | outcome.report.to_json() | asdict(split) | {"algorithm": algorithm}
+    if asked is not None:
+        figures |= report(asked, uncompressed, outcome.answers)
     if json is not None:
         write_report(json, figures | {"model": model, "plan": str(plan), "real": real})
     where = "real ranks" if real else "simulated"
     _print_figures(outcome, split, escape(f"{model}, {plan}, {split}, {where}"))
+    if asked is not None:
+        print_tasks(uncompressed, outcome.answers)
 
 
 def generate(
