@@ -32,6 +32,7 @@ ORDER = [
     "simulator",
     "integrations",
     "evaluate",
+    "tasks",
     "calibrate",
     "bench",
     "cli",

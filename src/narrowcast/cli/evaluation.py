@@ -13,11 +13,13 @@ from narrowcast.cli.calibrate import Options, observe_with_bar
 from narrowcast.cli.files import read_report, sequences
 from narrowcast.cli.job import Job, Reference, reference_of, run_on_ranks, run_simulated, tracked
 from narrowcast.cli.launch import is_first_rank
+from narrowcast.cli.tasks import AnsweredTasks, answers
 from narrowcast.codecs import recipe
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluate import Score, SiteError, score_simulated, site_errors
 from narrowcast.integrations import load_engine
 from narrowcast.monitor import Report
+from narrowcast.tasks import TaskSet
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
 NUM_SITE_BATCHES = 4
@@ -53,13 +55,16 @@ class Point:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was found: `score` and `report` of the whole plan; if asked for, errors by site and other codecs' points."""
+    """What was found: `score` and `report` of the whole plan; if asked for, errors by site, other codecs' points, and
+    the answers to zero-shot tasks.
+    """
 
     subject: "Subject"
     score: Score
     report: Report
     sites: Sequence[SiteError] = ()
     curve: Sequence[Point] = ()
+    tasks: AnsweredTasks | None = None
 
     @property
     def point(self) -> Point:
@@ -86,6 +91,7 @@ class Evaluation:
                 "point": asdict(self.point),
                 "curve": [asdict(point) for point in self.curve],
             }
+            | ({} if self.tasks is None else self.tasks.to_json())
         )
 
 
@@ -157,8 +163,10 @@ class Subject:
                 str(path), expected="a report of evaluate", found=str(error), remedy="Write one with evaluate --json."
             ) from error
 
-    def evaluate(self, *, sites: bool = False, curve: Path | None = None) -> Evaluation | None:
-        """Score it, each of its sites alone if asked for, and other codecs calibrated on the text in `curve`.
+    def evaluate(
+        self, *, sites: bool = False, curve: Path | None = None, tasks: TaskSet | None = None
+    ) -> Evaluation | None:
+        """Score it; if asked for, each of its sites alone, other codecs calibrated on the text in `curve`, and tasks.
 
         None on ranks but the first under torchrun.
         """
@@ -173,12 +181,16 @@ class Subject:
                 timeout_s=self.timeout_s,
                 batches=self.batches,
                 reference=reference,
+                tasks=tasks,
             )
+            uncompressed = answers(self.model, whole, tasks)
             (outcome,) = run_on_ranks(job, self.plan.split) if self.real else run_simulated(job, whole)
             if not is_first_rank():
                 return None
             assert outcome.score is not None, "there were batches"
             found = Evaluation(subject=self, score=outcome.score, report=outcome.report)
+            if tasks is not None:
+                found = replace(found, tasks=AnsweredTasks(tasks, uncompressed, outcome.answers))
             if sites:
                 found = replace(found, sites=self._site_errors(whole, reference))
             return replace(found, curve=self._curve(whole, reference, curve)) if curve is not None else found

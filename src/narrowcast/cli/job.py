@@ -19,11 +19,13 @@ from torch.nn import functional
 import narrowcast
 from narrowcast import Plan
 from narrowcast.cli.launch import is_first_rank, on_ranks
+from narrowcast.cli.tasks import Answers, answers
 from narrowcast.decision import Decisions
 from narrowcast.evaluate import Score, compare, log_probs
 from narrowcast.integrations import Handle, device_of, load_engine, transports_of
 from narrowcast.monitor import Report
 from narrowcast.split import Split
+from narrowcast.tasks import TaskSet
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 T = TypeVar("T")
@@ -42,7 +44,7 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Score `batches` (ids [B, T]) against the reference, then continue `prompts` (ids [1, T]) greedily."""
+    """Score `batches` (ids [B, T]) against the reference, answer `tasks`, then continue `prompts` (ids [1, T])."""
 
     model: str
     plans: Sequence[Path]
@@ -51,6 +53,7 @@ class Job:
     timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
     reference: Reference | None = None
+    tasks: TaskSet | None = None
     prompts: Sequence[Tensor] = ()
     max_new_tokens: int = 0
     replicate_vocabulary: bool = False
@@ -63,6 +66,7 @@ class Outcome:
     score: Score | None
     report: Report
     continuations: list[list[int]] = field(default_factory=list)
+    answers: Answers = field(default_factory=dict)
 
 
 def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
@@ -105,9 +109,10 @@ def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
             timeout_s=job.timeout_s,
         ) as handle:
             score, of_scoring = (_score(job, model), _report(model, handle)) if job.batches else (None, None)
+            answered = answers(job.model, model, job.tasks)
             continuations = _continue(model, job.prompts, job.max_new_tokens) if job.prompts else []
             report = of_scoring or _report(model, handle)
-            outcomes.append(Outcome(score=score, report=report, continuations=continuations))
+            outcomes.append(Outcome(score=score, report=report, continuations=continuations, answers=answered))
     return outcomes
 
 

@@ -28,6 +28,7 @@ from narrowcast.cli.options import (
     Timeout,
     TransportOption,
 )
+from narrowcast.cli.tasks import Limit, TasksData, TasksOption, chosen_tasks, print_tasks
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
 from narrowcast.monitor import Report
@@ -57,6 +58,9 @@ def evaluate(
     ] = [],  # noqa: B006 (typer copies it)
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 32,
     length: Length = DEFAULT_LENGTH,
+    tasks: TasksOption = "",
+    tasks_data: TasksData = None,
+    limit: Limit = None,
     algorithm: Algorithm = "auto",
     transport: TransportOption = "auto",
     replicate_vocabulary: ReplicateVocabulary = False,
@@ -72,6 +76,7 @@ def evaluate(
     check_report(report, html=True)
     if report is not None:
         check_possible()
+    asked = chosen_tasks(tasks, tasks_data, limit)
     subject = Subject.load(
         model,
         plan,
@@ -86,7 +91,7 @@ def evaluate(
         device=device,
     )
     others = [point for path in curve_json for point in subject.points(path)]
-    found = subject.evaluate(sites=sites, curve=curve)
+    found = subject.evaluate(sites=sites, curve=curve, tasks=asked)
     if found is None:
         return
     if json is not None:
@@ -95,6 +100,8 @@ def evaluate(
         write_whole(report, page(found, [*found.curve, *others]))
     where = "real ranks" if real else "simulated"
     _print(found, escape(f"{model}, {plan}, {subject.plan.split}, {where}"))
+    if found.tasks is not None:
+        print_tasks(found.tasks)
 
 
 def generate(
