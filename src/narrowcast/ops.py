@@ -15,7 +15,7 @@ from torch import Tensor
 
 assert sys.byteorder == "little", "payloads are little-endian and written as the host stores them"
 
-SATURATED, NON_FINITE = 0, 1  # places in `stats`, int64 [2]
+SATURATED, NON_FINITE, GUARDED = 0, 1, 2  # places in `stats`, int64 [3]
 
 # A BF16 NaN that no conversion produces (those give 0x7FC0, or 0xFFFF). In the first outlier's place it
 # announces a token that is coded differently in the same number of bytes.
