@@ -45,12 +45,13 @@ struct Payloads {
 };
 
 struct Counts {
-  int64_t saturated = 0, non_finite = 0;
+  int64_t saturated = 0, non_finite = 0, guarded = 0;
 };
 
 // Room for one row, with space for vectors that run over the end (kScratchSlack bytes).
 struct Scratch {
   float *values, *spare;  // [E]: a row on its way through `recode`; for whatever a kernel likes
+  float* total;           // [E]: a sum of which some summands were coded by the guard of `feature`
   uint8_t* codes;         // [R, codes_stride]
   size_t codes_stride;
   float* groups;          // [kGroupRows, groups_stride]: numbers for each group of features
@@ -94,6 +95,8 @@ struct Format {
   const int64_t *outliers, *holes, *fillers;
   size_t num_outliers, num_holes;
   bool tame;  // feature: sums of finite values neither overflow nor are subnormal, for any number of ranks up to R
+  int guard_bits;  // feature: of tokens far out of range, which are coded as `group`, symmetric; 0 for no guard
+  size_t guard_group_size;
   size_t group_size;       // group; minifloat, where 0 means all features
   bool symmetric, spikes;  // group
   Element element;         // minifloat

@@ -32,7 +32,8 @@ Format make_cast(int dtype) {
 }
 
 Format make_feature(int num_bits, size_t num_features, uintptr_t scale, uintptr_t reciprocal, uintptr_t outliers,
-                    size_t num_outliers, uintptr_t holes, uintptr_t fillers, size_t num_holes, bool tame) {
+                    size_t num_outliers, uintptr_t holes, uintptr_t fillers, size_t num_holes, bool tame,
+                    int guard_bits, size_t guard_group_size) {
   Format format = {};
   format.kind = Kind::feature;
   format.num_bits = num_bits;
@@ -45,6 +46,8 @@ Format make_feature(int num_bits, size_t num_features, uintptr_t scale, uintptr_
   format.fillers = at<const int64_t>(fillers);
   format.num_holes = num_holes;
   format.tame = tame;
+  format.guard_bits = guard_bits;
+  format.guard_group_size = guard_group_size;
   return format;
 }
 
@@ -68,7 +71,7 @@ Format make_minifloat(int num_bits, int mantissa_bits, int smallest_exponent, in
   return format;
 }
 
-// Counts of several threads, added to a tensor of two.
+// Counts of several threads, added to a tensor of three.
 class Total {
  public:
   explicit Total(uintptr_t stats) : stats_(at<int64_t>(stats)) {}
@@ -78,6 +81,7 @@ class Total {
     std::lock_guard<std::mutex> lock(mutex_);
     stats_[0] += counts.saturated;
     stats_[1] += counts.non_finite;
+    stats_[2] += counts.guarded;
   }
 
  private:

@@ -10,7 +10,8 @@ from torch import Tensor
 from narrowcast import ops
 from narrowcast.collectives.base import Traffic
 
-COUNTS = {"num_saturated": ops.SATURATED, "num_non_finite": ops.NON_FINITE}  # figures, and their places in stats
+# Figures, and their places in stats.
+COUNTS = {"num_saturated": ops.SATURATED, "num_non_finite": ops.NON_FINITE, "num_guarded": ops.GUARDED}
 
 
 @dataclass
@@ -18,7 +19,7 @@ class SiteCounters:
     """One site on one rank, since `attach`."""
 
     coded: bool
-    stats: Tensor  # int64 [2], see ops
+    stats: Tensor  # int64 [3], see ops
     num_tokens: int = 0
     wire_bytes: int = 0
     num_values: int = 0
@@ -53,7 +54,8 @@ class SiteReport:
     """What one rank has sent at one site. `coded`: whether the plan has a codec for it.
 
     `plain_bytes`: what the same values take in the model's own dtype, sent by the same algorithm.
-    `num_saturated`, `num_non_finite`: values that were clipped, or NaN or infinite (simulated: of all ranks).
+    `num_saturated`, `num_non_finite`: values that were clipped, or NaN or infinite; `num_guarded`: tokens that were
+    coded in a safe form (simulated: of all ranks).
     """
 
     coded: bool
@@ -63,6 +65,7 @@ class SiteReport:
     num_values: int
     num_saturated: int = 0
     num_non_finite: int = 0
+    num_guarded: int = 0
 
     @property
     def bits_per_value(self) -> float | None:
@@ -99,6 +102,11 @@ class Report:
     def num_non_finite(self) -> int:
         """Coded values that were NaN or infinite (simulated: on all ranks)."""
         return sum(site.num_non_finite for site in self._coded)
+
+    @property
+    def num_guarded(self) -> int:
+        """How often a token lay so far out of the calibrated range that it was coded in a safe form (the same)."""
+        return sum(site.num_guarded for site in self._coded)
 
     @property
     def num_tokens(self) -> int:
@@ -147,7 +155,7 @@ class Monitor:
     def site(self, name: str, *, coded: bool) -> SiteCounters:
         """The counters of a site, made at first use."""
         if name not in self.sites:
-            self.sites[name] = SiteCounters(coded, torch.zeros(2, dtype=torch.int64, device=self.device))
+            self.sites[name] = SiteCounters(coded, torch.zeros(3, dtype=torch.int64, device=self.device))
         return self.sites[name]
 
     def report(self) -> Report:
