@@ -21,10 +21,11 @@ class ScratchOwner {
     const size_t codes = (num_features + kScratchSlack + 63) & ~size_t{63};
     const size_t group_row = num_features / kSmallestGroup + kScratchSlack / sizeof(float);
     const size_t groups = kGroupRows * group_row * sizeof(float);
-    bytes_.resize(std::max(bytes_.size(), 2 * values + groups + num_ranks * codes));
+    bytes_.resize(std::max(bytes_.size(), 3 * values + groups + num_ranks * codes));
     auto* start = bytes_.data();
     auto floats = [&](size_t offset) { return reinterpret_cast<float*>(start + offset); };
-    return {floats(0), floats(values), start + 2 * values + groups, codes, floats(2 * values), group_row};
+    uint8_t* first_code = start + 3 * values + groups;
+    return {floats(0), floats(values), floats(2 * values), first_code, codes, floats(3 * values), group_row};
   }
 
  private:

@@ -53,7 +53,7 @@ def strided(x: Tensor) -> Tensor:
 def outcome(codec: Codec, reduced: Codec, x_RTE: Tensor, noise_RTB: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Everything that kernels can be asked for; of bytes that nothing encodes to, too."""
     num_ranks, num_tokens, num_features = x_RTE.shape
-    counts = torch.zeros(2, 2, dtype=torch.int64)
+    counts = torch.zeros(2, 3, dtype=torch.int64)
     payloads_RTB = strided(torch.zeros(num_ranks, num_tokens, codec.row_nbytes(num_features), dtype=torch.uint8))
     for rank, x_TE in enumerate(x_RTE):
         codec.encode(strided(x_TE), source=rank, out=payloads_RTB[rank], stats=counts[0])

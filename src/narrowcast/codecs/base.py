@@ -62,7 +62,8 @@ class Codec(ABC):
     def encode(self, x_TE: Tensor, *, source: int, out: Tensor | None = None, stats: Tensor | None = None) -> Tensor:
         """Code `x_TE` (bf16, fp16 or fp32) into `out`, uint8 [T, B], made if not given.
 
-        `stats`, int64 [2] on the same device, counts values that were clipped and values that were not finite.
+        `stats`, int64 [3] on the same device, counts values that were clipped, values that were not finite, and
+        tokens that a guard coded in another form, whose values do not count as clipped (places in `ops`).
         """
         self._check_source(source)
         self._check_values(x_TE)
@@ -298,7 +299,7 @@ def is_positive(scale: Tensor) -> bool:
 
 
 def _may_count(stats: Tensor | None) -> bool:
-    return stats is None or (_is_plain(stats) and stats.dtype is torch.int64 and stats.shape == (2,))
+    return stats is None or (_is_plain(stats) and stats.dtype is torch.int64 and stats.shape == (3,))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
