@@ -1,8 +1,8 @@
-// `feature`: outliers in BF16, all other features as integers with static scales.
+// `feature`: outliers in BF16, all other features as integers with static scales; tokens far beyond these as `group`.
 #pragma once
 
 #include "cast.h"
-#include "pack.h"
+#include "group.h"
 
 namespace narrowcast {
 namespace NARROWCAST_PATH {
@@ -70,21 +70,58 @@ NARROWCAST_INLINE int64_t quantize(const T* x, const float* reciprocal, size_t n
 }
 
 // What was clamped in a row where that happened: values that are not finite get the code 0, the others are counted.
+// Returns whether the row lies so far out of range that the guard codes it; then no value counts as saturated.
 template <class T>
-NARROWCAST_FLAT void mark_not_finite(const T* x, const float* reciprocal, size_t num_values, int num_bits,
-                                     uint8_t* codes, Counts& counts) {
+NARROWCAST_FLAT bool mark_clamped(const T* x, const Format& format, const float* reciprocal, uint8_t* codes,
+                                  Counts& counts) {
+  const float largest = float((1 << (format.num_bits - 1)) - 1);
   // The middle between the largest code and the next one is a tie and goes up, as the largest code is odd.
-  const float limit = float(1 << (num_bits - 1)) - 0.5f;
-  for_each_vector(num_values, [&](size_t first, size_t count) {
-    const F32 value = load(x + first, count), steps = value * load(reciprocal + first, count);
+  const float limit = largest + 0.5f;
+  I32 saturated = {}, non_finite = {}, far = {}, farther = {};
+  for_each_vector(format.num_features, [&](size_t first, size_t count) {
+    const F32 value = load(x + first, count), steps = magnitude(value * load(reciprocal + first, count));
     const I32 bad = not_finite(value);
-    counts.saturated -= sum(((steps >= limit) | (steps <= -limit)) & ~bad);
+    saturated -= (steps >= limit) & ~bad;
+    far -= steps > 1.5f * largest;
+    farther |= steps > 4.0f * largest;
     if (!any(bad)) return;
-    counts.non_finite -= sum(bad);
+    non_finite -= bad;
     for (size_t lane = 0; lane < count; ++lane) {
       if (bad[lane]) codes[first + lane] = 0;
     }
   });
+  const int64_t num_coded = int64_t(format.num_features - format.num_outliers), num_non_finite = sum(non_finite);
+  counts.non_finite += num_non_finite;
+  if (format.guard_bits && !num_non_finite && (any(farther) || 16 * sum(far) > num_coded)) {
+    ++counts.guarded;
+    return true;
+  }
+  counts.saturated += sum(saturated);
+  return false;
+}
+
+// How the guard codes: `group`, behind the mark.
+NARROWCAST_INLINE Format guard_format(const Format& format) {
+  Format guard = {};
+  guard.kind = Kind::group;
+  guard.num_bits = format.guard_bits;
+  guard.group_size = format.guard_group_size;
+  guard.symmetric = true;
+  return guard;
+}
+
+template <class T>
+NARROWCAST_INLINE void guard_encode_row(const T* values, const Format& format, const Scratch& scratch,
+                                        uint8_t* payload) {
+  const Format guard = guard_format(format);
+  const size_t num_features = format.num_features, num_outliers = format.num_outliers;
+  const Rows x = {const_cast<T*>(values), Dtype::bf16, 0, 1, num_features};  // one row has no use for a stride
+  Counts as_group;
+  payload[0] = kGuardMark & 0xFF;
+  payload[1] = kGuardMark >> 8;
+  group_encode_rows(values, guard, x, {payload + 2, 0}, as_group, scratch, 0, 1);
+  const size_t used = 2 + GroupLayout(guard, num_features).codes + packed_nbytes(num_features, guard.num_bits);
+  memset(payload + used, 0, 2 * num_outliers + packed_nbytes(num_features - num_outliers, format.num_bits) - used);
 }
 
 template <class T>
@@ -101,7 +138,10 @@ NARROWCAST_FLAT void feature_encode_rows(const T*, const Format& format, const R
     const int64_t num_clamped =
         format.num_bits == 8 ? quantize<true>(values, reciprocal, format.num_features, 8, codes)
                              : quantize<false>(values, reciprocal, format.num_features, format.num_bits, codes);
-    if (num_clamped) mark_not_finite(values, reciprocal, format.num_features, format.num_bits, codes, counts);
+    if (num_clamped && mark_clamped(values, format, reciprocal, codes, counts)) {
+      guard_encode_row(values, format, scratch, payload);
+      continue;
+    }
     for (size_t i = 0; i < format.num_holes; ++i) codes[format.holes[i]] = codes[format.fillers[i]];
     memset(codes + num_coded, 0, 8);
     for (size_t i = 0; i < format.num_outliers; ++i) gathered[i] = values[format.outliers[i]];
@@ -210,16 +250,9 @@ NARROWCAST_INLINE void sum_row_of_codes(const Format& format, const Payloads& pa
 }
 
 template <class T>
-NARROWCAST_FLAT void feature_decode_sum_row(const Format& format, const Payloads& payloads, size_t row,
-                                            const Scratch& scratch, T* out) {
+NARROWCAST_FLAT void feature_sum_plain_row(const Format& format, const Payloads& payloads, size_t row,
+                                           const Scratch& scratch, T* out) {
   const size_t num_outliers = format.num_outliers;
-  for (size_t rank = 0; num_outliers && rank < payloads.num_ranks; ++rank) {
-    const uint8_t* payload = payloads.row(rank, row);
-    if ((payload[0] | payload[1] << 8) != kGuardMark) continue;
-    for_each_vector(format.num_features,
-                    [&](size_t first, size_t count) { store(out + first, nan_vector(), count); });
-    return;
-  }
   if (format.num_bits != 4) sum_row_of_codes(format, payloads, row, scratch, out);
   else if (format.tame) sum_row_of_4_bits<true>(format, payloads, row, out);
   else sum_row_of_4_bits<false>(format, payloads, row, out);
@@ -227,6 +260,42 @@ NARROWCAST_FLAT void feature_decode_sum_row(const Format& format, const Payloads
   T* totals = reinterpret_cast<T*>(scratch.spare);
   cast_decode_sum_row(static_cast<const Bf16*>(nullptr), payloads, row, num_outliers, totals);
   for (size_t i = 0; i < num_outliers; ++i) out[format.outliers[i]] = totals[i];
+}
+
+NARROWCAST_INLINE bool is_marked(const uint8_t* payload) { return (payload[0] | payload[1] << 8) == kGuardMark; }
+
+// A row that bears the guard's mark for some of the ranks: one after the other, the slow way. `out` may be
+// `scratch.values`: it is written last.
+template <class T>
+NARROWCAST_FLAT void feature_sum_guarded_row(const Format& format, const Payloads& payloads, size_t row,
+                                             const Scratch& scratch, T* out) {
+  const Format guard = guard_format(format);
+  const size_t num_features = format.num_features;
+  float *total = scratch.total, *values = scratch.values;
+  for (size_t rank = 0; rank < payloads.num_ranks; ++rank) {
+    uint8_t* payload = const_cast<uint8_t*>(payloads.row(rank, row));
+    const bool marked = is_marked(payload);
+    const Payloads own = {{marked ? payload + 2 : payload, 0}, 0, 1, payloads.first_source + rank};
+    if (!marked) feature_sum_plain_row(format, own, 0, scratch, values);
+    else if (format.guard_bits) group_decode_sum_row(guard, own, 0, scratch, values, num_features);
+    else for_each_vector(num_features, [&](size_t i, size_t) { store_vector(values + i, nan_vector()); });
+    for_each_vector(num_features, [&](size_t i, size_t) {
+      const F32 value = load(values + i);
+      store_vector(total + i, rank ? load(total + i) + value : value);
+    });
+  }
+  for_each_vector(num_features, [&](size_t i, size_t count) { store(out + i, load(total + i), count); });
+}
+
+template <class T>
+NARROWCAST_INLINE void feature_decode_sum_row(const Format& format, const Payloads& payloads, size_t row,
+                                              const Scratch& scratch, T* out) {
+  bool any_marked = false;
+  for (size_t rank = 0; format.num_outliers && rank < payloads.num_ranks; ++rank) {
+    any_marked |= is_marked(payloads.row(rank, row));
+  }
+  if (any_marked) feature_sum_guarded_row(format, payloads, row, scratch, out);
+  else feature_sum_plain_row(format, payloads, row, scratch, out);
 }
 
 }  // namespace NARROWCAST_PATH

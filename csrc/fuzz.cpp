@@ -90,6 +90,11 @@ Case feature_case(size_t num_features, size_t num_ranks) {
     *part = made.floats.back().data.get();
   }
   made.row_nbytes = 2 * outliers.size() + packed_nbytes(num_coded, format.num_bits);
+  format.guard_bits = outliers.empty() ? 0 : int(below(size_t(format.num_bits)));
+  format.guard_group_size = 32 * (1 + below(4));
+  const size_t num_groups = (num_features + format.guard_group_size - 1) / format.guard_group_size;
+  const size_t guarded = 2 + 2 * num_groups + packed_nbytes(num_features, format.guard_bits);
+  if (guarded > made.row_nbytes) format.guard_bits = 0;
   return made;
 }
 
@@ -146,7 +151,15 @@ void run_case(const Kernels& path) {
   const Case partial = any_case(num_features, num_ranks), reduced = any_case(num_features, 1);
   const ptrdiff_t stride = ptrdiff_t(partial.row_nbytes), reduced_stride = ptrdiff_t(reduced.row_nbytes);
   auto values = random_bytes<uint8_t>(num_values * itemsize);
+  if (coin()) {  // finite, as the guard of `feature` leaves a row alone that is not
+    for (size_t i = itemsize - 1; i < values.size; i += itemsize) values.data[i] &= 0xBF;
+  }
   auto payloads = random_bytes<uint8_t>(num_ranks * num_tokens * partial.row_nbytes);
+  for (size_t row = 0; partial.row_nbytes > 1 && row < num_ranks * num_tokens; ++row) {
+    if (below(3)) continue;
+    payloads.data[row * partial.row_nbytes] = 0xC1;  // that guard's mark
+    payloads.data[row * partial.row_nbytes + 1] = 0xFF;
+  }
   Buffer<uint8_t> coded(num_tokens * partial.row_nbytes), recoded(num_tokens * reduced.row_nbytes);
   const Rows rows = {values.data.get(), dtype, ptrdiff_t(num_features), num_tokens, num_features};
   const Payloads from = {{payloads.data.get(), stride}, ptrdiff_t(num_tokens) * stride, num_ranks, 0};

@@ -104,6 +104,8 @@ struct Format {
   const int64_t *outliers, *holes, *fillers;
   size_t num_outliers, num_holes;
   bool tame;  // feature: sums of finite values neither overflow nor are subnormal, for any number of ranks up to R
+  int guard_bits;  // feature: of tokens far out of range, which are coded as `group`, symmetric; 0 for no guard
+  size_t guard_group_size;
   size_t group_size;       // group; minifloat, where 0 means all features
   bool symmetric, spikes;  // group
   Element element;         // minifloat

@@ -32,7 +32,8 @@ Format make_cast(int dtype) {
 }
 
 Format make_feature(int num_bits, size_t num_features, uintptr_t scale, uintptr_t reciprocal, uintptr_t outliers,
-                    size_t num_outliers, uintptr_t holes, uintptr_t fillers, size_t num_holes, bool tame) {
+                    size_t num_outliers, uintptr_t holes, uintptr_t fillers, size_t num_holes, bool tame,
+                    int guard_bits, size_t guard_group_size) {
   Format format = {};
   format.kind = Kind::feature;
   format.num_bits = num_bits;
@@ -45,6 +46,8 @@ Format make_feature(int num_bits, size_t num_features, uintptr_t scale, uintptr_
   format.fillers = at<const int64_t>(fillers);
   format.num_holes = num_holes;
   format.tame = tame;
+  format.guard_bits = guard_bits;
+  format.guard_group_size = guard_group_size;
   return format;
 }
 

@@ -8,6 +8,12 @@ namespace NARROWCAST_PATH {
 
 constexpr size_t packed_plane_nbytes(size_t num_codes, int width) { return (num_codes * width + 7) / 8; }
 
+static inline size_t packed_nbytes(size_t num_codes, int num_bits) {
+  size_t nbytes = 0;
+  for (int width = 8; width; width /= 2) nbytes += num_bits & width ? packed_plane_nbytes(num_codes, width) : 0;
+  return nbytes;
+}
+
 // Bits [low, low + width) of every code. `codes` are zero for 64 bytes beyond num_codes.
 template <int low, int width>
 NARROWCAST_INLINE uint8_t* pack_plane(const uint8_t* codes, size_t num_codes, uint8_t* out) {

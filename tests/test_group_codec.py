@@ -206,9 +206,9 @@ def test_any_finite_values_keep_to_the_bound_or_are_nan(codec: GroupCodec, value
 
 def test_the_code_that_has_no_opposite_clips_and_is_counted() -> None:
     codec = GroupCodec(num_bits=4, group_size=32, symmetric=True)
-    stats = torch.zeros(2, dtype=torch.int64)
+    stats = torch.zeros(3, dtype=torch.int64)
     payload_TB = codec.encode(torch.tensor([[8.0, -8.0, 7.4, -7.6, 1.0]]), source=0, stats=stats)
-    assert stats.tolist() == [1, 0]  # -7.6 would take code 8, as 8.0 takes -8
+    assert stats.tolist() == [1, 0, 0]  # -7.6 would take code 8, as 8.0 takes -8
     assert codec.decode(payload_TB, source=0, num_features=5).tolist() == [[7.0, -8.0, 7.0, -8.0, 1.0]]
 
 
@@ -226,7 +226,7 @@ def test_operators_obey_their_schemas(preset: str) -> None:
     codec = GROUPS[preset]
     payload = torch.empty(5, codec.row_nbytes(70), dtype=torch.uint8)
     checks = ("test_schema", "test_faketensor")
-    arguments = random(5, 70), *codec._arguments, payload, torch.zeros(2, dtype=torch.int64)
+    arguments = random(5, 70), *codec._arguments, payload, torch.zeros(3, dtype=torch.int64)
     torch.library.opcheck(torch.ops.narrowcast.group_encode, arguments, test_utils=checks)
     codec.encode(random(5, 70), source=0, out=payload)
     arguments = payload[None], *codec._arguments, torch.empty(5, 70)

@@ -91,12 +91,12 @@ def check_clipping(groups: Groups) -> tuple[int, int]:
     stages = checked_stages(codecs_for("int8", groups, 70), transport.world_size, groups)
     inputs = [x * 40 for x in partials(transport.world_size, 11, 70)]
     inputs[1][3, 5] = torch.nan
-    stats = torch.zeros(2, dtype=torch.int64)
+    stats = torch.zeros(3, dtype=torch.int64)
     steps = all_reduce_steps(inputs[transport.rank], stages, transport, "hierarchical", stats)
     y_TE = Pending(steps, transport).wait()
     assert y_TE.isnan().nonzero().tolist() == [[3, 5]]
     dist.all_reduce(stats)
-    counted = torch.zeros(2, dtype=torch.int64)
+    counted = torch.zeros(3, dtype=torch.int64)
     simulate.all_reduce(inputs, codec=stages.codecs, groups=groups, algorithm="hierarchical", stats=counted)
     assert stats.tolist() == counted.tolist()
     return counted[0].item(), counted[1].item()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import test_golden
-from narrowcast import kernels
+from narrowcast import kernels, ops
 from narrowcast.codecs import PRESETS, Codec, Ranges
 from narrowcast.errors import InvalidInputError
 from narrowcast.kernels import REFERENCE, cpu
@@ -26,6 +26,8 @@ dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 # Sizes around those of vectors and groups.
 features = st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 128, 129, 255, 256, 500, 1025]))
 
+GUARD_MARK = torch.tensor([ops.GUARD_MARK], dtype=torch.uint16).view(torch.uint8)
+
 # What each kind of values does to [R, T, E] of ordinary ones, given a generator.
 KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "ordinary": lambda x, _: x,
@@ -36,6 +38,8 @@ KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
     "huge": lambda x, _: x.clamp(-1, 1) * 3.3e38,
     "not finite": lambda x, g: x / (torch.rand(x.shape, generator=g) > 0.1) * (torch.rand(x.shape, generator=g) > 0.05),
     "nothing finite": lambda x, _: x * torch.inf,
+    "tokens far out": lambda x, g: x * 40.0 ** (torch.rand(x.shape[:2], generator=g) < 0.5)[..., None],
+    "values far out": lambda x, g: torch.where(torch.rand(x.shape, generator=g) < 0.01, x * 1e3, x),
 }
 
 
@@ -90,6 +94,8 @@ def test_every_path_gives_the_bits_of_the_reference(
     x_RTE = KINDS[kind](x_RTE, generator).to(dtype)
     shape = num_ranks, num_tokens, codec.row_nbytes(num_features)
     noise_RTB = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    marked_RT = torch.rand(shape[:2], generator=generator) < 0.4
+    noise_RTB[..., :2][marked_RT] = GUARD_MARK[: shape[2]]  # noise alone would hardly ever bear it
     with kernels.forced(REFERENCE):
         expected = outcome(codec, reduced, x_RTE, noise_RTB, dtype)
     for path in PATHS:

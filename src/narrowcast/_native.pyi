@@ -16,6 +16,8 @@ def feature(
     fillers: int,
     num_holes: int,
     tame: bool,
+    guard_bits: int,
+    guard_group_size: int,
 ) -> Format: ...
 def group(num_bits: int, group_size: int, symmetric: bool, spikes: bool) -> Format: ...
 def minifloat(

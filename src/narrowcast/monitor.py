@@ -16,7 +16,7 @@ class SiteCounters:
     """One site on one rank, since `attach`."""
 
     coded: bool
-    stats: Tensor  # int64 [2], see ops: saturated, non-finite
+    stats: Tensor  # int64 [3], see ops: saturated, non-finite, guarded
     num_tokens: int = 0
     wire_bytes: int = 0
     num_values: int = 0
@@ -68,11 +68,13 @@ class Report:
     """What one rank has sent, or, simulated, the first rank of every stage. Sites that are not coded are kept apart.
 
     `num_saturated`, `num_non_finite`: coded values that were clipped, or NaN or infinite (simulated: of all ranks).
+    `num_guarded`: how often a token lay so far out of the calibrated range that it was coded in another form.
     """
 
     sites: Mapping[str, SiteReport]
     num_saturated: int
     num_non_finite: int
+    num_guarded: int
 
     @property
     def num_tokens(self) -> int:
@@ -112,6 +114,7 @@ class Report:
             sites={name: SiteReport(**site) for name, site in values["sites"].items()},
             num_saturated=values["num_saturated"],
             num_non_finite=values["num_non_finite"],
+            num_guarded=values["num_guarded"],
         )
 
 
@@ -125,13 +128,13 @@ class Monitor:
     def site(self, name: str, *, coded: bool) -> SiteCounters:
         """The counters of a site, made at first use."""
         if name not in self.sites:
-            self.sites[name] = SiteCounters(coded, torch.zeros(2, dtype=torch.int64, device=self.device))
+            self.sites[name] = SiteCounters(coded, torch.zeros(3, dtype=torch.int64, device=self.device))
         return self.sites[name]
 
     def report(self) -> Report:
         """The sums over sites."""
         coded = [site for site in self.sites.values() if site.coded]
-        stats = sum((site.stats for site in coded), torch.zeros(2, dtype=torch.int64, device=self.device))
+        stats = sum((site.stats for site in coded), torch.zeros(3, dtype=torch.int64, device=self.device))
         return Report(
             sites={
                 name: SiteReport(
@@ -145,4 +148,5 @@ class Monitor:
             },
             num_saturated=int(stats[ops.SATURATED]),
             num_non_finite=int(stats[ops.NON_FINITE]),
+            num_guarded=int(stats[ops.GUARDED]),
         )

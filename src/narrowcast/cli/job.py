@@ -113,6 +113,7 @@ def _report(model: nn.Module, handle: Handle) -> Report:
             sites=sites,
             num_saturated=sum(each.num_saturated for each in reports),
             num_non_finite=sum(each.num_non_finite for each in reports),
+            num_guarded=sum(each.num_guarded for each in reports),
         )
     return report
 

@@ -124,6 +124,7 @@ def summary(outcome: Outcome, split: Split) -> str:
         + (f"; uncompressed besides, bytes {each}: {uncompressed}" if uncompressed else "")
         + (f"; {report.num_saturated} values clipped on all ranks" if report.num_saturated else "")
         + (f"; {report.num_non_finite} values not finite" if report.num_non_finite else "")
+        + (f"; {report.num_guarded} tokens coded by the guard (far out of range)" if report.num_guarded else "")
     )
 
 

@@ -208,6 +208,7 @@ class Codec(ABC):
     def features(self, start: int, stop: int) -> "Codec":
         """The codec of the features `start` to `stop` alone: their values decode as they would among all.
 
+        Unless a guard codes the token in another form: it looks at a block by itself.
         `start` is a multiple of `granularity`, and so is `stop` unless it is E.
         """
         assert start == 0 or (self.granularity is not None and start % self.granularity == 0)

@@ -90,6 +90,26 @@ def group_decode_sum(
     ops.store_sum(decoded, out_TE)
 
 
+def group_error_bound(x_TE: Tensor, num_bits: int, group_size: int, symmetric: bool, spikes: bool) -> Tensor:
+    """Largest error [T, E] that finite `x_TE` can suffer."""
+    # Half a step; where the codes of the one sign end a step early, what lies beyond; and half a dozen fp32
+    # roundings (2**-24 each) of numbers no larger than the group's reach.
+    x_TGS = _grouped(x_TE, group_size)
+    fit = _fit(x_TGS, x_TE.shape[1], num_bits, symmetric, spikes)
+    step_TG1, zero_TG1 = fit.step.float()[:, :, None], fit.zero.float()[:, :, None]
+    reach_TG1 = step_TG1.abs() * 2**num_bits + zero_TG1.abs()
+    bound_TGS = (step_TG1.abs() / 2).expand_as(x_TGS)
+    if symmetric:
+        beyond_TGS = x_TGS * step_TG1.sign() - step_TG1.abs() * (2 ** (num_bits - 1) - 1)
+        bound_TGS = torch.maximum(bound_TGS, beyond_TGS)
+    bound_TGS = bound_TGS + reach_TG1 * 2**-21
+    for place_TG, spike_TG in zip(fit.places, fit.spikes, strict=True):
+        rounding_TG = spike_TG.float().abs().mul(2**-8).clamp(min=2**-134)
+        bound_TGS.scatter_(2, place_TG[:, :, None], rounding_TG[:, :, None])
+    bound_TE: Tensor = bound_TGS.flatten(1)[:, : x_TE.shape[1]]
+    return bound_TE
+
+
 def _reader(payload_TB: Tensor) -> Callable[[int | None], Tensor]:
     """A function that gives the next columns of a payload; None for all that are left."""
     start = 0
@@ -213,19 +233,4 @@ class GroupCodec(DynamicCodec):
         return self.num_bits, self.group_size, self.symmetric, self.spikes
 
     def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
-        # Half a step; where the codes of the one sign end a step early, what lies beyond; and half a dozen fp32
-        # roundings (2**-24 each) of numbers no larger than the group's reach.
-        x_TGS = _grouped(x_TE, self.group_size)
-        fit = _fit(x_TGS, x_TE.shape[1], self.num_bits, self.symmetric, self.spikes)
-        step_TG1, zero_TG1 = fit.step.float()[:, :, None], fit.zero.float()[:, :, None]
-        reach_TG1 = step_TG1.abs() * 2**self.num_bits + zero_TG1.abs()
-        bound_TGS = (step_TG1.abs() / 2).expand_as(x_TGS)
-        if self.symmetric:
-            beyond_TGS = x_TGS * step_TG1.sign() - step_TG1.abs() * (2 ** (self.num_bits - 1) - 1)
-            bound_TGS = torch.maximum(bound_TGS, beyond_TGS)
-        bound_TGS = bound_TGS + reach_TG1 * 2**-21
-        for place_TG, spike_TG in zip(fit.places, fit.spikes, strict=True):
-            rounding_TG = spike_TG.float().abs().mul(2**-8).clamp(min=2**-134)
-            bound_TGS.scatter_(2, place_TG[:, :, None], rounding_TG[:, :, None])
-        bound_TE: Tensor = bound_TGS.flatten(1)[:, : x_TE.shape[1]]
-        return bound_TE
+        return group_error_bound(x_TE, *self._arguments)

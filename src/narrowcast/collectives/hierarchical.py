@@ -16,7 +16,7 @@ from torch import Tensor
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.base import Algorithm, Exchange, Filling, Stages, Traffic, new_payload
-from narrowcast.collectives.two_shot import Share, shares
+from narrowcast.collectives.two_shot import Share, shares, twin_shares
 
 
 class Seat(NamedTuple):
@@ -63,7 +63,7 @@ def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: in
 def _sum_in_node(x_TE: Tensor, seat: Seat, stats: Tensor | None) -> Generator[Exchange, None, Tensor | None]:
     """The node's sum of this rank's share, if it owns one."""
     sends = {
-        owner: share.partial.encode(x_TE[share.tokens, share.features], source=seat.rank, stats=stats)
+        owner: share.partial.encode(share.of(x_TE), source=seat.rank, stats=stats)
         for owner, share in seat.owned.items()
     }
     own = seat.owned.get(seat.rank)
@@ -100,21 +100,23 @@ def _gather_in_node(total_TE: Tensor | None, seat: Seat, y_TE: Tensor, stats: Te
         sends, num_values = dict.fromkeys(seat.members, payload_TB), (len(seat.members) - 1) * total_TE.numel()
     yield seat.exchange(sends, payloads, num_values)
     for owner, share in seat.owned.items():
-        share.reduced.decode(payloads[owner], source=0, out=y_TE[share.tokens, share.features])
+        share.reduced.decode(payloads[owner], source=0, out=share.of(y_TE))
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
-    partial, reduced, between = stages.codecs[:3]
-    payloads_RTB = torch.stack([partial.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
-    dtype, num_features = partials[0].dtype, partials[0].shape[1]
-    sums = [
-        partial.sources(group).decode_sum(payloads_RTB[list(group)], num_features=num_features)
-        for group in stages.groups
-    ]
-    payloads_NTB = torch.stack([between.encode(sum_TE, source=node, stats=stats) for node, sum_TE in enumerate(sums)])
-    total_TE = between.decode_sum(payloads_NTB, num_features=num_features)
-    payload_TB = reduced.encode(total_TE, source=0, stats=stats)
-    return reduced.decode(payload_TB, source=0, dtype=dtype, num_features=num_features)
+    num_tokens, num_features = partials[0].shape
+    y_TE = partials[0].new_empty(num_tokens, num_features)
+    for share in twin_shares(stages, num_tokens, num_features, min(len(group) for group in stages.groups)):
+        payloads_RTB, between = share.coded(partials, stats), share.codecs[2]
+        sums = [
+            share.partial.sources(group).decode_sum(payloads_RTB[list(group)], num_features=share.shape[1])
+            for group in stages.groups
+        ]
+        payloads = [between.encode(sum_TE, source=node, stats=stats) for node, sum_TE in enumerate(sums)]
+        total_TE = between.decode_sum(torch.stack(payloads), num_features=share.shape[1])
+        payload_TB = share.reduced.encode(total_TE, source=0, stats=stats)
+        share.reduced.decode(payload_TB, source=0, out=share.of(y_TE))
+    return y_TE
 
 
 def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:

@@ -49,6 +49,15 @@ class Share(NamedTuple):
     def num_values(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    def of(self, x_TE: Tensor) -> Tensor:
+        """The share's part of a tensor, as a view."""
+        return x_TE[self.tokens, self.features]
+
+    def coded(self, partials: Sequence[Tensor], stats: Tensor | None) -> Tensor:
+        """The payloads [R, T, B] of the ranks' partial sums of this share."""
+        payloads = [self.partial.encode(self.of(x), source=rank, stats=stats) for rank, x in enumerate(partials)]
+        return torch.stack(payloads)
+
 
 def shares(stages: Stages, num_tokens: int, num_features: int, world_size: int) -> list[Share] | None:
     """The share of each rank; None where there is no token and no block of features for every rank, or no stage 1."""
@@ -64,6 +73,15 @@ def shares(stages: Stages, num_tokens: int, num_features: int, world_size: int) 
         Share(slice(0, num_tokens), own, tuple(codec.features(own.start, own.stop) for codec in stages.codecs))
         for own in blocks
     ]
+
+
+def twin_shares(stages: Stages, num_tokens: int, num_features: int, num_owners: int) -> list[Share]:
+    """What `shares` gives, with tokens in one piece: each one's bytes depend on it alone, blocks' on where they end."""
+    if num_tokens >= num_owners:
+        return [Share(slice(0, num_tokens), slice(0, num_features), stages.codecs)]
+    owners = shares(stages, num_tokens, num_features, num_owners)
+    assert owners is not None, "the choice of the algorithm asks `sent` first"
+    return owners
 
 
 def _blocks(granularities: Sequence[int | None], num_features: int, world_size: int) -> list[slice] | None:
@@ -84,7 +102,7 @@ def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: in
     owners = shares(stages, num_tokens, num_features, world_size)
     assert owners is not None, "the choice of the algorithm asks `sent` first"
     own = owners[rank]
-    sends = [owner.partial.encode(x_TE[owner.tokens, owner.features], source=rank, stats=stats) for owner in owners]
+    sends = [owner.partial.encode(owner.of(x_TE), source=rank, stats=stats) for owner in owners]
     partials_RTB = sends[rank].expand(world_size, *sends[rank].shape).contiguous()
     yield Exchange(without(sends, rank), without(partials_RTB.unbind(), rank), x_TE.numel() - own.num_values)
 
@@ -92,16 +110,18 @@ def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: in
     own.partial.recode(partials_RTB, own.reduced, num_features=own.shape[1], out=reduced[rank], stats=stats)
     yield to_all(reduced[rank], reduced, rank, own.num_values)
     for owner, payload_TB in zip(owners, reduced, strict=True):
-        owner.reduced.decode(payload_TB, source=0, out=y_TE[owner.tokens, owner.features])
+        owner.reduced.decode(payload_TB, source=0, out=owner.of(y_TE))
 
 
 def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
-    partial, reduced = stages.codecs[:2]
-    dtype, num_features = partials[0].dtype, partials[0].shape[1]
-    payloads_RTB = torch.stack([partial.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
-    total_TE = partial.decode_sum(payloads_RTB, num_features=num_features)
-    payload_TB = reduced.encode(total_TE, source=0, stats=stats)
-    return reduced.decode(payload_TB, source=0, dtype=dtype, num_features=num_features)
+    num_tokens, num_features = partials[0].shape
+    y_TE = partials[0].new_empty(num_tokens, num_features)
+    for share in twin_shares(stages, num_tokens, num_features, len(partials)):
+        payloads_RTB = share.coded(partials, stats)
+        total_TE = share.partial.decode_sum(payloads_RTB, num_features=share.shape[1])
+        payload_TB = share.reduced.encode(total_TE, source=0, stats=stats)
+        share.reduced.decode(payload_TB, source=0, out=share.of(y_TE))
+    return y_TE
 
 
 def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:

@@ -98,14 +98,19 @@ def cast(dtype: torch.dtype) -> Kernel | None:
 
 
 def feature(
-    num_bits: int, scale_RE: Tensor, reciprocal_RE: Tensor, outliers_K: Tensor, holes: Tensor, fillers: Tensor
+    num_bits: int,
+    scale_RE: Tensor,
+    reciprocal_RE: Tensor,
+    outliers_K: Tensor,
+    holes: Tensor,
+    fillers: Tensor,
+    guard: tuple[int, int] | None,
 ) -> Kernel | None:
-    """The kernels of a `feature` codec."""
+    """The kernels of a `feature` codec; `guard` codes in so many bits, in groups of so many features."""
     if native is None or not scale_RE.is_cpu:
         return None
-    coded_RE = reciprocal_RE.index_fill(1, outliers_K, 0.0)  # so that nothing clips where an outlier is
     by_slot_RE = scale_RE.float().index_copy(1, holes, scale_RE[:, fillers].float())
-    tensors = [each.contiguous() for each in (by_slot_RE, coded_RE, outliers_K, holes, fillers)]
+    tensors = [each.contiguous() for each in (by_slot_RE, reciprocal_RE, outliers_K, holes, fillers)]
     scale, reciprocal, outliers, holes, fillers = tensors
     form = native.feature(
         num_bits,
@@ -118,6 +123,7 @@ def feature(
         fillers.data_ptr(),
         len(holes),
         _is_tame(scale, num_bits),
+        *(guard or (0, 0)),
     )
     return Kernel(form, *tensors)
 
