@@ -63,7 +63,7 @@ struct Scratch {
 constexpr size_t kScratchSlack = 256;
 constexpr size_t kGroupRows = 6, kSmallestGroup = 16;
 
-enum class Kind : int { cast, feature, group, minifloat };
+enum class Kind : int { cast, feature, group, minifloat, allocated };
 
 // A floating-point format of 8 bits or fewer (codecs/floats.py). Codes above the largest are NaN.
 struct Element {
@@ -83,12 +83,21 @@ constexpr Element kE4m3 = {8, 3, -6, 0x7E};
 
 enum class ScaleFormat : int { bf16 = 0, e8m0 = 1, e4m3 = 2 };
 
+// What the codes of `allocated` stand for (codecs/token_scale.py, lloyd_max.py). Rows are by width, from one bit on.
+struct LevelTables {
+  const float *token_scale, *token_reciprocal;  // [256], by code; zero where a code stands for no number
+  const float* scale_edges;                     // [256]: mean squares at which the next code begins, then NaN
+  const float* levels;                          // [8, 256], by code: sign above magnitude
+  const float* edges;                           // [8, 128], ascending, infinity behind them
+  const uint8_t* first_edge;                    // [8, 512]: how many edges there are up to place / 64
+};
+
 // A codec with its parameters, which belong to the Python codec.
 struct Format {
   Kind kind;
   Dtype dtype;   // cast
   int num_bits;  // feature, group
-  size_t num_features;  // feature: as calibrated
+  size_t num_features;  // feature, allocated: as calibrated
   // feature: FP32 [R, E], by slot (of which there are fewer than E); reciprocals by feature, zero where there is an
   // outlier; int64 [K], [H], [H].
   const float *scale, *reciprocal;
@@ -101,6 +110,12 @@ struct Format {
   bool symmetric, spikes;  // group
   Element element;         // minifloat
   ScaleFormat scale_format;
+  // allocated: `scale` is FP32 [R, 32 * N], by slot, `reciprocal` [R, E] by feature, zero where it is sent in BF16;
+  // features by slot [R, 32 * N], E in slots that have none; bits of blocks [R, N], never rising.
+  const uint16_t* order;
+  const uint8_t* widths;
+  size_t num_blocks, num_escapes, row_nbytes;
+  LevelTables tables;
 };
 
 // One path. Row ranges [begin, end) let threads share a tensor.

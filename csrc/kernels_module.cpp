@@ -71,6 +71,25 @@ Format make_minifloat(int num_bits, int mantissa_bits, int smallest_exponent, in
   return format;
 }
 
+Format make_allocated(size_t num_features, size_t num_blocks, size_t num_escapes, size_t row_nbytes, uintptr_t scale,
+                      uintptr_t reciprocal, uintptr_t order, uintptr_t widths, uintptr_t token_scale,
+                      uintptr_t token_reciprocal, uintptr_t scale_edges, uintptr_t levels, uintptr_t edges,
+                      uintptr_t first_edge) {
+  Format format = {};
+  format.kind = Kind::allocated;
+  format.num_features = num_features;
+  format.num_blocks = num_blocks;
+  format.num_escapes = num_escapes;
+  format.row_nbytes = row_nbytes;
+  format.scale = at<const float>(scale);
+  format.reciprocal = at<const float>(reciprocal);
+  format.order = at<const uint16_t>(order);
+  format.widths = at<const uint8_t>(widths);
+  format.tables = {at<const float>(token_scale), at<const float>(token_reciprocal), at<const float>(scale_edges),
+                   at<const float>(levels),      at<const float>(edges),            at<const uint8_t>(first_edge)};
+  return format;
+}
+
 // Counts of several threads, added to a tensor of three.
 class Total {
  public:
@@ -159,6 +178,7 @@ void bind_kernels(nb::module_& m) {
   m.def("feature", &make_feature);
   m.def("group", &make_group);
   m.def("minifloat", &make_minifloat);
+  m.def("allocated", &make_allocated);
   m.def("encode", &encode);
   m.def("decode_sum", &decode_sum);
   m.def("recode", &recode);

@@ -1,4 +1,5 @@
 // All kernels of one path. CMakeLists.txt compiles this file once for each, with its flags and its name.
+#include "allocated.h"
 #include "cast.h"
 #include "feature.h"
 #include "minifloat.h"
@@ -31,6 +32,9 @@ static void encode(const Format& format, const Rows& x, size_t source, const Pay
       case Kind::feature: feature_encode_rows(from, format, x, source, out, counts, scratch, begin, end); return;
       case Kind::group: group_encode_rows(from, format, x, out, counts, scratch, begin, end); return;
       case Kind::minifloat: minifloat_encode_rows(from, format, x, out, counts, scratch, begin, end); return;
+      case Kind::allocated:
+        allocated_encode_rows(from, format, x, source, out, counts, scratch, begin, end);
+        return;
     }
   });
 }
@@ -45,6 +49,7 @@ static void decode_sum_row(const Format& format, const Payloads& payloads, size_
     case Kind::feature: feature_decode_sum_row(format, payloads, row, scratch, out); return;
     case Kind::group: group_decode_sum_row(format, payloads, row, scratch, out, num_values); return;
     case Kind::minifloat: minifloat_decode_sum_row(format, payloads, row, scratch, out, num_values); return;
+    case Kind::allocated: allocated_decode_sum_row(format, payloads, row, scratch, out); return;
   }
 }
 

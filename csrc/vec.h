@@ -301,5 +301,28 @@ NARROWCAST_INLINE F32 steps_of_4_bits(I32 codes) {
 #endif
 }
 
+// table[code] of codes below 2**width; 16 entries of the table may be read though it is shorter.
+template <int width>
+NARROWCAST_INLINE F32 look_up(const float* table, I32 codes) {
+#if defined(__AVX512BW__)
+  const __m512i code = bits_as<__m512i>(codes);
+  if (width <= 4) return bits_as<F32>(_mm512_permutexvar_ps(code, _mm512_loadu_ps(table)));
+  if (width == 5) {
+    return bits_as<F32>(_mm512_permutex2var_ps(_mm512_loadu_ps(table), code, _mm512_loadu_ps(table + 16)));
+  }
+#elif defined(__AVX2__)
+  const __m256i code = bits_as<__m256i>(codes);
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);  // reads 3 bits
+  if (width <= 3) return bits_as<F32>(low);
+  if (width == 4) {
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
+    return bits_as<F32>(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28))));
+  }
+#endif
+  F32 values;
+  for (size_t lane = 0; lane < kLanes; ++lane) values[lane] = table[codes[lane]];
+  return values;
+}
+
 }  // namespace NARROWCAST_PATH
 }  // namespace narrowcast

@@ -23,6 +23,22 @@ def group(num_bits: int, group_size: int, symmetric: bool, spikes: bool) -> Form
 def minifloat(
     num_bits: int, mantissa_bits: int, smallest_exponent: int, largest_code: int, scale_format: int, block_size: int
 ) -> Format: ...
+def allocated(
+    num_features: int,
+    num_blocks: int,
+    num_escapes: int,
+    row_nbytes: int,
+    scale: int,
+    reciprocal: int,
+    order: int,
+    widths: int,
+    token_scale: int,
+    token_reciprocal: int,
+    scale_edges: int,
+    levels: int,
+    edges: int,
+    first_edge: int,
+) -> Format: ...
 def encode(
     format: Format,
     x: int,

@@ -18,57 +18,16 @@ import torch
 from torch import Tensor
 
 from narrowcast import ops
-from narrowcast.codecs import lloyd_max
+from narrowcast.codecs import lloyd_max, token_scale
 from narrowcast.codecs.allocation import AS_BF16, BLOCK
 from narrowcast.codecs.base import Codec, is_positive
+from narrowcast.codecs.token_scale import GUARDED, LARGEST, NOT_FINITE, TOKEN_SCALES, mean_square, scale_code
 from narrowcast.errors import InvalidInputError
-
-# The token's scale: code c in 1 to 253 stands for 2 ** ((c - 127) / 8), rounded to FP32.
-ZERO, SMALLEST, LARGEST, GUARDED, NOT_FINITE = 0, 1, 253, 254, 255
-STEPS_PER_OCTAVE, CODE_OF_ONE = 8, 127
+from narrowcast.kernels import cpu
 
 REACH = 8.0  # calibrated standard deviations beyond which a value is far from what was seen
 MAX_ESCAPES, ESCAPE_NBYTES = 15, 4  # values of a guarded token that travel as they are: uint16 feature, BF16 value
 NO_FEATURE = 0xFFFF
-
-
-def _token_scales() -> Tensor:
-    """FP32 [256]: what each code stands for; zero for those that stand for no number."""
-    scales = torch.zeros(256)
-    codes = torch.arange(SMALLEST, LARGEST + 1, dtype=torch.float64)
-    scales[SMALLEST : LARGEST + 1] = torch.exp2((codes - CODE_OF_ONE) / STEPS_PER_OCTAVE).float()
-    return scales
-
-
-TOKEN_SCALES = _token_scales()
-# Mean squares at which the next code begins: squares of the geometric middle between two scales. FP32 [252].
-_middles = torch.arange(SMALLEST, LARGEST, dtype=torch.float64) + 0.5 - CODE_OF_ONE
-SCALE_EDGES = torch.exp2(2 * _middles / STEPS_PER_OCTAVE).float()
-
-
-def scale_code(mean_square: Tensor) -> Tensor:
-    """The code of the token scale nearest to the root of `mean_square` (fp32, not negative), int64."""
-    code = SMALLEST + torch.bucketize(mean_square.contiguous(), SCALE_EDGES.to(mean_square.device), right=True)
-    return code.masked_fill(mean_square == 0, ZERO)
-
-
-def mean_square(u_TN: Tensor) -> Tensor:
-    """Mean of squares [T] over N values, a multiple of 32 but for the last ones, in one stated order.
-
-    32 sums, of the values 0, 32, 64, ..., of 1, 33, 65, ..., and so on; then the upper half of the sums is added to the
-    lower half until one is left; then a product with FP32 1 / N.
-    """
-    num_values = u_TN.shape[1]
-    if not num_values:
-        return u_TN.new_zeros(len(u_TN))
-    square_TN = torch.nn.functional.pad(u_TN * u_TN, (0, -num_values % BLOCK))
-    sums = square_TN[:, :BLOCK].clone()
-    for start in range(BLOCK, square_TN.shape[1], BLOCK):
-        sums += square_TN[:, start : start + BLOCK]
-    while sums.shape[1] > 1:
-        half = sums.shape[1] // 2
-        sums = sums[:, :half] + sums[:, half:]
-    return sums[:, 0] * (1.0 / torch.tensor(float(num_values)))
 
 
 @ops.operator(
@@ -337,6 +296,18 @@ class AllocatedCodec(Codec):
         torch.ops.narrowcast.allocated_decode_sum(
             payloads_RTB, self.scale[sources], self.order[sources], self.widths[sources], self.num_escapes, out_TE
         )
+
+    def _make_kernel(self) -> cpu.Kernel | None:
+        tables = *token_scale.tables(), *lloyd_max.tables()
+        reciprocal_RE = self._reciprocal.masked_fill(self._is_bf16, 0.0)
+        sizes = self.num_escapes, self._row_nbytes
+        return cpu.allocated(self.scale, reciprocal_RE, self.order, self.widths, *sizes, tables)
+
+    @property
+    def _is_bf16(self) -> Tensor:
+        """Which features of which source [R, E] are sent as they are."""
+        by_slot = self.widths.repeat_interleave(BLOCK, dim=1)[:, : self.order.shape[1]] == AS_BF16
+        return torch.zeros_like(by_slot).scatter(1, self.order.long(), by_slot)
 
     def _features(self, start: int, stop: int) -> "AllocatedCodec":
         if stop - start == self.scale.shape[1]:

@@ -6,6 +6,8 @@ of a cell the middle between two levels. Of symmetric levels only the positive h
 a byte format and stand as they are; `tests/test_allocated_codec.py` derives them again.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -308,3 +310,18 @@ def _distortion(num_bits: int) -> float:
     ends = torch.cat([torch.zeros(1), edges(num_bits), torch.full((1,), 40.0)]).double()
     mass = normal.cdf(ends[1:]) - normal.cdf(ends[:-1])
     return 1 - float(2 * (mass * positive.square()).sum())
+
+
+@cache
+def tables() -> tuple[Tensor, Tensor, Tensor]:
+    """What kernels look up, a row for each width.
+
+    Levels by code, fp32 [8, 256]; edges, infinity behind them, fp32 [8, 128]; and how many edges there are up to
+    place / 64, uint8 [8, 512]: edges lie farther apart than that.
+    """
+    places = torch.arange(512) / 64
+    pad = torch.nn.functional.pad
+    by_code = [torch.cat([levels(each), -levels(each)]) for each in _LEVELS]
+    padded = [pad(edges(each), (0, 128 - len(edges(each))), value=torch.inf) for each in _LEVELS]
+    up_to = [torch.bucketize(places, edges(each), right=True).to(torch.uint8) for each in _LEVELS]
+    return torch.stack([pad(each, (0, 256 - len(each))) for each in by_code]), torch.stack(padded), torch.stack(up_to)

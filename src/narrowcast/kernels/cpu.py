@@ -4,6 +4,7 @@ An address has no shape: `Codec` checks shapes and dtypes before it comes here.
 """
 
 import os
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -19,6 +20,7 @@ enabled = native is not None
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SCALES = {"bf16": 0, "e8m0": 1, "e4m3": 2}
+_BLOCK = 32  # features of `allocated` that share a width
 _LARGE = 1 << 19  # values from which on several threads may share a tensor
 
 
@@ -139,6 +141,27 @@ def minifloat(
         return None
     element = num_bits, mantissa_bits, smallest_exponent, largest_code
     return Kernel(native.minifloat(*element, _SCALES[scale], block_size or 0))
+
+
+def allocated(
+    scale_RE: Tensor,
+    reciprocal_RE: Tensor,
+    order_RE: Tensor,
+    widths_RN: Tensor,
+    num_escapes: int,
+    row_nbytes: int,
+    tables: Sequence[Tensor],
+) -> Kernel | None:
+    """The kernels of an `allocated` codec; reciprocals are zero where a feature is sent in BF16."""
+    if native is None or not scale_RE.is_cpu:
+        return None
+    num_features, num_blocks = scale_RE.shape[1], widths_RN.shape[1]
+    missing = 0, _BLOCK * num_blocks - num_features
+    by_slot_RE = torch.nn.functional.pad(scale_RE.float().gather(1, order_RE.long()), missing)
+    order = torch.nn.functional.pad(order_RE, missing, value=num_features).to(torch.int16)  # its bits, unsigned
+    tensors = [each.contiguous() for each in (by_slot_RE, reciprocal_RE, order, widths_RN, *tables)]
+    sizes = num_features, num_blocks, num_escapes, row_nbytes
+    return Kernel(native.allocated(*sizes, *(each.data_ptr() for each in tensors)), *tensors)
 
 
 def _is_tame(scale_RE: Tensor, num_bits: int) -> bool:

@@ -1,0 +1,432 @@
+// `allocated`: blocks of 32 features of 0 to 8 bits or in BF16, static scales and one for each token.
+#pragma once
+
+#include "cast.h"
+#include "group.h"
+
+namespace narrowcast {
+namespace NARROWCAST_PATH {
+
+constexpr size_t kBlock = 32;
+constexpr int kAsBf16 = 16;
+constexpr uint8_t kLargestScale = 253, kGuarded = 254, kNotFinite = 255;  // codes of token scales; 0 is zero
+constexpr size_t kMostEscapes = 15, kEscapeNbytes = 4;
+constexpr uint16_t kNoFeature = 0xFFFF;
+constexpr float kReach = 8.0f, kLargestBf16 = 0x1.FEp127f;
+constexpr float kBeyondEdges = 7.5f, kPlaces = 64.0f;  // all edges lie below; places of `first_edge` in one
+constexpr size_t kLevels = 256, kEdges = 128, kFirstEdges = 512;  // rows of LevelTables
+
+constexpr size_t block_nbytes(int width) { return kBlock / 8 * size_t(width); }
+
+template <int number>
+struct Constant {
+  static constexpr int value = number;
+};
+
+// The parameters of one source.
+struct Source {
+  const float *scale, *reciprocal;
+  const uint16_t* order;
+  const uint8_t* widths;
+  size_t num_bf16 = 0, num_sent;  // blocks; those in BF16 come first
+  float one_over_count = 0;       // of the values that have part in the token's scale
+
+  Source(const Format& format, size_t source)
+      : scale(format.scale + source * format.num_blocks * kBlock),
+        reciprocal(format.reciprocal + source * format.num_features),
+        order(format.order + source * format.num_blocks * kBlock),
+        widths(format.widths + source * format.num_blocks) {
+    while (num_bf16 < format.num_blocks && widths[num_bf16] == kAsBf16) ++num_bf16;
+    num_sent = num_bf16;
+    while (num_sent < format.num_blocks && widths[num_sent]) ++num_sent;
+    const size_t end = num_sent * kBlock, last = end < format.num_features ? end : format.num_features;
+    if (num_sent > num_bf16) one_over_count = 1.0f / float(last - num_bf16 * kBlock);
+  }
+};
+
+// Calls `body(width, first, end, bytes)` for each run of coded blocks of one width, its width a constant, as far as
+// blocks end within `nbytes` from `bytes` on. Returns their end.
+template <class Byte, class Body>
+NARROWCAST_INLINE Byte* for_each_run(const Source& source, Byte* bytes, size_t nbytes, Body body) {
+  size_t first = source.num_bf16;
+  while (first < source.num_sent) {
+    const int width = source.widths[first];
+    size_t end = first, fits = nbytes / block_nbytes(width);
+    for (; end < source.num_sent && source.widths[end] == width && fits; --fits) ++end;
+    if (end == first) break;
+    switch (width) {
+      case 1: body(Constant<1>{}, first, end, bytes); break;
+      case 2: body(Constant<2>{}, first, end, bytes); break;
+      case 3: body(Constant<3>{}, first, end, bytes); break;
+      case 4: body(Constant<4>{}, first, end, bytes); break;
+      case 5: body(Constant<5>{}, first, end, bytes); break;
+      case 6: body(Constant<6>{}, first, end, bytes); break;
+      case 7: body(Constant<7>{}, first, end, bytes); break;
+      default: body(Constant<8>{}, first, end, bytes); break;
+    }
+    const size_t used = (end - first) * block_nbytes(width);
+    bytes += used;
+    nbytes -= used;
+    first = end;
+  }
+  return bytes;
+}
+
+// --- Packing of a block: the planes of pack.h, which are whole words of 32 codes -----------------------------------
+
+struct Words {
+  uint64_t part[4];  // a byte for each code
+};
+
+// Bits [low, low + width) of the codes, from their lowest up where there are others above.
+template <int low, int width>
+NARROWCAST_INLINE uint8_t* pack_plane(const Words& codes, uint8_t* out) {
+  constexpr uint64_t kMask = 0x0101010101010101u * ((1u << width) - 1);
+  uint64_t piece[4];
+  for (int i = 0; i < 4; ++i) piece[i] = codes.part[i] >> low & kMask;
+  if (width == 8) {
+    memcpy(out, piece, 32);
+  } else if (width == 4) {
+    const uint64_t packed[2] = {piece[0] | piece[2] << 4, piece[1] | piece[3] << 4};
+    memcpy(out, packed, 16);
+  } else {
+    const uint64_t packed = piece[0] | piece[1] << 2 | piece[2] << 4 | piece[3] << 6;
+    if (width == 2) {
+      memcpy(out, &packed, 8);
+    } else {
+      const uint32_t halves = uint32_t(packed) | uint32_t(packed >> 32) << 1;
+      memcpy(out, &halves, 4);
+    }
+  }
+  return out + 4 * width;
+}
+
+template <int low, int width>
+NARROWCAST_INLINE const uint8_t* unpack_plane(const uint8_t* packed, Words& codes) {
+  constexpr uint64_t kMask = 0x0101010101010101u * ((1u << width) - 1);
+  uint64_t words[4];
+  if (width == 8) {
+    memcpy(words, packed, 32);
+  } else if (width == 4) {
+    memcpy(words, packed, 16);
+    words[2] = words[0] >> 4;
+    words[3] = words[1] >> 4;
+  } else {
+    if (width == 2) {
+      memcpy(words, packed, 8);
+    } else {
+      uint32_t halves;
+      memcpy(&halves, packed, 4);
+      words[0] = halves | uint64_t(halves) >> 1 << 32;
+    }
+    for (int i = 3; i >= 0; --i) words[i] = words[0] >> 2 * i;
+  }
+  for (int i = 0; i < 4; ++i) codes.part[i] |= (words[i] & kMask) << low;
+  return packed + 4 * width;
+}
+
+template <int width>
+NARROWCAST_INLINE void pack_block(const uint8_t* from, uint8_t* out) {
+  const Words codes = load_vector<Words>(from);
+  if (width == 8) out = pack_plane<0, 8>(codes, out);
+  if (width < 8 && width & 4) out = pack_plane<0, 4>(codes, out);
+  if (width < 8 && width & 2) out = pack_plane<width & 4, 2>(codes, out);
+  if (width < 8 && width & 1) pack_plane<width & 6, 1>(codes, out);
+}
+
+template <int width>
+NARROWCAST_INLINE void unpack_block(const uint8_t* packed, uint8_t* to) {
+  Words codes = {};
+  if (width == 8) packed = unpack_plane<0, 8>(packed, codes);
+  if (width < 8 && width & 4) packed = unpack_plane<0, 4>(packed, codes);
+  if (width < 8 && width & 2) packed = unpack_plane<width & 4, 2>(packed, codes);
+  if (width < 8 && width & 1) unpack_plane<width & 6, 1>(packed, codes);
+  store_vector(to, codes);
+}
+
+// --- Encoding --------------------------------------------------------------------------------------------------------
+
+// Values over their scales, by feature, a zero behind them. Returns the largest magnitude; NaN or infinity if a value
+// is not finite, or if it is too large.
+template <class T>
+NARROWCAST_INLINE float scale_values(const T* x, const float* reciprocal, size_t num_features, float* scaled) {
+  I32 largest = {};
+  for_each_vector(num_features, [&](size_t first, size_t count) {
+    prefetch<kLanes * sizeof(T)>(x + first);
+    const F32 value = load(x + first, count) * load(reciprocal + first, count);
+    store_vector(scaled + first, value);
+    largest = max(largest, bits_as<I32>(magnitude(value)));
+  });
+  scaled[num_features] = 0.0f;
+  int32_t most = 0;
+  for (size_t lane = 0; lane < kLanes; ++lane) most = largest[lane] > most ? largest[lane] : most;
+  return bits_as<float>(most);
+}
+
+NARROWCAST_INLINE int64_t count_beyond(const float* scaled, size_t num_features, float limit) {
+  I32 found = {};
+  for_each_vector(num_features,
+                  [&](size_t first, size_t count) { found -= magnitude(load(scaled + first, count)) > limit; });
+  return sum(found);
+}
+
+// In the order that codecs/token_scale.py states.
+NARROWCAST_INLINE float mean_square(const float* slots, const Source& source) {
+  constexpr size_t kParts = kBlock / kLanes;
+  F32 parts[kParts] = {};
+  for (size_t first = source.num_bf16 * kBlock; first < source.num_sent * kBlock; first += kBlock) {
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kParts; ++i) {
+      const F32 value = load(slots + first + i * kLanes);
+      parts[i] = parts[i] + value * value;
+    }
+  }
+  float sums[kBlock];
+  memcpy(sums, parts, sizeof sums);
+  for (size_t half = kBlock / 2; half; half /= 2) {
+    for (size_t i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  return sums[0] * source.one_over_count;
+}
+
+NARROWCAST_INLINE uint8_t scale_code(const LevelTables& tables, float mean_square) {
+  if (mean_square == 0.0f) return 0;
+  I32 num_edges = {};
+  for (size_t i = 0; i < 256; i += kLanes) num_edges -= load(tables.scale_edges + i) <= mean_square;
+  return uint8_t(1 + sum(num_edges));
+}
+
+// Brings the values to their slots and finds the code of the token's scale.
+NARROWCAST_INLINE uint8_t place_values(const Format& format, const Source& source, const float* scaled,
+                                       float* slots) {
+  for (size_t slot = source.num_bf16 * kBlock; slot < source.num_sent * kBlock; ++slot) {
+    slots[slot] = scaled[source.order[slot]];
+  }
+  return scale_code(format.tables, mean_square(slots, source));
+}
+
+// How many edges are not above each magnitude, of which there are few: all are compared.
+template <int width>
+NARROWCAST_INLINE I32 count_edges(const float* edges, F32 magnitude) {
+  I32 count = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < (1 << (width - 1)) - 1; ++i) count -= magnitude >= splat(edges[i]);
+  return count;
+}
+
+// Codes of a block: sign above magnitude.
+template <int width>
+NARROWCAST_INLINE void quantize_block(const float* slots, F32 reciprocal, const LevelTables& tables, uint8_t* codes) {
+  const float* edges = tables.edges + (width - 1) * kEdges;
+  const uint8_t* first_edge = tables.first_edge + (width - 1) * kFirstEdges;
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kBlock; i += kLanes) {
+    const F32 value = load(slots + i) * reciprocal;
+    const I32 sign = (value < 0.0f) & 1 << (width - 1);
+    if (width <= 5) {
+      store_bytes(codes + i, low_8_bits(sign | count_edges<width>(edges, magnitude(value))));
+      continue;
+    }
+    const F32 limited = min(magnitude(value), splat(kBeyondEdges));
+    const I32 places = __builtin_convertvector(limited * kPlaces, I32);
+    for (size_t lane = 0; lane < kLanes; ++lane) {
+      const uint8_t edge = first_edge[places[lane]];  // not above the value; at most one more is not
+      codes[i + lane] = uint8_t(sign[lane] | (edge + (limited[lane] >= edges[edge])));
+    }
+  }
+}
+
+// Writes the coded blocks that fit into `nbytes`; returns their end.
+NARROWCAST_FLAT uint8_t* write_coded(const Format& format, const Source& source, const float* slots, uint8_t code,
+                                     uint8_t* codes, uint8_t* out, size_t nbytes) {
+  const F32 reciprocal = splat(format.tables.token_reciprocal[code]);
+  return for_each_run(source, out, nbytes, [&](auto width, size_t first, size_t end, uint8_t* to) {
+    constexpr int kWidth = decltype(width)::value;
+    for (size_t block = first; block < end; ++block) {
+      quantize_block<kWidth>(slots + block * kBlock, reciprocal, format.tables, codes + block * kBlock);
+    }
+    for (size_t block = first; block < end; ++block, to += block_nbytes(kWidth)) {
+      pack_block<kWidth>(codes + block * kBlock, to);
+    }
+  });
+}
+
+// Writes blocks, as many as fit into `nbytes`, and zeros behind them.
+template <class T>
+NARROWCAST_INLINE void write_blocks(const T* x, const Format& format, const Source& source, uint8_t code,
+                                    const Scratch& scratch, uint8_t* out, size_t nbytes) {
+  uint8_t* const end = out + nbytes;
+  size_t block = 0;
+  for (; block < source.num_bf16 && size_t(end - out) >= block_nbytes(kAsBf16); ++block) {
+    const size_t first = block * kBlock, left = format.num_features - first, count = left < kBlock ? left : kBlock;
+    T values[kBlock] = {};
+    for (size_t i = 0; i < count; ++i) values[i] = x[source.order[first + i]];
+    for (size_t i = 0; i < kBlock; i += kLanes) {
+      store_finite_of(values, reinterpret_cast<Bf16*>(out) + i, load(values + i), kLanes);
+    }
+    out += block_nbytes(kAsBf16);
+  }
+  if (block == source.num_bf16) {
+    out = write_coded(format, source, scratch.total, code, scratch.codes, out, size_t(end - out));
+  }
+  memset(out, 0, size_t(end - out));
+}
+
+// Takes the farthest values beyond `limit` out, of equals the first, and writes them as they are.
+template <class T>
+NARROWCAST_INLINE void write_escapes(const T* x, size_t num_features, size_t num_escapes, float limit, float* scaled,
+                                     uint8_t* out) {
+  uint16_t features[kMostEscapes];
+  float farness[kMostEscapes], values[kMostEscapes + kScratchSlack / sizeof(float)] = {};
+  size_t count = 0;
+  for (size_t feature = 0; feature < num_features; ++feature) {
+    const float far = scaled[feature] < 0.0f ? -scaled[feature] : scaled[feature];
+    if (!(far > limit) || (count == num_escapes && !(far > farness[count - 1]))) continue;
+    size_t place = count < num_escapes ? count++ : count - 1;
+    for (; place && farness[place - 1] < far; --place) {
+      farness[place] = farness[place - 1];
+      features[place] = features[place - 1];
+    }
+    farness[place] = far;
+    features[place] = uint16_t(feature);
+  }
+  for (size_t i = 0; i < count; ++i) {
+    scaled[features[i]] = 0.0f;
+    const float value = load(x + features[i], 1)[0];
+    values[i] = value > kLargestBf16 ? kLargestBf16 : value < -kLargestBf16 ? -kLargestBf16 : value;
+  }
+  for (size_t i = count; i < num_escapes; ++i) features[i] = kNoFeature;
+  memcpy(out, features, 2 * num_escapes);
+  for_each_vector(num_escapes, [&](size_t first, size_t left) {
+    store(reinterpret_cast<Bf16*>(out + 2 * num_escapes) + first, load(values + first), left);
+  });
+}
+
+template <class T>
+NARROWCAST_INLINE void allocated_encode_row(const T* x, const Format& format, const Source& source, Counts& counts,
+                                            const Scratch& scratch, uint8_t* payload) {
+  const size_t num_features = format.num_features, num_escapes = format.num_escapes;
+  float *scaled = scratch.spare, *slots = scratch.total;
+  uint8_t* const end = payload + format.row_nbytes;
+  const float largest = scale_values(x, source.reciprocal, num_features, scaled);
+  if (!(largest < __builtin_inff())) {
+    const int64_t num_bad = count_not_finite(x, num_features);
+    counts.non_finite += num_bad;
+    if (num_bad) {
+      payload[0] = kNotFinite;
+      memset(payload + 1, 0, format.row_nbytes - 1);
+      return;
+    }
+  }
+  uint8_t code = place_values(format, source, scaled, slots);
+  const float limit = kReach * format.tables.token_scale[code];
+  if (largest > limit) {
+    if (num_escapes) {
+      write_escapes(x, num_features, num_escapes, limit, scaled, payload + 2);
+      code = place_values(format, source, scaled, slots);
+      *payload++ = kGuarded;
+      ++counts.guarded;
+    }
+    counts.saturated += count_beyond(scaled, num_features, kReach * format.tables.token_scale[code]);
+  }
+  *payload++ = code;
+  if (largest > limit) payload += kEscapeNbytes * num_escapes;
+  write_blocks(x, format, source, code, scratch, payload, size_t(end - payload));
+}
+
+template <class T>
+NARROWCAST_FLAT void allocated_encode_rows(const T*, const Format& format, const Rows& x, size_t source,
+                                           const Payload& out, Counts& counts, const Scratch& scratch, size_t begin,
+                                           size_t end) {
+  const Source own(format, source);
+  for (size_t row = begin; row < end; ++row) {
+    allocated_encode_row(static_cast<const T*>(x.row(row)), format, own, counts, scratch, out.row(row));
+  }
+}
+
+// --- Decoding --------------------------------------------------------------------------------------------------------
+
+NARROWCAST_INLINE void add_block(const float* values, const uint16_t* order, float* total) {
+#pragma GCC unroll 8
+  for (size_t i = 0; i < kBlock; ++i) total[order[i]] += values[i];  // where there is no feature, behind the last one
+}
+
+// Adds what stands in the blocks that end within `nbytes`, by feature.
+NARROWCAST_FLAT void add_blocks(const Format& format, const Source& source, const uint8_t* bytes, size_t nbytes,
+                                float token_scale, uint8_t* codes, float* total) {
+  float values[kBlock];
+  const uint16_t* order = source.order;
+  for (size_t block = 0; block < source.num_bf16; ++block, order += kBlock) {
+    if (nbytes < block_nbytes(kAsBf16)) return;
+    for (size_t i = 0; i < kBlock; i += kLanes) {
+      store_vector(values + i, load(reinterpret_cast<const Bf16*>(bytes) + i));
+    }
+    add_block(values, order, total);
+    bytes += block_nbytes(kAsBf16);
+    nbytes -= block_nbytes(kAsBf16);
+  }
+  for_each_run(source, bytes, nbytes, [&](auto width, size_t first, size_t end, const uint8_t* from) {
+    constexpr int kWidth = decltype(width)::value;
+    for (size_t block = first; block < end; ++block, from += block_nbytes(kWidth)) {
+      unpack_block<kWidth>(from, codes + block * kBlock);
+    }
+    const float* levels = format.tables.levels + (kWidth - 1) * kLevels;
+    for (size_t slot = first * kBlock; slot < end * kBlock; slot += kBlock) {
+#pragma GCC unroll 8
+      for (size_t i = 0; i < kBlock; i += kLanes) {
+        const F32 level = look_up<kWidth>(levels, widen(load_vector<U8>(codes + slot + i)));
+        store_vector(values + i, level * load(source.scale + slot + i) * token_scale);
+      }
+      add_block(values, source.order + slot, total);
+    }
+  });
+}
+
+// What a guarded token stands for, by feature; NaN where the code of a scale stands for no number.
+NARROWCAST_INLINE void decode_guarded(const Format& format, const Source& source, const uint8_t* payload,
+                                      uint8_t* codes, float* values) {
+  const uint8_t *features = payload + 2, *kept = features + 2 * format.num_escapes;
+  const uint8_t *blocks = features + kEscapeNbytes * format.num_escapes, *end = payload + format.row_nbytes;
+  const uint8_t code = payload[1];
+  if (code <= kLargestScale) {
+    add_blocks(format, source, blocks, size_t(end - blocks), format.tables.token_scale[code], codes, values);
+  }
+  for (size_t i = 0; i < format.num_escapes; ++i) {
+    const size_t feature = features[2 * i] | features[2 * i + 1] << 8;
+    const uint32_t value = uint32_t(kept[2 * i] | kept[2 * i + 1] << 8) << 16;
+    if (feature < format.num_features) values[feature] = bits_as<float>(value);
+  }
+}
+
+NARROWCAST_FLAT void add_guarded_or_nan(const Format& format, const Source& source, const uint8_t* payload,
+                                        const Scratch& scratch, float* total) {
+  float* values = scratch.spare;
+  const bool is_guarded = payload[0] == kGuarded && format.num_escapes;
+  const F32 nothing = is_guarded && payload[1] <= kLargestScale ? F32{} : nan_vector();
+  for_each_vector(format.num_features + 1, [&](size_t first, size_t) { store_vector(values + first, nothing); });
+  if (is_guarded) decode_guarded(format, source, payload, scratch.codes, values);
+  for_each_vector(format.num_features, [&](size_t first, size_t) {
+    store_vector(total + first, load(total + first) + load(values + first));
+  });
+}
+
+template <class T>
+NARROWCAST_FLAT void allocated_decode_sum_row(const Format& format, const Payloads& payloads, size_t row,
+                                              const Scratch& scratch, T* out) {
+  float* total = scratch.total;
+  memset(total, 0, (format.num_features + 1) * sizeof(float));
+  for (size_t rank = 0; rank < payloads.num_ranks; ++rank) {
+    const Source source(format, payloads.first_source + rank);
+    const uint8_t* payload = payloads.row(rank, row);
+    if (payload[0] > kLargestScale) {
+      add_guarded_or_nan(format, source, payload, scratch, total);
+      continue;
+    }
+    const float token_scale = format.tables.token_scale[payload[0]];
+    add_blocks(format, source, payload + 1, format.row_nbytes - 1, token_scale, scratch.codes, total);
+  }
+  for_each_vector(format.num_features, [&](size_t i, size_t count) { store(out + i, load(total + i), count); });
+}
+
+}  // namespace NARROWCAST_PATH
+}  // namespace narrowcast
