@@ -105,7 +105,7 @@ class ErrorObserver(Wires):
         mix = None if transform.remix is None else transform.remix.mix
         total = simulate.all_reduce(components, codec=codecs, algorithm=algorithm, mix=mix)
         num_tokens, num_ranks = len(total), len(partials)
-        runs = choose(algorithm, Stages(tuple(codecs)), num_tokens, transform.num_components, num_ranks)
+        runs = choose(algorithm, Stages(tuple(codecs), mix=mix), num_tokens, transform.num_components, num_ranks)
         return transform.synthesize(total, remixed=runs == "two_shot")
 
     def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
