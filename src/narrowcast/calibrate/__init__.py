@@ -17,7 +17,7 @@ from narrowcast.calibrate.fitting import ModelRecipe
 from narrowcast.calibrate.moments import MomentObserver, Moments, MomentsNeeded, fisher_information
 from narrowcast.calibrate.observers import EMA_FACTOR, FirstTokens, RangeObserver
 from narrowcast.calibrate.planning import Observations
-from narrowcast.calibrate.recipes import CodecByKind, budgeted, moments_needed, recipes_by_kind
+from narrowcast.calibrate.recipes import CodecByKind, asked_for, moments_needed, recipes_by_kind
 from narrowcast.calibrate.running import evaluating, run, travelling_over
 from narrowcast.codecs import Recipe
 from narrowcast.codecs import recipe as recipe_of_one
@@ -69,7 +69,7 @@ def calibrate(
     `progress(n)` is called after each sequence with the number done.
     Raises InvalidInputError for a model or preset that cannot be served, and for text without tokens.
     """
-    codec = budgeted(codec, bits, target_kl)
+    codec = asked_for(codec, bits=bits, target_kl=target_kl)
     needed, _ = moments_needed(codec), recipe_of_one(within)
     seen = observe(
         model,
@@ -193,7 +193,7 @@ __all__ = [
     "CodecByKind",
     "ModelRecipe",
     "Observations",
-    "budgeted",
+    "asked_for",
     "calibrate",
     "moments_needed",
     "observe",

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from narrowcast.calibrate.fitting import MODEL_RECIPES, ModelRecipe
 from narrowcast.calibrate.moments import MomentsNeeded
-from narrowcast.codecs import PRESETS, Recipe
+from narrowcast.codecs import Recipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.errors import InvalidInputError
 from narrowcast.split import KINDS, UNCODED
@@ -51,20 +52,25 @@ def _by_kind(codec: CodecByKind) -> Mapping[str, str | Recipe | ModelRecipe]:
     return codec
 
 
-def budgeted(codec: CodecByKind, bits: float | None, target_kl: float | None) -> CodecByKind:
-    """`codec` with a budget for what is fitted to the whole model; InvalidInputError where nothing is."""
-    if bits is None and target_kl is None:
+def asked_for(codec: CodecByKind, **options: Any) -> CodecByKind:
+    """`codec` with those `options` of a `ModelRecipe` that are not None; InvalidInputError where it is none."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if not given:
         return codec
     of_sums = codec.get("sum") if isinstance(codec, Mapping) else codec
     chosen = None if of_sums is None else recipe(of_sums)
     if not isinstance(chosen, ModelRecipe):
         raise InvalidInputError(
-            "bits and target KL",
-            expected=f"a codec that is fitted to the whole model, {' or '.join(MODEL_RECIPES)}",
-            found=f"{codec}, whose bits its name says" if codec in PRESETS else f"{codec}",
+            ", ".join(given),
+            expected=f"with a codec that is fitted to the whole model, {' or '.join(MODEL_RECIPES)}",
+            found=f"with {codec}",
             remedy="Leave them out, or choose such a codec.",
         )
-    asked = replace(chosen, bits=bits, target_kl=target_kl)
+    if "form" in given and chosen.form == "features":
+        raise InvalidInputError(
+            "axes", expected="with codec transform", found="with codec allocated", remedy="Choose one of them."
+        )
+    asked = replace(chosen, **given)
     return {**codec, "sum": asked} if isinstance(codec, Mapping) else asked
 
 

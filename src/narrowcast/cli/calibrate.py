@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -15,9 +15,13 @@ from narrowcast.calibrate import (
     DEFAULT_NUM_FIRST,
     CodecByKind,
     Observations,
+    asked_for,
+    moments_needed,
     observe,
     recipes_by_kind,
 )
+from narrowcast.calibrate.fitting import Budgeted
+from narrowcast.calibrate.moments import MomentsNeeded
 from narrowcast.calibrate.observers import FirstTokens
 from narrowcast.cli.files import DEFAULT_LENGTH, sequences
 from narrowcast.cli.launch import is_first_rank, on_ranks
@@ -53,6 +57,22 @@ def calibrate(
     ] = 1,
     within: Annotated[str, typer.Option(help="The preset for sums within a node.")] = "bf16",
     codec: CodecOption = [DEFAULT_CODEC],  # noqa: B006 (typer copies it)
+    bits: Annotated[
+        float | None, typer.Option(help="Bits a value on average, of a codec that is fitted to the whole model.")
+    ] = None,
+    target_kl: Annotated[
+        float | None,
+        typer.Option("--target-kl", help="As few bits as cost no more than this KL divergence, in nats, instead."),
+    ] = None,
+    axes: Annotated[
+        Literal["ranks", "site", "blocks"] | None,
+        typer.Option(help="Along which axes a transform codes: each rank's own, one set a site, or within blocks."),
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Features of a block, with --axes blocks.")] = None,
+    algorithm: Annotated[
+        Budgeted | None,
+        typer.Option(help="Whose payloads --bits counts; by default those of the one that sends fewer bytes."),
+    ] = None,
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 128,
     length: Length = DEFAULT_LENGTH,
     first_tokens: Annotated[
@@ -67,11 +87,20 @@ def calibrate(
     overwrite: Annotated[bool, typer.Option(help="Replace the plan if it exists.")] = False,
 ) -> None:
     """Calibrate MODEL, split over --tp ranks and --pp stages, and write a plan."""
-    split, chosen = checked_split(tp, pp, experts), codec_by_kind(codec)
+    split = checked_split(tp, pp, experts)
+    fitted = {"bits": bits, "target_kl": target_kl, "form": axes, "block_size": block_size, "budgeted": algorithm}
+    chosen = asked_for(codec_by_kind(codec), **fitted)
     recipe(within)
     if is_first_rank():
         check_writable(output, overwrite=overwrite)
-    options = Options(groups=_groups(tp, nodes), within=within, first_tokens=first_tokens, num_first=num_first)
+    options = Options(
+        groups=_groups(tp, nodes),
+        within=within,
+        first_tokens=first_tokens,
+        num_first=num_first,
+        moments=moments_needed(chosen),
+    )
+    _check_fittable(options, real)
     found = sequences(load_engine().load_tokenizer(model), text, length=length, limit=num_sequences)
     if real:
         plan = on_ranks(_on_rank, split.world_size, timeout, model, split, found, chosen, options)
@@ -92,6 +121,18 @@ class Options:
     within: str = "bf16"
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS
     num_first: int = DEFAULT_NUM_FIRST
+    moments: MomentsNeeded = "none"
+
+
+def _check_fittable(options: Options, real: bool) -> None:
+    """Before the work, not after it."""
+    if options.moments != "none" and (real or options.groups):
+        raise InvalidInputError(
+            "--codec",
+            expected="one that is not fitted to the whole model, with --real or --nodes",
+            found="allocated or transform",
+            remedy="Leave --real and --nodes out, or choose int4-feature, say.",
+        )
 
 
 def _groups(tp_size: int, num_nodes: int) -> list[range]:
@@ -154,6 +195,7 @@ def observe_with_bar(
             groups=options.groups,
             first_tokens=options.first_tokens,
             num_first=options.num_first,
+            moments=options.moments,
             progress=advance,
         )
 

@@ -26,8 +26,8 @@ CodecOption = Annotated[
     list[str],
     typer.Option(
         metavar="PRESET",
-        help=f"One of {', '.join(narrowcast.PRESETS)}; or KIND=PRESET (again and again) for one kind of site: "
-        f"{', '.join(KINDS)}, besides the preset of all others. The last two are sent as they are unless named.",
+        help=f"One of {', '.join(narrowcast.PRESETS)}, transform; or KIND=PRESET (again and again) for one kind of "
+        f"site: {', '.join(KINDS)}, besides the preset of all others. The last two are sent as they are unless named.",
     ),
 ]
 ReplicateVocabulary = Annotated[
