@@ -102,7 +102,7 @@ def allocated_decode_sum(
         layout = _layout(widths_N, len(order_E))
         head = payload_TB[:, 0].long()
         values_TE = _values(payload_TB[:, 1:], head, scale_E, order_E, layout, layout.nbytes)
-        is_guarded = head == GUARDED
+        is_guarded = (head == GUARDED) & (num_escapes > 0)
         if is_guarded.any():
             rows = payload_TB[is_guarded]
             start = 2 + ESCAPE_NBYTES * num_escapes
