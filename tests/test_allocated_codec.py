@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrowcast import ops
+from narrowcast import kernels, ops
 from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, Ranges, lloyd_max, token_scale
 from narrowcast.codecs.allocated import fitted
 from narrowcast.codecs.allocation import Entry, allocate, in_blocks
@@ -58,6 +58,22 @@ def test_three_bits_are_two_planes_and_bf16_goes_first() -> None:
     decoded = codec.decode(torch.tensor([row], dtype=torch.uint8), source=0)
     assert decoded[0, 0] == 1.0 and decoded[0, 31] == -2.0
     assert torch.equal(decoded[0, 32:], x_TE[0, 32:] * 3097 / 4096)
+
+
+@pytest.mark.parametrize("num_bits", range(2, 9))
+def test_an_edge_belongs_to_the_cell_beyond_it(num_bits: int) -> None:
+    """Token scale 1, whatever the edges: the last block makes the mean square nearly that."""
+    edges = lloyd_max.edges(num_bits)
+    num_features = -(-2 * len(edges) // 32) * 32
+    x_TE = torch.ones(1, num_features + 2**14)
+    x_TE[0, : 2 * len(edges)] = torch.cat([edges, -edges])
+    codec = of_widths(*[num_bits] * (x_TE.shape[1] // 32), num_features=x_TE.shape[1])
+    upper = lloyd_max.levels(num_bits)[1:]
+    for path in kernels.available():
+        with kernels.forced(path):
+            payload = codec.encode(x_TE, source=0)
+            assert payload[0, 0] == 127
+            assert torch.equal(codec.decode(payload, source=0)[0, : 2 * len(edges)], torch.cat([upper, -upper]))
 
 
 def test_features_take_slots_by_order_and_what_has_no_bits_decodes_to_zero() -> None:
@@ -162,14 +178,14 @@ def test_scales_reach_from_zero_over_16_octaves_to_each_side() -> None:
 @pytest.mark.parametrize("num_values", [1, 31, 32, 33, 100, 1025])
 def test_the_mean_square_is_taken_in_the_stated_order(num_values: int) -> None:
     """Number by number; another order gives other bits."""
-    u_TN = random(1, num_values, seed=num_values) * 3
-    sums = [torch.zeros(()) for _ in range(32)]
-    for place, value in enumerate(u_TN[0]):
+    u_TN = random(10, num_values, seed=num_values) * torch.exp2(random(10, num_values))
+    sums = [torch.zeros(10) for _ in range(32)]
+    for place, value in enumerate(u_TN.T):
         sums[place % 32] = sums[place % 32] + value * value
     for half in (16, 8, 4, 2, 1):
         sums = [sums[place] + sums[place + half] for place in range(half)]
     expected = sums[0] * (torch.ones(()) / num_values)
-    assert token_scale.mean_square(u_TN).tolist() == [expected.item()]
+    assert torch.equal(token_scale.mean_square(u_TN), expected)
 
 
 # --- The guard -------------------------------------------------------------------------------------------------------

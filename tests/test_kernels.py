@@ -161,6 +161,27 @@ def test_allocated_blocks_of_all_widths_on_every_path(
 
 
 @compiled
+def test_a_tokens_scale_at_the_edge_between_two_codes_on_every_path() -> None:
+    """There the last bit of the mean square counts, and so the order in which it is taken."""
+    generator = torch.Generator().manual_seed(0)
+    codec = mixed(1, 1025, generator)
+    order = codec.order[0].long()
+    widths_E = codec.widths[0].repeat_interleave(32)[:1025]
+    counted = order[(widths_E > 0) & (widths_E < 16)]
+    u_TE = torch.randn(20, 1025, generator=generator)
+    edge_T = token_scale.SCALE_EDGES[100:120]
+    near_TE = u_TE * (edge_T / token_scale.mean_square(u_TE[:, counted])).sqrt()[:, None]
+    steps = 1 + torch.arange(-8, 9)[:, None, None] * 2.0**-23
+    x_TE = (near_TE * steps).flatten(0, 1) * codec.scale[0].float()
+    with kernels.forced(REFERENCE):
+        expected = codec.encode(x_TE, source=0)
+    assert len(expected[:, 0].unique()) > 20  # both sides of the edges
+    for path in PATHS:
+        with kernels.forced(path):
+            assert torch.equal(codec.encode(x_TE, source=0), expected), path
+
+
+@compiled
 @pytest.mark.parametrize("path", PATHS)
 def test_golden_bytes_on_every_path(path: str) -> None:
     with kernels.forced(path):
