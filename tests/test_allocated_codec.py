@@ -321,6 +321,18 @@ def test_errors_stay_within_the_bound(widths: list[int], missing: int, magnitude
     assert (error_TE <= codec.error_bound(x_TE, source=0)).all()
 
 
+def test_the_bound_of_a_value_near_the_outermost_level_minds_how_products_round() -> None:
+    """What lies beyond that level is a small difference of large numbers."""
+    codec = AllocatedCodec(
+        scale=(1 + torch.rand(1, 4096, generator=torch.Generator().manual_seed(0))).bfloat16(),
+        order=torch.arange(4096, dtype=torch.int32)[None],
+        widths=torch.full((1, 128), 4, dtype=torch.uint8),
+    )
+    x_TE = random(50, 4096, seed=4) * 1.5 * codec.scale.float()
+    error_TE = (codec.decode(codec.encode(x_TE, source=0), source=0) - x_TE).abs()
+    assert (error_TE <= codec.error_bound(x_TE, source=0)).all()
+
+
 # --- Who gets which bits ---------------------------------------------------------------------------------------------
 
 
