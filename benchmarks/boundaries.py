@@ -40,7 +40,7 @@ def rows(scorer: Scorer, presets: Sequence[str]) -> Iterator[dict[str, Any]]:
     num_features = scorer.model.config.hidden_size  # type: ignore[union-attr]
     for pp_size in (2, 4):
         seen = observe(scorer.model, text("calibration.txt", NUM_CALIBRATION), pp_size=pp_size)
-        base = scorer.scores(seen.plan({"boundary": "bf16"}))
+        base = scorer.score(seen.plan({"boundary": "bf16"}))
         for preset in presets:
             plan = seen.plan({"boundary": preset})
             site = next(iter(plan.sites.values()))
@@ -48,7 +48,7 @@ def rows(scorer: Scorer, presets: Sequence[str]) -> Iterator[dict[str, Any]]:
                 "pp_size": pp_size,
                 "preset": preset,
                 "bits_per_value": 8 * site.codecs[0].row_nbytes(num_features) / num_features,
-                **figures(scorer.scores(plan), base),
+                **figures(scorer.score(plan), base),
             }
 
 

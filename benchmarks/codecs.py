@@ -18,11 +18,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import narrowcast
 from narrowcast.calibrate import Observations, observe
 from narrowcast.cli.files import DEFAULT_LENGTH, check_report, sequences, write_report
 from narrowcast.codecs import PRESETS
-from narrowcast.evaluate import compare, log_probs
+from narrowcast.evaluate import log_probs, score_simulated
 from narrowcast.integrations import load_engine
 
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
@@ -35,19 +34,15 @@ def rows(seen: Observations, text: Sequence[Any], presets: Sequence[str]) -> Ite
     for preset in presets:
         plan = seen.plan(preset)
         for algorithm in ("one_shot", "two_shot"):
-            with narrowcast.attach(model, plan, simulate=True, algorithm=algorithm) as handle:
-                found = [log_probs(model, ids) for ids in text]
-                report = handle.report()
-            each = [compare([r], [f], [ids]) for r, f, ids in zip(reference, found, text, strict=True)]
-            kl = [score.kl_nats for score in each]
+            score, report = score_simulated(model, plan, reference, text, algorithm=algorithm)
             yield {
                 "preset": preset,
                 "algorithm": algorithm,
                 "bits_per_value": report.bits_per_value,
                 "relative_rms": statistics.mean(site.error[algorithm] ** 2 for site in plan.sites.values()) ** 0.5,
-                "kl_nats": statistics.mean(kl),
-                "standard_error": statistics.stdev(kl) / len(kl) ** 0.5,
-                "top1_agreement": statistics.mean(score.top1_agreement for score in each),
+                "kl_nats": score.kl_nats,
+                "standard_error": score.by_sequence["kl_nats"].standard_error,
+                "top1_agreement": score.top1_agreement,
                 "saturated": report.num_saturated,
             }
 

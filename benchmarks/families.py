@@ -142,7 +142,7 @@ def differences(
     for name, site in simulated.sites.items():
         sent = [report.sites[name] for *_, report in found if name in report.sites]
         senders = [each for each in sent if each.wire_bytes] if split.pp_size > 1 else []
-        first = (senders or sent)[0]  # rank 0 of the stage that sends
+        first = (senders or sent)[0].counting(sent)  # rank 0 of the stage that sends; clipping on all ranks
         if first != site:
             lines.append(f"{name}: {first} instead of {site}")
     return lines

@@ -10,7 +10,6 @@ sums are than those of tokens from 64 on (mean over ranks of the largest magnitu
 
 import argparse
 import itertools
-import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import narrowcast
 from narrowcast.calibrate import FirstTokens
 from narrowcast.cli.files import check_report, write_report
-from narrowcast.evaluate import compare, log_probs
+from narrowcast.evaluate import log_probs, score_simulated
 from narrowcast.integrations import load_engine
 from narrowcast.integrations.forwards import split_virtually
 
@@ -77,10 +76,7 @@ def rows(name: str, model: nn.Module, start: Tensor) -> Iterator[dict[str, Any]]
             model, [calibration], tp_size=tp_size, first_tokens=first_tokens, num_first=num_first
         )
         for algorithm in ("one_shot", "two_shot"):
-            with narrowcast.attach(model, plan, simulate=True, algorithm=algorithm) as handle:
-                found = [log_probs(model, ids) for ids in scoring]
-                saturated = handle.report().num_saturated
-            kl = [compare([r], [f], [ids]).kl_nats for r, f, ids in zip(reference, found, scoring, strict=True)]
+            score, report = score_simulated(model, plan, reference, scoring, algorithm=algorithm)
             yield {
                 "model": name,
                 "first_token_ratio": ratio,
@@ -88,9 +84,9 @@ def rows(name: str, model: nn.Module, start: Tensor) -> Iterator[dict[str, Any]]
                 "algorithm": algorithm,
                 "first_tokens": first_tokens,
                 "num_first": num_first,
-                "kl_nats": statistics.mean(kl),
-                "standard_error": statistics.stdev(kl) / len(kl) ** 0.5,
-                "saturated": saturated,
+                "kl_nats": score.kl_nats,
+                "standard_error": score.by_sequence["kl_nats"].standard_error,
+                "saturated": report.num_saturated,
             }
 
 

@@ -51,17 +51,17 @@ def measured(scorer: Scorer) -> Iterator[dict[str, Any]]:
     for tp_size, sums in ((2, SUM), (4, SUM), (2, "bf16")):
         seen = observe(scorer.model, calibration, tp_size=tp_size)
         plain = seen.plan({"sum": sums})
-        base = scorer.scores(plain)
+        base = scorer.score(plain)
         setting = {"tp_size": tp_size, "sums": sums}
         yield {**setting, "form": "plain", "of": "both", **sent(seen, plain), **figures(base, base)}
         for preset in PRESETS:
             for kinds in (UNCODED[:1], UNCODED[1:], UNCODED):
                 plan = seen.plan({"sum": sums, **dict.fromkeys(kinds, preset)})
                 of = kinds[0] if len(kinds) == 1 else "both"
-                yield {**setting, "form": preset, "of": of, **sent(seen, plan), **figures(scorer.scores(plan), base)}
+                yield {**setting, "form": preset, "of": of, **sent(seen, plan), **figures(scorer.score(plan), base)}
         if sums == SUM:
-            scores, found = replicated(plain, scorer.batches)
-            yield {**setting, "form": "replicated", "of": "both", **found, **figures(scores, base)}
+            score, found = replicated(plain, scorer.batches)
+            yield {**setting, "form": "replicated", "of": "both", **found, **figures(score, base)}
 
 
 @torch.no_grad()
@@ -97,20 +97,20 @@ def sent(seen: Observations, plan: Plan) -> dict[str, Any]:
     return {"bytes_per_token": found}
 
 
-def replicated(plan: Plan, batches: Sequence[Tensor]) -> tuple[list[Score], dict[str, Any]]:
-    """Scores on real ranks, and what they send and hold."""
+def replicated(plan: Plan, batches: Sequence[Tensor]) -> tuple[Score, dict[str, Any]]:
+    """The score on real ranks, and what they send and hold."""
     ranks.LIMIT_S = 600
     pool = ranks.Ranks(plan.tp_size)
     try:
         split = pool.run(held_bytes, plan.split, False)[0]
         whole = pool.run(held_bytes, plan.split, True)[0]
-        scores, uncoded = pool.run(score_replicated, plan.to_bytes(), batches)[0]
+        score, uncoded = pool.run(score_replicated, plan.to_bytes(), batches)[0]
     finally:
         pool.close()
     assert not uncoded, uncoded
     nothing = dict.fromkeys(UNCODED, 0.0)
     bytes_per_token = dict.fromkeys(("decode", "prefill_last", "prefill_all"), nothing)
-    return scores, {"bytes_per_token": bytes_per_token, "weight_bytes": whole, "weight_bytes_if_split": split}
+    return score, {"bytes_per_token": bytes_per_token, "weight_bytes": whole, "weight_bytes_if_split": split}
 
 
 def held_bytes(split: Split, replicate: bool) -> int:
@@ -120,17 +120,17 @@ def held_bytes(split: Split, replicate: bool) -> int:
     return sum(held.values())
 
 
-def score_replicated(plan: bytes, batches: Sequence[Tensor]) -> tuple[list[Score], Mapping[str, float]]:
-    """On one rank: scores (of rank 0, which alone computes the reference), and bytes that were not coded."""
+def score_replicated(plan: bytes, batches: Sequence[Tensor]) -> tuple[Score | None, Mapping[str, float]]:
+    """On one rank: the score (of rank 0, which alone computes the reference), and bytes that were not coded."""
     loaded, engine = Plan.from_bytes(plan, "sent"), load_engine()
     model = engine.load(MODEL, split=loaded.split, replicate_vocabulary=True)  # type: ignore[call-arg]
     with narrowcast.attach(model, loaded) as handle:
         found = [log_probs(model, ids) for ids in batches]
     uncoded = handle.report().uncompressed_bytes_per_token
     if torch.distributed.get_rank():
-        return [], uncoded
+        return None, uncoded
     whole = engine.load(MODEL)
-    return [compare([log_probs(whole, ids)], [f], [ids]) for ids, f in zip(batches, found, strict=True)], uncoded
+    return compare((log_probs(whole, ids) for ids in batches), found, batches), uncoded
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ ORDER = [
     "collectives",
     "decision",
     "split",
+    "transform",
     "plan",
     "monitor",
     "communicator",
@@ -30,8 +31,9 @@ ORDER = [
     "tune",
     "simulator",
     "integrations",
-    "calibrate",
     "evaluate",
+    "tasks",
+    "calibrate",
     "bench",
     "cli",
 ]

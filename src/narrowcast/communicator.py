@@ -7,6 +7,7 @@ site does, and what its codecs would send is counted.
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from narrowcast.collectives import (
 from narrowcast.collectives.base import Deferred, Steps, Traffic
 from narrowcast.decision import Choice, Decisions
 from narrowcast.monitor import Monitor, SiteCounters
+from narrowcast.transform import Transform
 from narrowcast.transport import Transport
 
 Codecs = Mapping[str, Sequence[Codec]]
@@ -48,13 +50,18 @@ class SiteCodecs:
         algorithm: str,
         device: torch.device,
         *,
+        transforms: Mapping[str, Transform] = MappingProxyType({}),
         decisions: Decisions = Decisions(),
         deterministic: bool = False,
     ) -> None:
         nodes = tuple(tuple(group) for group in groups)
+        self._transforms = {name: transform.to(device) for name, transform in transforms.items()}
+        mixes = {name: each.remix.mix for name, each in self._transforms.items() if each.remix is not None}
         self._coded = {
-            name: Stages(tuple(codec.to(device) for codec in stages), nodes) for name, stages in codecs.items()
+            name: Stages(tuple(codec.to(device) for codec in stages), nodes, mixes.get(name))
+            for name, stages in codecs.items()
         }
+        self._folded: dict[tuple[str, int], Tensor] = {}
         self._algorithm, self._deterministic = algorithm, deterministic
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
         self._algorithms: dict[tuple[str, str, int, int], str] = {}
@@ -68,13 +75,25 @@ class SiteCodecs:
         """The site's counters."""
         return self.monitor.site(site, coded=site in self._coded)
 
+    def transform(self, site: str) -> Transform | None:
+        """The transform of a site whose coded sums are of components."""
+        return self._transforms.get(site)
+
+    def folded(self, site: str, weight_EF: Tensor, rank: int) -> Tensor:
+        """The weights of `rank` that compute its components of the site, made at first use."""
+        if (site, rank) not in self._folded:
+            self._folded[site, rank] = self._transforms[site].fold(weight_EF, rank)
+        return self._folded[site, rank]
+
     def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
-        """The way that a sum takes."""
+        """The way that a sum of `num_features` takes."""
         form, algorithm = ("coded", self._algorithm) if site in self._coded else ("plain", "auto")
         decided = self.decisions.choice(num_tokens, num_features, coded=form == "coded")
         form, algorithm = decided or (form, algorithm)
         if form == "native":
             return Choice(form)
+        if form == "coded" and site in self._transforms:
+            num_features = self._transforms[site].num_components
         few_tokens = 1 if self._deterministic else min(num_tokens, world_size)  # more do not change the algorithm
         key = site if form == "coded" else "", algorithm, few_tokens, num_features
         if key not in self._algorithms:
@@ -117,17 +136,40 @@ class Communicator:
         """Sum `x` [..., F] times `weight` [E, F] over the ranks: products of the next tokens while others travel."""
         num_tokens, num_features = math.prod(x.shape[:-1]), weight.shape[0]
         x_TF = x.reshape(num_tokens, x.shape[-1])  # a rank may hold no column
-        products = Deferred(num_tokens, num_features, lambda own: functional.linear(x_TF[own], weight))
-        return self._sum(products, x.new_empty(num_tokens, num_features), site).view(*x.shape[:-1], num_features)
+        transform = self._codecs.transform(site)
+        choice = self._codecs.choice(site, num_tokens, num_features, self.tp.world_size)
+        if transform is not None and choice.form == "coded" and not self._count_only:
+            y_TE = self._sum_of_components(x_TF, self._codecs.folded(site, weight, self.tp.rank), site, transform)
+        else:
+            products = Deferred(num_tokens, num_features, lambda own: functional.linear(x_TF[own], weight))
+            y_TE = self._sum(products, x.new_empty(num_tokens, num_features), site)
+        return y_TE.view(*x.shape[:-1], num_features)
+
+    def _sum_of_components(self, x_TF: Tensor, folded_KF: Tensor, site: str, transform: Transform) -> Tensor:
+        """Features [T, E] of the summed components, of which this rank computes its own."""
+        num_tokens, own = len(x_TF), transform.own(self.tp.rank)
+        choice = self._codecs.choice(site, num_tokens, transform.num_features, self.tp.world_size)
+        remixed = choice.algorithm == "two_shot"
+
+        def components(tokens: slice) -> Tensor:
+            z_TK = functional.linear(x_TF[tokens], folded_KF)
+            return functional.pad(z_TK, (own.start, transform.num_components - own.stop))
+
+        products = Deferred(num_tokens, transform.num_components, components)
+        z_TJ = x_TF.new_empty(num_tokens, transform.num_reduced if remixed else transform.num_components)
+        return transform.synthesize(self._sum(products, z_TJ, site), remixed=remixed)
 
     def _sum(self, x: Deferred, y_TE: Tensor, site: str) -> Tensor:
         """The sum, in `y_TE` or in memory of its own."""
-        num_tokens, num_features, dtype = x.num_tokens, x.num_features, y_TE.dtype
+        num_tokens, dtype, transform = x.num_tokens, y_TE.dtype, self._codecs.transform(site)
+        num_features = x.num_features if transform is None else transform.num_features
         choice = self._codecs.choice(site, num_tokens, num_features, self.tp.world_size)
         planned = self._codecs.of(site, y_TE) if choice.form == "coded" else plain(dtype)
+        transform = transform if choice.form == "coded" else None
 
         def sent() -> Traffic:
-            return traffic_of(choice, planned, num_tokens, num_features, self.tp.rank, self.tp.world_size)
+            rank, world_size = self.tp.rank, self.tp.world_size
+            return traffic_of(choice, planned, num_tokens, num_features, rank, world_size, transform)
 
         if choice.form == "native":
             self._codecs.counters(site).count(num_tokens, sent(), dtype.itemsize)
@@ -137,7 +179,7 @@ class Communicator:
             stages = plain(dtype)
             algorithm = choose("auto", stages, num_tokens, num_features, self.tp.world_size)
         steps = deferred_all_reduce_steps(x, y_TE, stages, self.tp, algorithm, self._stats(site))
-        return self._drive(steps, self.tp, site, num_tokens, dtype, sent)
+        return self._drive(steps, self.tp, site, num_tokens, dtype, sent, transform=transform)
 
     def all_gather_features(self, x: Tensor, site: str, num_features: Sequence[int]) -> Tensor:
         """Put the last dimensions of all ranks side by side; rank r holds `num_features[r]` of it."""
@@ -225,6 +267,7 @@ class Communicator:
         dtype: torch.dtype,
         planned: Callable[[], Traffic],
         pair: tuple[int, int] | None = None,
+        transform: Transform | None = None,
     ) -> Tensor:
         """Run the steps; count what they send, or, if only counting, what was planned."""
         counters = self._codecs.counters(site)
@@ -232,20 +275,40 @@ class Communicator:
             counters.count(num_tokens, planned(), dtype.itemsize)
             return Pending(steps, transport, pair=pair).wait()
         counters.num_tokens += num_tokens
-        sent = functools.partial(counters.count_sent, itemsize=dtype.itemsize)
+
+        def sent(traffic: Traffic) -> None:
+            counters.count_sent(_of_features(traffic, transform), dtype.itemsize)
+
         return Pending(steps, transport, sent, pair=pair).wait()
 
 
 def traffic_of(
-    choice: Choice, stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int
+    choice: Choice,
+    stages: Stages,
+    num_tokens: int,
+    num_features: int,
+    rank: int,
+    world_size: int,
+    transform: Transform | None,
 ) -> Traffic:
-    """What `rank` sends of a sum. A native one counts as what is optimal, 2 (R - 1) / R of the values."""
+    """What `rank` sends of a sum, with `transform` as components.
+
+    A native one counts as what is optimal, 2 (R - 1) / R of the values.
+    """
     if choice.form == "native":
         num_values = 2 * (world_size - 1) * num_tokens * num_features // world_size
         return Traffic(stages.codecs[0].row_nbytes(1) * num_values, num_values)
-    found = named(choice.algorithm).sent(stages, num_tokens, num_features, rank, world_size)
+    num_sent = num_features if transform is None else transform.num_components
+    found = named(choice.algorithm).sent(stages, num_tokens, num_sent, rank, world_size)
     assert found is not None, "only algorithms that can run are chosen"
-    return found
+    return _of_features(found, transform)
+
+
+def _of_features(traffic: Traffic, transform: Transform | None) -> Traffic:
+    """Components count as the features that they stand for."""
+    if transform is None:
+        return traffic
+    return traffic._replace(num_values=traffic.num_values * transform.num_features // transform.num_components)
 
 
 def _copies(codec: Codec, shape: torch.Size, copies: int) -> Traffic:

@@ -1,7 +1,7 @@
 """Counters of what travels, site by site: bytes that were sent, values they stand for, values that were clipped."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,13 +10,16 @@ from torch import Tensor
 from narrowcast import ops
 from narrowcast.collectives.base import Traffic
 
+# Figures, and their places in stats.
+COUNTS = {"num_saturated": ops.SATURATED, "num_non_finite": ops.NON_FINITE, "num_guarded": ops.GUARDED}
+
 
 @dataclass
 class SiteCounters:
     """One site on one rank, since `attach`."""
 
     coded: bool
-    stats: Tensor  # int64 [3], see ops: saturated, non-finite, guarded
+    stats: Tensor  # int64 [3], see ops
     num_tokens: int = 0
     wire_bytes: int = 0
     num_values: int = 0
@@ -33,12 +36,26 @@ class SiteCounters:
         self.num_values += traffic.num_values
         self.plain_bytes += traffic.num_values * itemsize
 
+    def report(self) -> "SiteReport":
+        """All of it, read from the device."""
+        stats = self.stats.tolist()
+        return SiteReport(
+            coded=self.coded,
+            num_tokens=self.num_tokens,
+            wire_bytes=self.wire_bytes,
+            plain_bytes=self.plain_bytes,
+            num_values=self.num_values,
+            **{name: stats[place] for name, place in COUNTS.items()},
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
     """What one rank has sent at one site. `coded`: whether the plan has a codec for it.
 
     `plain_bytes`: what the same values take in the model's own dtype, sent by the same algorithm.
+    `num_saturated`, `num_non_finite`: values that were clipped, or NaN or infinite; `num_guarded`: tokens that were
+    coded in a safe form (simulated: of all ranks).
     """
 
     coded: bool
@@ -46,6 +63,9 @@ class SiteReport:
     wire_bytes: int
     plain_bytes: int
     num_values: int
+    num_saturated: int = 0
+    num_non_finite: int = 0
+    num_guarded: int = 0
 
     @property
     def bits_per_value(self) -> float | None:
@@ -60,21 +80,33 @@ class SiteReport:
             wire_bytes=self.wire_bytes + other.wire_bytes,
             plain_bytes=self.plain_bytes + other.plain_bytes,
             num_values=self.num_values + other.num_values,
-        )
+        ).counting([self, other])
+
+    def counting(self, ranks: Sequence["SiteReport"]) -> "SiteReport":
+        """This report with what was clipped, or not finite, on all of `ranks`."""
+        return replace(self, **{name: sum(getattr(rank, name) for rank in ranks) for name in COUNTS})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one rank has sent, or, simulated, the first rank of every stage. Sites that are not coded are kept apart.
-
-    `num_saturated`, `num_non_finite`: coded values that were clipped, or NaN or infinite (simulated: of all ranks).
-    `num_guarded`: how often a token lay so far out of the calibrated range that it was coded in another form.
-    """
+    """What one rank has sent, or, simulated, the first rank of every stage. Sites that are not coded are kept apart."""
 
     sites: Mapping[str, SiteReport]
-    num_saturated: int
-    num_non_finite: int
-    num_guarded: int
+
+    @property
+    def num_saturated(self) -> int:
+        """Coded values that were clipped (simulated: on all ranks)."""
+        return sum(site.num_saturated for site in self._coded)
+
+    @property
+    def num_non_finite(self) -> int:
+        """Coded values that were NaN or infinite (simulated: on all ranks)."""
+        return sum(site.num_non_finite for site in self._coded)
+
+    @property
+    def num_guarded(self) -> int:
+        """How often a token lay so far out of the calibrated range that it was coded in a safe form (the same)."""
+        return sum(site.num_guarded for site in self._coded)
 
     @property
     def num_tokens(self) -> int:
@@ -104,18 +136,13 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values."""
-        figures = "num_tokens", "bits_per_value", "wire_bytes_per_token", "uncompressed_bytes_per_token"
+        figures = "num_tokens", "bits_per_value", "wire_bytes_per_token", "uncompressed_bytes_per_token", *COUNTS
         return {figure: getattr(self, figure) for figure in figures} | asdict(self)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Report":
         """The report that `to_json` gave."""
-        return cls(
-            sites={name: SiteReport(**site) for name, site in values["sites"].items()},
-            num_saturated=values["num_saturated"],
-            num_non_finite=values["num_non_finite"],
-            num_guarded=values["num_guarded"],
-        )
+        return cls(sites={name: SiteReport(**site) for name, site in values["sites"].items()})
 
 
 @dataclass
@@ -132,21 +159,5 @@ class Monitor:
         return self.sites[name]
 
     def report(self) -> Report:
-        """The sums over sites."""
-        coded = [site for site in self.sites.values() if site.coded]
-        stats = sum((site.stats for site in coded), torch.zeros(3, dtype=torch.int64, device=self.device))
-        return Report(
-            sites={
-                name: SiteReport(
-                    coded=site.coded,
-                    num_tokens=site.num_tokens,
-                    wire_bytes=site.wire_bytes,
-                    plain_bytes=site.plain_bytes,
-                    num_values=site.num_values,
-                )
-                for name, site in self.sites.items()
-            },
-            num_saturated=int(stats[ops.SATURATED]),
-            num_non_finite=int(stats[ops.NON_FINITE]),
-            num_guarded=int(stats[ops.GUARDED]),
-        )
+        """What every site has counted."""
+        return Report(sites={name: site.report() for name, site in self.sites.items()})

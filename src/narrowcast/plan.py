@@ -8,8 +8,8 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,10 +19,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from narrowcast.codecs import CODECS, Codec
+from narrowcast.codecs import CODECS, CastCodec, Codec
 from narrowcast.decision import Decisions
 from narrowcast.errors import InvalidInputError, PlanFormatError, PlanMismatchError
 from narrowcast.split import Split
+from narrowcast.transform import Transform
 
 T = TypeVar("T")
 
@@ -65,6 +66,12 @@ class ModelFingerprint:
             samples[name] = [mine or theirs for mine, theirs in zip(known, digests, strict=True)]
         return ModelFingerprint(config=self.config, samples=samples)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole fingerprint."""
+        values = {"config": dict(self.config), "samples": dict(_in_order(self.samples))}
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Site:
@@ -72,12 +79,13 @@ class Site:
 
     `codecs` by stage: [0] what the ranks put in, [1] a reduced sum where it travels again.
     `error`: expected relative RMS error by algorithm (of a sum; "once" for what travels once as it is), measured
-    on calibration data.
+    on calibration data. `transform`: where components travel in place of features.
     """
 
     kind: str
     codecs: tuple[Codec, ...]
     error: Mapping[str, float]
+    transform: Transform | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,6 +113,18 @@ class Plan:
     def fingerprint(self) -> str:
         """SHA-256 of everything in the plan: equal plans, and only those, have equal fingerprints."""
         return _digest(*self._contents())
+
+    def only(self, names: Collection[str]) -> "Plan":
+        """This plan with all sites but `names` sent as they are, and nothing tuned: what these alone do."""
+        plain = CastCodec(dtype=torch.float32)  # holds what any dtype does
+        return replace(
+            self,
+            sites={
+                name: site if name in names else replace(site, codecs=(plain,) * len(site.codecs), error={})
+                for name, site in self.sites.items()
+            },
+            decisions=Decisions(),
+        )
 
     def check(self, model: ModelFingerprint, split: Split) -> None:
         """PlanMismatchError unless the plan is for this model, spread in this way."""
@@ -185,7 +205,12 @@ class Plan:
                 config, own = codec.state()
                 stages.append({"codec": codec.id, "config": config, "tensors": sorted(own)})
                 tensors |= {f"{name}/{stage}/{key}": value.cpu().contiguous() for key, value in own.items()}
-            sites[name] = {"kind": site.kind, "stages": stages, "error": dict(site.error)}
+            transform = None
+            if site.transform is not None:
+                config, own = site.transform.state()
+                transform = {"config": config, "tensors": sorted(own)}
+                tensors |= {f"{name}/transform/{key}": value.cpu().contiguous() for key, value in own.items()}
+            sites[name] = {"kind": site.kind, "stages": stages, "error": dict(site.error), "transform": transform}
         header = {
             "format_version": FORMAT_VERSION,
             "split": asdict(self.split),
@@ -258,7 +283,11 @@ def _site(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         )
         for index, stage in enumerate(entry["stages"])
     )
-    return Site(kind=entry["kind"], codecs=codecs, error=entry["error"])
+    transform = None
+    if (stored := entry["transform"]) is not None:
+        own = {key: tensors[f"{name}/transform/{key}"] for key in stored["tensors"]}
+        transform = Transform.from_state(stored["config"], own)
+    return Site(kind=entry["kind"], codecs=codecs, error=entry["error"], transform=transform)
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

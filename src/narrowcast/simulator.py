@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn import functional
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives import simulate
@@ -17,17 +18,32 @@ class Simulator:
     def __init__(self, codecs: SiteCodecs, *, count_only: bool = False) -> None:
         self._codecs, self._count_only = codecs, count_only
 
+    def all_reduce_linear(self, inputs: Sequence[Tensor], weights: Sequence[Tensor], site: str) -> Tensor:
+        """Sum the products of all ranks: `inputs` [..., F] of each with its `weights` [E, F]."""
+        transform, shape = self._codecs.transform(site), inputs[0].shape[:-1]
+        choice = self._codecs.choice(site, math.prod(shape), len(weights[0]), len(inputs))
+        if transform is None or choice.form != "coded" or self._count_only:
+            return self.all_reduce([functional.linear(x, w) for x, w in zip(inputs, weights, strict=True)], site)
+        components = []
+        for rank, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
+            z, own = functional.linear(x, self._codecs.folded(site, weight, rank)), transform.own(rank)
+            components.append(functional.pad(z, (own.start, transform.num_components - own.stop)))
+        return transform.synthesize(self.all_reduce(components, site), remixed=choice.algorithm == "two_shot")
+
     def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
-        """Sum the partial sums [..., E] of all ranks."""
-        x, world_size = partials[0], len(partials)
-        num_tokens, num_features = math.prod(x.shape[:-1]), x.shape[-1]
+        """Sum the partial sums [..., E] of all ranks, or the components that stand for them."""
+        x, world_size, transform = partials[0], len(partials), self._codecs.transform(site)
+        num_tokens = math.prod(x.shape[:-1])
+        num_features = x.shape[-1] if transform is None else transform.num_features
         choice = self._codecs.choice(site, num_tokens, num_features, world_size)
         planned = self._codecs.of(site, x) if choice.form == "coded" else plain(x.dtype)
-        stats = self._count(site, x, num_tokens, traffic_of(choice, planned, num_tokens, num_features, 0, world_size))
+        transform = transform if choice.form == "coded" else None
+        traffic = traffic_of(choice, planned, num_tokens, num_features, 0, world_size, transform)
+        stats = self._count(site, x, num_tokens, traffic)
         # A native sum has no twin: the order of its additions is the library's. A plain one stands for it.
         stages, algorithm = (plain(x.dtype), "auto") if self._count_only else (planned, choice.algorithm or "auto")
         return simulate.all_reduce(
-            partials, codec=stages.codecs, groups=stages.groups, algorithm=algorithm, stats=stats
+            partials, codec=stages.codecs, groups=stages.groups, mix=stages.mix, algorithm=algorithm, stats=stats
         )
 
     def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:

@@ -6,34 +6,33 @@ Sequences run one by one and without their padding, so that neither the batch si
 plan.
 """
 
-import base64
-import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, get_args
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import get_args
 
-import torch
 from torch import Tensor, nn
 
 from narrowcast.calibrate.batches import Batch, sequences
-from narrowcast.calibrate.gathering import GatheringCommunicator
-from narrowcast.calibrate.observers import EMA_FACTOR, ErrorObserver, FirstTokens, RangeObserver
-from narrowcast.codecs import Codec, Ranges, Recipe, recipe
+from narrowcast.calibrate.fitting import ModelRecipe
+from narrowcast.calibrate.moments import MomentObserver, Moments, MomentsNeeded, fisher_information
+from narrowcast.calibrate.observers import EMA_FACTOR, FirstTokens, RangeObserver
+from narrowcast.calibrate.planning import Observations
+from narrowcast.calibrate.recipes import CodecByKind, budgeted, moments_needed, recipes_by_kind
+from narrowcast.calibrate.running import evaluating, run, travelling_over
+from narrowcast.codecs import Recipe
+from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.collectives import checked_groups
 from narrowcast.errors import InvalidInputError
-from narrowcast.integrations import Engine, check_detached, device_of, engine_of, transports_of
-from narrowcast.integrations.base import Groups, Wires
-from narrowcast.plan import ModelFingerprint, Plan, Site
-from narrowcast.split import KINDS, UNCODED, Experts, Split
+from narrowcast.integrations import Engine, check_detached, device_of, engine_of
+from narrowcast.plan import Plan
+from narrowcast.split import Experts, Split
 
 DEFAULT_FIRST_TOKENS: FirstTokens = "count"
 DEFAULT_NUM_FIRST = 4
 
 NUM_ERROR_SEQUENCES = 4  # the first ones, run again to measure the error that the finished plan makes
-
-CodecByKind = str | Recipe | Mapping[str, str | Recipe]
+# One of so many sequences, and how many at most, judge what is fitted to the others.
+HELD_OUT_SHARE, MAX_HELD_OUT = 4, 8
 
 
 def calibrate(
@@ -45,6 +44,8 @@ def calibrate(
     experts: Experts = "slices",
     groups: Sequence[Sequence[int]] = (),
     codec: CodecByKind = "int4-feature",
+    bits: float | None = None,
+    target_kl: float | None = None,
     within: str | Recipe = "bf16",
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
     num_first: int = DEFAULT_NUM_FIRST,
@@ -58,7 +59,9 @@ def calibrate(
     `batches`: token ids [B, T], or mappings with `input_ids` and, where there is padding, `attention_mask`.
     `codec`: a name from `narrowcast.PRESETS`, or a recipe such as `FeatureRecipe(num_bits=4, num_outliers=32)`, for
     all but embedding and logits; or a mapping that names one for each kind of site (`narrowcast.split.KINDS`), what
-    it leaves out being sent as it is.
+    it leaves out being sent as it is. "allocated" and "transform" (or a `ModelRecipe`) are fitted to the sums of the
+    whole model: `bits` a value on average, or as few as keep the KL divergence from the uncompressed model, in nats,
+    below `target_kl`.
     `groups`: the tensor-parallel ranks of each node, such as [[0, 1], [2, 3]], where links between nodes are slower:
     sums then go within nodes first, coded `within`, and between nodes in `codec` (the algorithm "hierarchical").
     `first_tokens`: how the first `num_first` tokens of each sequence count: "count" for all (the paper), for
@@ -66,7 +69,8 @@ def calibrate(
     `progress(n)` is called after each sequence with the number done.
     Raises InvalidInputError for a model or preset that cannot be served, and for text without tokens.
     """
-    recipes_by_kind(codec), recipe(within)
+    codec = budgeted(codec, bits, target_kl)
+    needed, _ = moments_needed(codec), recipe_of_one(within)
     seen = observe(
         model,
         batches,
@@ -76,6 +80,7 @@ def calibrate(
         groups=groups,
         first_tokens=first_tokens,
         num_first=num_first,
+        moments=needed,
         progress=progress,
     )
     return seen.plan(codec, within=within)
@@ -91,120 +96,64 @@ def observe(
     groups: Sequence[Sequence[int]] = (),
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
     num_first: int = DEFAULT_NUM_FIRST,
+    moments: MomentsNeeded = "none",
     progress: Callable[[int], None] | None = None,
-) -> "Observations":
-    """The first half of `calibrate`, which one run over the text does for any number of codecs."""
+) -> Observations:
+    """The first half of `calibrate`, which one run over the text does for any number of codecs.
+
+    `moments`: second moments, too, to fit codecs to the whole model: "diagonal" for `allocated`, "full" (with room for
+    R + 2 matrices [E, E] a site) for transforms as well.
+    """
     engine = engine_of(model)
     _check_options(first_tokens, num_first)
     check_detached(model)
     split = _split(engine, model, tp_size, pp_size, experts)
     nodes, sites = checked_groups(groups, split.tp_size), engine.sites(model, split)
-    observer = RangeObserver(first_tokens, num_first, nodes)
-    head: list[Tensor] = []
-    num_sequences = num_tokens = 0
-    with _travelling_over(observer, model, split):
-        for ids in sequences(batches, device_of(model)):
-            _run(model, ids)
-            num_sequences, num_tokens = num_sequences + 1, num_tokens + len(ids)
-            head += [ids] if len(head) < NUM_ERROR_SEQUENCES else []
-            if progress is not None:
-                progress(num_sequences)
-    if not num_sequences:
+    found = list(sequences(batches, device_of(model)))
+    if not found:
         raise InvalidInputError(
             "calibration text", expected="at least one sequence", found="none", remedy="Pass more text."
         )
-    text = {"num_sequences": num_sequences, "num_tokens": num_tokens}
+    num_held_out = 0 if moments == "none" else min(len(found) // HELD_OUT_SHARE, MAX_HELD_OUT)
+    ranges = RangeObserver(first_tokens, num_first, nodes)
+    of_moments = MomentObserver(ranges, full=moments == "full")
+    num_done = itertools.count(1)
+    observers = ranges, ranges if moments == "none" else of_moments
+    for observer, some in zip(observers, (found[:num_held_out], found[num_held_out:]), strict=True):
+        with travelling_over(observer, model, split):
+            for ids in some:
+                run(model, ids)
+                if progress is not None:
+                    progress(next(num_done))
+    text = {"num_sequences": len(found), "num_tokens": sum(map(len, found))}
     options = {"first_tokens": first_tokens, "num_first": num_first, "ema_factor": EMA_FACTOR}
     return Observations(
         model=model,
         split=split,
         groups=nodes,
-        ranges=observer.ranges(sites),
+        ranges=ranges.ranges(sites),
         calibration=text | options,
-        head=head,
+        head=found[:NUM_ERROR_SEQUENCES],
+        held_out=found[:num_held_out] or found[:1],
+        moments={} if moments == "none" else _moments(model, of_moments, found[num_held_out:], sites),
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Observations:
-    """What calibration saw: ranges by site and stage, and the first sequences to measure errors on."""
-
-    model: nn.Module
-    split: Split
-    groups: tuple[tuple[int, ...], ...]
-    ranges: Mapping[str, Sequence[Ranges]]
-    calibration: Mapping[str, Any]
-    head: Sequence[Tensor]
-
-    def plan(self, codec: CodecByKind, *, within: str | Recipe = "bf16") -> Plan:
-        """The plan with this preset or recipe at every site, or with one for each kind; `within` serves in nodes."""
-        recipes, engine = recipes_by_kind(codec), engine_of(self.model)
-        kinds = {name: kind for name, kind in engine.sites(self.model, self.split).items() if kind in recipes}
-        if not kinds and engine.split_of(self.model).pp_size == 1:  # another stage may have some
-            raise InvalidInputError(
-                "codec",
-                expected=f"one for {' or '.join(sorted(set(engine.sites(self.model, self.split).values())))}",
-                found=f"codecs for {', '.join(recipes) or 'nothing'}",
-                remedy="Name a kind of site that this model has, such as codec={'logits': 'int8-group128'}.",
-            )
-        codecs = {name: self._codecs(name, recipes[kind], recipe(within)) for name, kind in kinds.items()}
-        observer = ErrorObserver(codecs, self.groups)
-        with _travelling_over(observer, self.model, self.split):
-            for ids in self.head:
-                _run(self.model, ids)
-        errors = observer.errors()
-        plan = Plan(
-            split=self.split,
-            groups=self.groups,
-            model=engine.fingerprint(self.model),
-            calibration={"codec": _described(codec), **self.calibration},
-            sites={name: Site(kind=kinds[name], codecs=codecs[name], error=errors.get(name, {})) for name in codecs},
-        )
-        return plan if engine.split_of(self.model) == Split() else _merged(plan, engine.groups(self.model))
-
-    def _codecs(self, name: str, chosen: Recipe, within: Recipe) -> tuple[Codec, ...]:
-        """By stage: the ranks' values, their sum, and the sums of nodes."""
-        partial, *sums = self.ranges[name]
-        if len(sums) < 2:
-            return tuple(chosen.codec(seen) for seen in (partial, *sums))
-        total, of_nodes = sums
-        return within.codec(partial), within.codec(total), chosen.codec(of_nodes)
-
-
-def recipes_by_kind(codec: CodecByKind) -> dict[str, Recipe]:
-    """The recipe for each kind of site that is to be coded; InvalidInputError for names that there are not."""
-    return {kind: recipe(each) for kind, each in _by_kind(codec).items()}
-
-
-def _by_kind(codec: CodecByKind) -> Mapping[str, str | Recipe]:
-    if not isinstance(codec, Mapping):
-        return dict.fromkeys((kind for kind in KINDS if kind not in UNCODED), codec)
-    if unknown := codec.keys() - set(KINDS):
+def _moments(
+    model: nn.Module, seen: MomentObserver, found: Sequence[Tensor], sites: Mapping[str, str]
+) -> dict[str, Moments]:
+    """What was seen of sums, and how much the loss minds errors in them, for which the model must be whole."""
+    engine = engine_of(model)
+    if engine.split_of(model) != Split():
         raise InvalidInputError(
-            "codec",
-            expected=f"kinds of sites among {', '.join(KINDS)}",
-            found=", ".join(sorted(unknown)),
-            remedy="Name one of them.",
+            type(model).__name__,
+            expected="a whole model, of whose loss there are gradients",
+            found=f"one split by {engine.split_of(model)}",
+            remedy="Calibrate before it is split, or choose a codec such as int4-feature.",
         )
-    return codec
-
-
-def _merged(plan: Plan, groups: Groups) -> Plan:
-    """What the plans of all ranks know together: of weights that others hold, and of sites at other stages."""
-    for transport in transports_of(groups):
-        if transport is not None:
-            texts = transport.share(base64.b85encode(plan.to_bytes()).decode(), "merging plans")
-            plans = [Plan.from_bytes(base64.b85decode(text), "of another rank") for text in texts]
-            sites = {name: site for each in plans for name, site in each.sites.items()}
-            model = functools.reduce(ModelFingerprint.merged, [each.model for each in plans])
-            plan = dataclasses.replace(plan, model=model, sites=sites)
-    return plan
-
-
-def _described(codec: CodecByKind) -> str | dict[str, str]:
-    if isinstance(codec, Mapping):
-        return {kind: str(_described(each)) for kind, each in codec.items()}
-    return codec if isinstance(codec, str) else repr(codec)
+    sums = [name for name, kind in sites.items() if kind == "sum"]
+    with evaluating(model):
+        return seen.moments(fisher_information(model, found, sums, full=seen.full))
 
 
 def _check_options(first_tokens: str, num_first: int) -> None:
@@ -238,25 +187,15 @@ def _split(engine: Engine, model: nn.Module, tp_size: int | None, pp_size: int, 
     return found
 
 
-@contextmanager
-def _travelling_over(wires: Wires, model: nn.Module, split: Split) -> Iterator[None]:
-    """Let the values of all ranks travel over `wires`: of a whole model, or gathered from those of a split one."""
-    engine = engine_of(model)
-    if engine.split_of(model) == Split():
-        forwards = engine.split_virtually(model, split, wires)
-    else:
-        transports = transports_of(engine.groups(model))
-        forwards = engine.take_over(model, GatheringCommunicator(wires, *transports, device=device_of(model)))
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()  # no dropout
-        yield
-    finally:
-        forwards.restore()
-        for module in training:
-            module.training = True
-
-
-def _run(model: nn.Module, ids: Tensor) -> None:
-    with torch.no_grad():
-        model(input_ids=ids[None], use_cache=False)
+__all__ = [
+    "DEFAULT_FIRST_TOKENS",
+    "DEFAULT_NUM_FIRST",
+    "CodecByKind",
+    "ModelRecipe",
+    "Observations",
+    "budgeted",
+    "calibrate",
+    "moments_needed",
+    "observe",
+    "recipes_by_kind",
+]

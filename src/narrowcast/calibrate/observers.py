@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import Codec, Ranges
-from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS, simulate
+from narrowcast.codecs import Ranges
+from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS, Stages, choose, simulate
 from narrowcast.errors import InvalidInputError
+from narrowcast.integrations.base import Wires
+from narrowcast.plan import Site
 
 EMA_FACTOR = 0.01  # weight of each new sequence (gamma in peers' words; the first sequence initialises)
 
@@ -24,7 +26,7 @@ FirstTokens = Literal["count", "choosing", "skip"]
 Groups = Sequence[Sequence[int]]
 
 
-class RangeObserver:
+class RangeObserver(Wires):
     """Moving averages of the ranges of every site: for what the ranks put in [R, E], for sums [1, E], and, where
     there are `groups`, for the sums of these nodes [N, E].
     """
@@ -77,25 +79,34 @@ class RangeObserver:
         return {site: [_ranges(site, stage) for stage in self._extremes[site]] for site in sites}
 
 
-class ErrorObserver:
+class ErrorObserver(Wires):
     """Relative RMS error of each site's codecs by algorithm, all that comes before the site being exact."""
 
-    def __init__(self, codecs: Mapping[str, Sequence[Codec]], groups: Groups = ()) -> None:
-        self._codecs, self._groups = codecs, groups
+    def __init__(self, sites: Mapping[str, Site], groups: Groups = ()) -> None:
+        self._codecs = {name: site.codecs for name, site in sites.items()}
+        self._transforms = {name: site.transform for name, site in sites.items()}
+        self._groups = groups
         self._power: dict[str, float] = {}
         self._noise: dict[str, dict[str, float]] = {}
 
     def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
         """Compare every algorithm's sum with the exact one."""
         if site in self._codecs:
-            wide = [x.float() for x in partials]
-            exact, codecs = exact_sum(wide), self._codecs[site]
-            coded = {
-                name: simulate.all_reduce(wide, codec=codecs, algorithm=name, groups=self._groups)
-                for name in (*ALGORITHMS, *(NODE_ALGORITHMS if self._groups else ()))
-            }
-            self._count(site, exact, coded)
+            wide = [_flat(x).float() for x in partials]
+            names = *ALGORITHMS, *(NODE_ALGORITHMS if self._groups else ())
+            self._count(site, exact_sum(wide), {name: self._coded(site, wide, name) for name in names})
         return exact_sum(partials)
+
+    def _coded(self, site: str, partials: Sequence[Tensor], algorithm: str) -> Tensor:
+        codecs, transform = self._codecs[site], self._transforms[site]
+        if transform is None:
+            return simulate.all_reduce(partials, codec=codecs, algorithm=algorithm, groups=self._groups)
+        components = [transform.analyze(x, rank) for rank, x in enumerate(partials)]
+        mix = None if transform.remix is None else transform.remix.mix
+        total = simulate.all_reduce(components, codec=codecs, algorithm=algorithm, mix=mix)
+        num_tokens, num_ranks = len(total), len(partials)
+        runs = choose(algorithm, Stages(tuple(codecs)), num_tokens, transform.num_components, num_ranks)
+        return transform.synthesize(total, remixed=runs == "two_shot")
 
     def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
         """Compare what was coded part by part with what it was."""
@@ -112,7 +123,9 @@ class ErrorObserver:
             self._count(site, wide, {"once": simulate.send(wide, src=0, world_size=1, codec=self._codecs[site][0])})
         return x
 
-    all_to_all = move
+    def all_to_all(self, x_PE: Tensor, site: str, num_sent: int) -> Tensor:
+        """The same for tokens that are in no order."""
+        return self.move(x_PE, site, num_sent)
 
     def _count(self, site: str, exact: Tensor, coded: Mapping[str, Tensor]) -> None:
         self._power[site] = self._power.get(site, 0.0) + _power(exact)

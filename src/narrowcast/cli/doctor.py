@@ -12,7 +12,10 @@ from rich.table import Table
 from narrowcast import kernels
 from narrowcast.transport.tcp import COMPILED
 
-PACKAGES = "narrowcast", "torch", "numpy", "safetensors", "transformers", "accelerate", "typer", "rich", "matplotlib"
+PACKAGES = (
+    *("narrowcast", "torch", "numpy", "safetensors"),
+    *("transformers", "accelerate", "typer", "rich", "matplotlib", "lm-eval"),
+)
 
 
 def versions() -> dict[str, str | None]:

@@ -14,6 +14,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.plan import check_writable
 
 DEFAULT_LENGTH = 256
+HTML_MARK = '<meta name="generator" content="narrowcast">'
 
 
 def sequences(tokenizer: Any, path: Path, *, length: int, limit: int | None = None) -> list[Tensor]:
@@ -44,27 +45,48 @@ def _pieces(tokenizer: Any, path: Path, length: int) -> Iterator[Tensor]:
         yield from (piece for piece in (first, *others) if piece.shape[1] >= (2 if piece is first else length // 2))
 
 
-def check_report(path: Path | None) -> None:
-    """InvalidInputError if no report can be written to `path`: only an earlier report may be replaced."""
+def check_report(path: Path | None, *, html: bool = False) -> None:
+    """InvalidInputError if no report can be written to `path`: only an earlier one, of its kind, may be replaced."""
     if path is None:
         return
     check_writable(path, overwrite=True)
-    try:
-        replaceable = not path.exists() or "narrowcast" in json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, TypeError):
-        replaceable = False
-    if not replaceable:
+    if path.exists() and not (_is_html_report(path) if html else _is_report(path)):
         raise InvalidInputError(
             str(path), expected="a new file or an earlier report", found="another file", remedy="Choose another name."
         )
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return "narrowcast" in json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, TypeError):
+        return False
+
+
+def _is_html_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return HTML_MARK.encode() in file.read(1000)
+
+
+def read_report(path: Path, *, remedy: str) -> dict[str, Any]:
+    """The figures of an earlier report; InvalidInputError, with `remedy`, if `path` is none."""
+    if not path.is_file() or not _is_report(path):
+        found = "another file" if path.exists() else "no such file"
+        raise InvalidInputError(str(path), expected="an earlier report", found=found, remedy=remedy)
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
+    return report
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write `report` as JSON, marked as ours."""
     from narrowcast.cli.doctor import versions
 
+    text = json.dumps({"narrowcast": versions(), "date": f"{date.today()}", **report}, indent=2)
+    write_whole(path, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text`, or leave what was there."""
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(
-        json.dumps({"narrowcast": versions(), "date": f"{date.today()}", **report}, indent=2) + "\n", encoding="utf8"
-    )
+    temporary.write_text(text, encoding="utf8")
     temporary.replace(path)

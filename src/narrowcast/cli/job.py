@@ -3,10 +3,11 @@
 import itertools
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,17 +19,32 @@ from torch.nn import functional
 import narrowcast
 from narrowcast import Plan
 from narrowcast.cli.launch import is_first_rank, on_ranks
+from narrowcast.cli.tasks import Answers, answers
 from narrowcast.decision import Decisions
 from narrowcast.evaluate import Score, compare, log_probs
 from narrowcast.integrations import Handle, device_of, load_engine, transports_of
 from narrowcast.monitor import Report
 from narrowcast.split import Split
+from narrowcast.tasks import TaskSet
 from narrowcast.transport import DEFAULT_TIMEOUT_S
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The uncompressed model's log-probabilities [B, T, V] of the first `num_batches`, read one by one from files."""
+
+    folder: Path
+    num_batches: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.from_numpy(np.load(self.folder / f"{index}.npy")) for index in range(self.num_batches))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Score `batches` (ids [B, T]) against the reference's files, then continue `prompts` (ids [1, T]) greedily."""
+    """Score `batches` (ids [B, T]) against the reference, answer `tasks`, then continue `prompts` (ids [1, T])."""
 
     model: str
     plans: Sequence[Path]
@@ -36,7 +52,8 @@ class Job:
     transport: str = "auto"
     timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
-    reference: Path | None = None
+    reference: Reference | None = None
+    tasks: TaskSet | None = None
     prompts: Sequence[Tensor] = ()
     max_new_tokens: int = 0
     replicate_vocabulary: bool = False
@@ -49,6 +66,7 @@ class Outcome:
     score: Score | None
     report: Report
     continuations: list[list[int]] = field(default_factory=list)
+    answers: Answers = field(default_factory=dict)
 
 
 def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
@@ -62,12 +80,12 @@ def run_simulated(job: Job, model: nn.Module) -> list[Outcome]:
 
 
 @contextmanager
-def reference_of(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Path]:
-    """A folder with the uncompressed model's log-probabilities for each batch, kept as long as the context."""
+def reference_of(model: nn.Module, batches: Sequence[Tensor]) -> Iterator[Reference]:
+    """What the uncompressed `model` says to each batch, in temporary files, kept as long as the context."""
     with tempfile.TemporaryDirectory(prefix="narrowcast-") as folder:
-        for index, ids in enumerate(_track(batches, "reference")):
+        for index, ids in enumerate(tracked(batches, "reference")):
             np.save(f"{folder}/{index}.npy", log_probs(model, ids).numpy())
-        yield Path(folder)
+        yield Reference(Path(folder), len(batches))
 
 
 def _on_rank(job: Job, split: Split) -> list[Outcome]:
@@ -91,9 +109,10 @@ def _outcomes(job: Job, model: nn.Module, *, simulate: bool) -> list[Outcome]:
             timeout_s=job.timeout_s,
         ) as handle:
             score, of_scoring = (_score(job, model), _report(model, handle)) if job.batches else (None, None)
+            answered = answers(job.model, model, job.tasks)
             continuations = _continue(model, job.prompts, job.max_new_tokens) if job.prompts else []
             report = of_scoring or _report(model, handle)
-            outcomes.append(Outcome(score=score, report=report, continuations=continuations))
+            outcomes.append(Outcome(score=score, report=report, continuations=continuations, answers=answered))
     return outcomes
 
 
@@ -106,27 +125,27 @@ def _report(model: nn.Module, handle: Handle) -> Report:
             continue
         texts = transport.share(json.dumps(report.to_json()), "adding up reports")
         reports = [Report.from_json(json.loads(text)) for text in texts]
-        sites = dict(reports[0].sites)
-        for stage in reports[1:] if transport is pp else []:
-            sites |= {name: sites[name] + site if name in sites else site for name, site in stage.sites.items()}
-        report = Report(
-            sites=sites,
-            num_saturated=sum(each.num_saturated for each in reports),
-            num_non_finite=sum(each.num_non_finite for each in reports),
-            num_guarded=sum(each.num_guarded for each in reports),
-        )
+        if transport is tp:
+            sites = {
+                name: site.counting([each.sites[name] for each in reports if name in each.sites])
+                for name, site in reports[0].sites.items()
+            }
+        else:
+            sites = {}
+            for stage in reports:
+                sites |= {name: sites[name] + site if name in sites else site for name, site in stage.sites.items()}
+        report = Report(sites=sites)
     return report
 
 
 def _score(job: Job, model: nn.Module) -> Score | None:
-    found = (log_probs(model, ids) for ids in _track(job.batches, "scoring"))
+    found = (log_probs(model, ids) for ids in tracked(job.batches, "scoring"))
     if not is_first_rank():
         for _ in found:
             pass
         return None
-    assert job.reference is not None, "whoever passes batches passes the reference's files"
-    files = [job.reference / f"{index}.npy" for index in range(len(job.batches))]
-    return compare((torch.from_numpy(np.load(file)) for file in files), found, job.batches)
+    assert job.reference is not None, "whoever passes batches passes the reference"
+    return compare(job.reference, found, job.batches)
 
 
 @torch.no_grad()
@@ -150,7 +169,8 @@ def _continue(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) 
     return [list(itertools.takewhile(lambda id: id not in ends, row)) for row in generated[:, width:].tolist()]
 
 
-def _track(batches: Sequence[Tensor], what: str) -> Iterator[Tensor]:
+def tracked(steps: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
+    """The steps, under a bar where somebody watches."""
     console = Console(stderr=True)
     hidden = not (is_first_rank() and console.is_terminal)
-    return iter(track(batches, what, console=console, transient=True, disable=hidden))
+    return iter(track(steps, what, total=total, console=console, transient=True, disable=hidden))

@@ -1,6 +1,5 @@
 """`narrowcast evaluate` and `generate`: a model, and a plan for it."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +9,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from narrowcast import Plan
-from narrowcast.cli.files import DEFAULT_LENGTH, check_report, sequences, write_report
-from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks, run_simulated
+from narrowcast.bench.plots import check_possible
+from narrowcast.cli.drawings import short
+from narrowcast.cli.evaluation import CURVE, FIGURES, Evaluation, Subject
+from narrowcast.cli.files import DEFAULT_LENGTH, check_report, write_report, write_whole
+from narrowcast.cli.html_report import page
+from narrowcast.cli.job import Job, run_on_ranks
 from narrowcast.cli.launch import is_first_rank
 from narrowcast.cli.options import (
     Algorithm,
@@ -19,12 +22,16 @@ from narrowcast.cli.options import (
     Length,
     ModelArgument,
     PlanOption,
+    Real,
     ReplicateVocabulary,
+    ScoringText,
     Timeout,
     TransportOption,
 )
+from narrowcast.cli.tasks import Limit, TasksData, TasksOption, chosen_tasks, print_tasks
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
+from narrowcast.monitor import Report
 from narrowcast.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
@@ -32,50 +39,69 @@ from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 def evaluate(
     model: ModelArgument,
     plan: PlanOption,
-    real: Annotated[bool, typer.Option("--real", help="On real ranks; without it, simulated in one process.")] = False,
-    text: Annotated[Path | None, typer.Option(help="Text to score on; by default MODEL/scoring.txt.")] = None,
+    real: Real = False,
+    text: ScoringText = None,
     json: Annotated[Path | None, typer.Option(help="Write the figures here; replaces an earlier report.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write an HTML page with pictures here; replaces an earlier one.")
+    ] = None,
+    sites: Annotated[
+        bool, typer.Option("--sites", help="Measure too what each site alone adds to the KL divergence, simulated.")
+    ] = False,
+    curve: Annotated[
+        Path | None,
+        typer.Option(metavar="TEXT", help=f"Calibrate {', '.join(CURVE)} on TEXT and score them too, simulated."),
+    ] = None,
+    curve_json: Annotated[
+        list[Path],
+        typer.Option(help="Put the points of an earlier --json report into the page; may be given several times."),
+    ] = [],  # noqa: B006 (typer copies it)
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 32,
     length: Length = DEFAULT_LENGTH,
+    tasks: TasksOption = "",
+    tasks_data: TasksData = None,
+    limit: Limit = None,
     algorithm: Algorithm = "auto",
     transport: TransportOption = "auto",
     replicate_vocabulary: ReplicateVocabulary = False,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
     device: Device = "cpu",
 ) -> None:
-    """Score MODEL with a plan against the uncompressed model: perplexity, KL divergence, top-1 agreement.
+    """Score MODEL with a plan against the uncompressed model: KL divergence, agreement, perplexity, with intervals.
 
     Of a tuned plan, too, every sum is coded here: what it leaves uncoded for speed makes answers only better.
     The uncompressed model's log-probabilities wait in the temporary folder: 4 bytes a token and vocabulary entry.
     """
     check_report(json)
-    check_transport(transport)
-    split = Plan.load(plan).split
-    engine = load_engine()
-    batches = sequences(
-        engine.load_tokenizer(model), text or Path(model) / "scoring.txt", length=length, limit=num_sequences
+    check_report(report, html=True)
+    if report is not None:
+        check_possible()
+    asked = chosen_tasks(tasks, tasks_data, limit)
+    subject = Subject.load(
+        model,
+        plan,
+        text,
+        num_sequences=num_sequences,
+        length=length,
+        algorithm=algorithm,
+        real=real,
+        transport=transport,
+        replicate_vocabulary=replicate_vocabulary,
+        timeout_s=timeout,
+        device=device,
     )
-    whole = engine.load(model, device=device)
-    with reference_of(whole, batches) as reference:
-        job = Job(
-            model=model,
-            plans=[plan],
-            algorithm=algorithm,
-            transport=transport,
-            replicate_vocabulary=replicate_vocabulary,
-            timeout_s=timeout,
-            batches=batches,
-            reference=reference,
-        )
-        (outcome,) = run_on_ranks(job, split) if real else run_simulated(job, whole)
-    if not is_first_rank():
+    others = [point for path in curve_json for point in subject.points(path)]
+    found = subject.evaluate(sites=sites, curve=curve, tasks=asked)
+    if found is None:
         return
-    assert outcome.score is not None, "there were batches"
-    figures = asdict(outcome.score) | outcome.report.to_json() | asdict(split) | {"algorithm": algorithm}
     if json is not None:
-        write_report(json, figures | {"model": model, "plan": str(plan), "real": real})
+        write_report(json, found.to_json())
+    if report is not None:
+        write_whole(report, page(found, [*found.curve, *others]))
     where = "real ranks" if real else "simulated"
-    _print_figures(outcome, split, escape(f"{model}, {plan}, {split}, {where}"))
+    _print(found, escape(f"{model}, {plan}, {subject.plan.split}, {where}"))
+    if found.tasks is not None:
+        print_tasks(found.tasks)
 
 
 def generate(
@@ -110,12 +136,11 @@ def generate(
         return
     for start, ids in zip(prompts, outcome.continuations, strict=True):
         typer.echo(tokenizer.decode([*start[0].tolist(), *ids], skip_special_tokens=True))
-    typer.echo(summary(outcome, split), err=True)
+    typer.echo(summary(outcome.report, split), err=True)
 
 
-def summary(outcome: Outcome, split: Split) -> str:
+def summary(report: Report, split: Split) -> str:
     """What the first rank of each stage sent, in a sentence; clipping on all ranks."""
-    report = outcome.report
     each = "a token and rank" if split.pp_size == 1 else "a token, the first ranks of all stages together"
     bits = "nothing" if report.bits_per_value is None else f"{report.bits_per_value:.4f} bits a value"
     uncompressed = ", ".join(f"{name} {nbytes:.0f}" for name, nbytes in report.uncompressed_bytes_per_token.items())
@@ -128,13 +153,40 @@ def summary(outcome: Outcome, split: Split) -> str:
     )
 
 
-def _print_figures(outcome: Outcome, split: Split, title: str) -> None:
-    assert outcome.score is not None, "there were batches"
-    table = Table("figure", "value", title=title)
-    table.add_row("perplexity", f"{outcome.score.perplexity:.4f}")
-    table.add_row("KL from the uncompressed model, nats", f"{outcome.score.kl_nats:.5f}")
-    table.add_row("top-1 agreement", f"{outcome.score.top1_agreement:.2%}")
-    table.add_row("tokens scored", str(outcome.score.num_tokens))
+def _print(found: Evaluation, title: str) -> None:
+    """Figures with their intervals; errors by site and other codecs' points, if there are any."""
+    table = Table("figure", "value", "95 % interval", title=title)
+    for name, (what, form) in FIGURES.items():
+        interval = found.score.intervals[name]
+        cell = "" if interval is None else f"{form.format(interval.low)} to {form.format(interval.high)}"
+        table.add_row(what, form.format(getattr(found.score, name)), cell)
+    for percentile, value in found.score.kl_percentiles.items():
+        what = "largest KL of a token" if percentile == "100" else f"KL, {percentile} % of tokens at most"
+        table.add_row(what, f"{value:.5f}")
+    table.add_row("tokens scored", str(found.score.num_tokens))
     console = Console()
     console.print(table)
-    console.print(summary(outcome, split))
+    if found.sites:
+        console.print(_sites_table(found))
+    if found.curve:
+        rows = Table("codec", "bits a value", "KL, nats", "95 % interval")
+        for point in sorted([*found.curve, found.point], key=lambda point: point.bits_per_value):
+            cells = f"{point.bits_per_value:.4f}", f"{point.kl_nats:.5f}", f"{point.low:.5f} to {point.high:.5f}"
+            rows.add_row(point.name, *cells)
+        console.print(rows)
+    console.print(summary(found.report, found.subject.plan.split))
+
+
+def _sites_table(found: Evaluation) -> Table:
+    """What each site adds, the worst first."""
+    table = Table("site", "KL added, nats", "95 % interval", "error", "clipped", title="each site coded alone")
+    for each in sorted(found.sites, key=lambda each: -each.added_kl_nats.mean):
+        interval, errors = each.added_kl_nats.interval(), found.subject.plan.sites[each.site].error
+        table.add_row(
+            short(each.site),
+            f"{each.added_kl_nats.mean:.6f}",
+            "" if interval is None else f"{interval.low:.6f} to {interval.high:.6f}",
+            "" if not errors else f"{next(iter(errors.values())):.4f}",
+            str(each.report.num_saturated),
+        )
+    return table

@@ -38,6 +38,8 @@ ReplicateVocabulary = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="Where the whole model computes: cpu, cuda, ...")]
 PlanOption = Annotated[Path, typer.Option("--plan", help="A plan that calibrate wrote.")]
+Real = Annotated[bool, typer.Option("--real", help="On real ranks; without it, simulated in one process.")]
+ScoringText = Annotated[Path | None, typer.Option("--text", help="Text to score on; by default MODEL/scoring.txt.")]
 Length = Annotated[int, typer.Option(min=2, help="Tokens a sequence at most.")]
 Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a rank before it counts as lost.")]
 Algorithm = Annotated[

@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from narrowcast.cli import drawings
 from narrowcast.cli.launch import is_first_rank, on_ranks
 from narrowcast.cli.options import Timeout, TransportOption
 from narrowcast.codecs import PRESETS, Codec, FeatureCodec
 from narrowcast.decision import FORMS
-from narrowcast.errors import InvalidInputError, MissingDependencyError
+from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Plan, check_writable
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport, connect_group
 from narrowcast.tune import Tuning
@@ -59,7 +60,14 @@ def inspect(
         if any(stage < len(site.codecs) for site in plan.sites.values()):
             console.print(_table(plan, stage, title, errors))
     if plot is not None:
-        draw_ranges(plan, plot)
+        if not (sites := with_ranges(plan)):
+            raise InvalidInputError(
+                "--plot",
+                expected="a plan with calibrated ranges, such as int4-feature's",
+                found="codecs that find their ranges in each token",
+                remedy="Inspect it without --plot.",
+            )
+        drawings.ranges(sites, str(plan.split)).savefig(plot, dpi=120, format="png")
         console.print(f"ranges drawn into {plot}", markup=False)
 
 
@@ -133,13 +141,13 @@ def _decisions(plan: Plan) -> Iterator[str]:
 def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table:
     title += f": scales, and the relative RMS error of {' or '.join(errors)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    num_features = plan.model.config.get("hidden_size", 4096)
-    rows = []
+    rows, bits = [], bits_by_site(plan)
     for name, site in plan.sites.items():
         if stage < len(site.codecs):
             error = next((f"{site.error[name]:.3f}" for name in errors if name in site.error), "")
             short = name.removeprefix("model.").removeprefix("layers.")
-            rows.append((short, site.kind, *_details(site.codecs[stage], num_features), error))
+            codec = site.codecs[stage]
+            rows.append((short, site.kind, codec_name(codec), f"{bits[name][stage]:.4f}", *_scales(codec), error))
     columns = "site", "kind", "codec", "bits", "outliers", "min", "median", "max", "error"
     alike = len({site.kind for site in plan.sites.values()}) == 1
     crowded_out = {"kind"} if alike else {"min", "max"}  # a table of 80 columns
@@ -153,44 +161,32 @@ def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table
     return table
 
 
-def _details(codec: Codec, num_features: int) -> tuple[str, ...]:
-    """Codec (without calibrated tensors, its preset), bits a value, outliers; smallest, median and largest scale."""
+def codec_name(codec: Codec) -> str:
+    """Its preset where there are no calibrated tensors, otherwise the id of its format."""
+    presets: dict[str, object] = dict(PRESETS)
+    return next((name for name, preset in presets.items() if preset == codec), codec.id)
+
+
+def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:
+    """Bits a value, by site and stage."""
+    return {name: tuple(_bits(codec, plan) for codec in site.codecs) for name, site in plan.sites.items()}
+
+
+def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:
+    """Codecs of stage 0 with calibrated scales, by site."""
+    return {name: site.codecs[0] for name, site in plan.sites.items() if isinstance(site.codecs[0], FeatureCodec)}
+
+
+def _bits(codec: Codec, plan: Plan) -> float:
+    """Of as many features as the codec is calibrated for, otherwise of a hidden state."""
+    scale = codec.state()[1].get("scale")
+    num_features = plan.model.config.get("hidden_size", 4096) if scale is None else scale.shape[-1]
+    return 8 * codec.row_nbytes(num_features) / num_features
+
+
+def _scales(codec: Codec) -> tuple[str, ...]:
+    """Number of outliers; smallest, median and largest scale."""
     if not isinstance(codec, FeatureCodec):
-        presets: dict[str, object] = dict(PRESETS)
-        name = next((name for name, preset in presets.items() if preset == codec), codec.id)
-        return name, f"{8 * codec.row_nbytes(num_features) / num_features:.4f}", "", "", "", ""
-    scale, num_features = codec.scale.float(), codec.scale.shape[1]
-    bits = 8 * codec.row_nbytes(num_features) / num_features
-    spread = (f"{value:.2g}" for value in (scale.min(), scale.median(), scale.max()))
-    return codec.id, f"{bits:.4f}", str(len(codec.outliers)), *spread
-
-
-def draw_ranges(plan: Plan, path: Path) -> None:
-    """One column a site: the spread of its features' ranges at stage 0, outliers as dots."""
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("matplotlib", "plot") from error
-    sites = {name: site.codecs[0] for name, site in plan.sites.items() if isinstance(site.codecs[0], FeatureCodec)}
-    if not sites:
-        raise InvalidInputError(
-            "--plot",
-            expected="a plan with calibrated ranges, such as int4-feature's",
-            found="codecs that find their ranges in each token",
-            remedy="Inspect it without --plot.",
-        )
-    figure = Figure(figsize=(max(6, 1.5 + 0.3 * len(sites)), 5), layout="constrained")
-    axes = figure.subplots()
-    for place, codec in enumerate(sites.values()):
-        reach_RE = codec.scale.float() * (2 ** (codec.num_bits - 1) - 1)
-        reach_E = reach_RE.mean(dim=0)
-        low, quarter, median, three, high = reach_E.quantile(reach_E.new_tensor([0, 0.25, 0.5, 0.75, 1])).tolist()
-        axes.plot([place] * 2, [low, high], color="tab:blue", linewidth=1, alpha=0.5)
-        axes.plot([place] * 2, [quarter, three], color="tab:blue", linewidth=6, solid_capstyle="butt")
-        axes.plot(place, median, "_", color="white", markersize=6)
-        axes.plot([place] * len(codec.outliers), reach_E[codec.outliers].tolist(), ".", color="tab:red")
-    axes.set_yscale("log")
-    axes.set_xticks(range(len(sites)), list(sites), rotation=90, fontsize=7)
-    axes.set_ylabel("range of a feature's partial sums\n(largest magnitude, mean over ranks)")
-    axes.set_title(f"quartiles and extremes over features, {plan.split};\noutliers, sent in BF16, in red")
-    figure.savefig(path, dpi=120, format="png")
+        return ("",) * 4
+    scale = codec.scale.float()
+    return str(len(codec.outliers)), *(f"{value:.2g}" for value in (scale.min(), scale.median(), scale.max()))

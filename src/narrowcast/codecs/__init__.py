@@ -2,7 +2,8 @@
 
 import torch
 
-from narrowcast.codecs.allocated import AllocatedCodec, AllocatedRecipe
+from narrowcast.codecs.allocated import AllocatedCodec
+from narrowcast.codecs.allocated_recipe import AllocatedRecipe
 from narrowcast.codecs.base import Codec, Ranges, Recipe
 from narrowcast.codecs.cast import CastCodec
 from narrowcast.codecs.feature import FeatureCodec, FeatureRecipe

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from narrowcast import ops
 from narrowcast.codecs import lloyd_max, token_scale
-from narrowcast.codecs.allocation import AS_BF16, BLOCK, Entry, allocate, in_blocks
-from narrowcast.codecs.base import Codec, Ranges, is_positive
+from narrowcast.codecs.allocation import AS_BF16, BLOCK
+from narrowcast.codecs.base import Codec, is_positive
 from narrowcast.codecs.token_scale import GUARDED, LARGEST, NOT_FINITE, TOKEN_SCALES, mean_square, scale_code
 from narrowcast.errors import InvalidInputError
 from narrowcast.kernels import cpu
@@ -359,34 +359,3 @@ def _misfit(expected: str, found: Tensor) -> InvalidInputError:
         found=f"{list(found.shape)} in {found.dtype}",
         remedy="Calibrate again.",
     )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AllocatedRecipe:
-    """Makes an `AllocatedCodec` of about `bits` a value from what calibration saw of one site.
-
-    Which bits go where is decided by the features' variance alone, as the site stands alone: for a whole model,
-    `calibrate` weighs all sites by what the loss minds.
-    """
-
-    bits: float = 3.0
-
-    def __post_init__(self) -> None:
-        if not 0 < self.bits <= AS_BF16:
-            raise InvalidInputError(
-                "allocated codec", expected="0 to 16 bits a value", found=self.bits, remedy="Choose another budget."
-            )
-
-    def codec(self, ranges: Ranges) -> AllocatedCodec:
-        """Scales of a third of each feature's largest magnitude."""
-        scale_RE = ranges.scale_largest.float() / 3
-        num_blocks = -(-scale_RE.shape[1] // BLOCK)
-        return fitted(scale_RE, allocate([Entry(scale_RE.square())], self.bits * BLOCK * num_blocks / 8)[0])
-
-
-def fitted(scale_RE: Tensor, widths_RN: Tensor, energy_RE: Tensor | None = None) -> AllocatedCodec:
-    """The codec of these scales and widths, each source's features by falling energy (that of their scales)."""
-    order_RE, _ = in_blocks(scale_RE.square() if energy_RE is None else energy_RE)
-    smallest = torch.finfo(torch.bfloat16).smallest_normal
-    scale = scale_RE.float().clamp(min=smallest).bfloat16()
-    return AllocatedCodec(scale=scale, order=order_RE, widths=widths_RN)

@@ -65,10 +65,16 @@ class Stages:
 
     `codecs`: [0] for the partial sums, [1] for the reduced value when it travels again, [2] for the sums of nodes.
     `groups`: the ranks of each node, ascending; empty where all ranks are alike.
+    `mix`: [J, E], where the reduced value travels along other axes: two_shot then ends with J features.
     """
 
     codecs: tuple[Codec, ...]
     groups: tuple[tuple[int, ...], ...] = ()
+    mix: Tensor | None = None
+
+    def num_reduced(self, num_features: int) -> int:
+        """Features of the reduced value where it travels again."""
+        return num_features if self.mix is None else len(self.mix)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ measure the accuracy of any `tp_size` on one machine.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,17 +23,19 @@ def all_reduce(
     codec: Codec | Sequence[Codec],
     algorithm: str = "auto",
     groups: Sequence[Sequence[int]] = (),
+    mix: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
     """The sum [..., E] that every rank ends with; `partials[rank]` is what that rank puts in.
 
-    `groups`: the ranks of each node, for hierarchical.
+    `groups`: the ranks of each node, for hierarchical. `mix`: [J, E], what two_shot makes of the sum before it travels
+    again; it then ends with [..., J].
     """
     world_size, shape = len(partials), partials[0].shape
-    stages = checked_stages(codec, world_size, groups)
+    stages = replace(checked_stages(codec, world_size, groups), mix=mix)
     flat = [x.reshape(-1, shape[-1]) for x in partials]
     name = choose(algorithm, stages, len(flat[0]), shape[-1], world_size)
-    return named(name).twin(flat, stages, stats).view(shape)
+    return named(name).twin(flat, stages, stats).view(*shape[:-1], -1)
 
 
 def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:

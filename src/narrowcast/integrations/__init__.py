@@ -79,7 +79,15 @@ def attach(
     engine, device = engine_of(model), device_of(model)
     _check_arguments(plan, algorithm, transport)
     codecs = {name: site.codecs for name, site in plan.sites.items()}
-    sites = SiteCodecs(codecs, plan.groups, algorithm, device, decisions=plan.decisions, deterministic=deterministic)
+    sites = SiteCodecs(
+        codecs,
+        plan.groups,
+        algorithm,
+        device,
+        transforms={name: site.transform for name, site in plan.sites.items() if site.transform is not None},
+        decisions=plan.decisions,
+        deterministic=deterministic,
+    )
     if simulate:
         _check_attachable(engine, model, plan, whole=True)
         simulator = Simulator(sites, count_only=count_only)

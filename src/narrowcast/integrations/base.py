@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from narrowcast.communicator import Communicator
 from narrowcast.integrations.forwards import Forwards
@@ -26,6 +27,10 @@ class Wires(Protocol):
     def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
         """The sum [..., E] of what each rank puts in."""
         ...
+
+    def all_reduce_linear(self, inputs: Sequence[Tensor], weights: Sequence[Tensor], site: str) -> Tensor:
+        """The sum of the products of each rank's input [..., F] with its weights [E, F]."""
+        return self.all_reduce([functional.linear(x, w) for x, w in zip(inputs, weights, strict=True)], site)
 
     def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
         """The parts [..., E0], [..., E1], ... of the ranks, side by side."""
@@ -85,4 +90,19 @@ class Engine(Protocol):
 
     def take_over(self, model: nn.Module, communicator: Communicator) -> Forwards:
         """Send through `communicator` whatever the split model sends; what is returned puts the engine back."""
+        ...
+
+    def num_features(self, model: nn.Module) -> int:
+        """E of the residual stream."""
+        ...
+
+    def rotate(self, model: nn.Module, rotation_EE: Tensor) -> None:
+        """Fold a rotation of the residual stream into a whole model's weights, in place.
+
+        InvalidInputError, with the model as it was, where that would change its answers.
+        """
+        ...
+
+    def save(self, model: nn.Module, path: str | Path) -> None:
+        """Write a whole model into a folder that `load` reads."""
         ...

@@ -9,15 +9,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.communicator import Communicator
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations.base import Groups, Wires
 from narrowcast.integrations.forwards import Forward, Forwards
-from narrowcast.integrations.transformers import embedding, experts, linear, pipeline, weights
-from narrowcast.integrations.transformers.loading import load, load_tokenizer, skeleton
+from narrowcast.integrations.transformers import embedding, experts, linear, pipeline, rotation, weights
+from narrowcast.integrations.transformers.loading import load, load_tokenizer, save, skeleton
 from narrowcast.plan import ModelFingerprint
 from narrowcast.split import Experts, Split
 
@@ -123,11 +123,36 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
     """Config fields; digests of samples of the weights whose outputs are summed, and of the embedding."""
     summed = {
         name: module
-        for name, module, style in _styled(model, _plan(model, "tp_plan"))
-        if style in ("rowwise", "rowwise_split_input", "rowwise_rep", "moe_tp_experts")
-        and (linear.is_plain(module) or experts.is_supported(module))
+        for name, module in _summed(model).items()
+        if linear.is_plain(module) or experts.is_supported(module)
     }
     return weights.fingerprint(model, summed)
+
+
+def _summed(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose outputs tensor parallelism sums over ranks."""
+    return {
+        name: module
+        for name, module, style in _styled(model, _plan(model, "tp_plan"))
+        if style in ("rowwise", "rowwise_split_input", "rowwise_rep", "moe_tp_experts")
+    }
+
+
+def num_features(model: nn.Module) -> int:
+    """The width of the embedding."""
+    return int(cast(Any, model).get_input_embeddings().weight.shape[1])
+
+
+def rotate(model: nn.Module, rotation_EE: Tensor) -> None:
+    """Fold `rotation_EE` into what reads and writes the residual stream."""
+    if rotation_EE.shape[0] != num_features(model):
+        raise InvalidInputError(
+            "rotation",
+            expected=f"the model's {num_features(model)} features",
+            found=rotation_EE.shape[0],
+            remedy="Make one for this model.",
+        )
+    rotation.rotate(model, _summed(model), rotation_EE)
 
 
 def split_virtually(model: nn.Module, split: Split, wires: Wires) -> Forwards:
@@ -209,6 +234,9 @@ __all__ = [
     "groups",
     "load",
     "load_tokenizer",
+    "num_features",
+    "rotate",
+    "save",
     "sites",
     "skeleton",
     "split_of",

@@ -17,8 +17,8 @@ def virtual_rows(name: str, layer: Any, tp_size: int, wires: Wires) -> Forward:
 
     def forward(x: Tensor) -> Tensor:
         weight = layer.weight
-        partials = [functional.linear(x[..., own].contiguous(), weight[:, own].contiguous()) for own in chunks]
-        return add_bias(wires.all_reduce(partials, name), layer.bias)
+        inputs, weights = [x[..., own].contiguous() for own in chunks], [weight[:, own].contiguous() for own in chunks]
+        return add_bias(wires.all_reduce_linear(inputs, weights, name), layer.bias)
 
     return forward
 

@@ -48,6 +48,14 @@ def load(
         raise MissingDependencyError(error.name or "accelerate", "transformers") from error
 
 
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a whole model, with its config, into folder `path`, for `load` and for plain Transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    cast(Any, model).save_pretrained(path)
+
+
 def skeleton(path: str | Path) -> nn.Module:
     """The causal LM of folder or hub name `path` on the meta device: its config is all that is read."""
     from transformers import AutoConfig, AutoModelForCausalLM
