@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrowcast import kernels, ops
 from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, Ranges, lloyd_max, token_scale
-from narrowcast.codecs.allocated import fitted
+from narrowcast.codecs.allocated_recipe import fitted
 from narrowcast.codecs.allocation import Entry, allocate, in_blocks
 from narrowcast.errors import InvalidInputError
 
