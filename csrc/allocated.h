@@ -26,7 +26,7 @@ struct Constant {
 // The parameters of one source.
 struct Source {
   const float *scale, *reciprocal;
-  const uint16_t* order;
+  const uint16_t *order, *slots;
   const uint8_t* widths;
   size_t num_bf16 = 0, num_sent;  // blocks; those in BF16 come first
   float one_over_count = 0;       // of the values that have part in the token's scale
@@ -35,6 +35,7 @@ struct Source {
       : scale(format.scale + source * format.num_blocks * kBlock),
         reciprocal(format.reciprocal + source * format.num_features),
         order(format.order + source * format.num_blocks * kBlock),
+        slots(format.slots + source * format.num_blocks * kBlock),
         widths(format.widths + source * format.num_blocks) {
     while (num_bf16 < format.num_blocks && widths[num_bf16] == kAsBf16) ++num_bf16;
     num_sent = num_bf16;
@@ -170,14 +171,15 @@ NARROWCAST_INLINE int64_t count_beyond(const float* scaled, size_t num_features,
   return sum(found);
 }
 
-// In the order that codecs/token_scale.py states.
-NARROWCAST_INLINE float mean_square(const float* slots, const Source& source) {
+// Brings the values to their slots. Returns their mean square, in the order that codecs/token_scale.py states.
+NARROWCAST_INLINE float place_values(const float* scaled, const Source& source, float* slots) {
   constexpr size_t kParts = kBlock / kLanes;
   F32 parts[kParts] = {};
   for (size_t first = source.num_bf16 * kBlock; first < source.num_sent * kBlock; first += kBlock) {
 #pragma GCC unroll 8
     for (size_t i = 0; i < kParts; ++i) {
-      const F32 value = load(slots + first + i * kLanes);
+      const F32 value = gather(scaled, source.order + first + i * kLanes);
+      store_vector(slots + first + i * kLanes, value);
       parts[i] = parts[i] + value * value;
     }
   }
@@ -196,21 +198,16 @@ NARROWCAST_INLINE uint8_t scale_code(const LevelTables& tables, float mean_squar
   return uint8_t(1 + sum(num_edges));
 }
 
-// Brings the values to their slots and finds the code of the token's scale.
-NARROWCAST_INLINE uint8_t place_values(const Format& format, const Source& source, const float* scaled,
-                                       float* slots) {
-  for (size_t slot = source.num_bf16 * kBlock; slot < source.num_sent * kBlock; ++slot) {
-    slots[slot] = scaled[source.order[slot]];
-  }
-  return scale_code(format.tables, mean_square(slots, source));
-}
-
-// How many edges are not above each magnitude, of which there are few: all are compared.
+// How many edges are not above each magnitude, by bisection.
 template <int width>
 NARROWCAST_INLINE I32 count_edges(const float* edges, F32 magnitude) {
-  I32 count = {};
-#pragma GCC unroll 16
-  for (int i = 0; i < (1 << (width - 1)) - 1; ++i) count -= magnitude >= splat(edges[i]);
+  if (width == 1) return I32{};
+  constexpr int kHalf = 1 << width >> 2;
+  I32 count = (magnitude >= splat(edges[kHalf - 1])) & kHalf;
+#pragma GCC unroll 5
+  for (int step = kHalf / 2; step; step /= 2) {
+    count |= (magnitude >= look_up<width - 1>(edges, count + (step - 1))) & step;
+  }
   return count;
 }
 
@@ -223,7 +220,7 @@ NARROWCAST_INLINE void quantize_block(const float* slots, F32 reciprocal, const 
   for (size_t i = 0; i < kBlock; i += kLanes) {
     const F32 value = load(slots + i) * reciprocal;
     const I32 sign = (value < 0.0f) & 1 << (width - 1);
-    if (width <= 5) {
+    if (width <= 2 || width - 1 <= kRegisterBits) {
       store_bytes(codes + i, low_8_bits(sign | count_edges<width>(edges, magnitude(value))));
       continue;
     }
@@ -318,12 +315,12 @@ NARROWCAST_INLINE void allocated_encode_row(const T* x, const Format& format, co
       return;
     }
   }
-  uint8_t code = place_values(format, source, scaled, slots);
+  uint8_t code = scale_code(format.tables, place_values(scaled, source, slots));
   const float limit = kReach * format.tables.token_scale[code];
   if (largest > limit) {
     if (num_escapes) {
       write_escapes(x, num_features, num_escapes, limit, scaled, payload + 2);
-      code = place_values(format, source, scaled, slots);
+      code = scale_code(format.tables, place_values(scaled, source, slots));
       *payload++ = kGuarded;
       ++counts.guarded;
     }
@@ -346,86 +343,75 @@ NARROWCAST_FLAT void allocated_encode_rows(const T*, const Format& format, const
 
 // --- Decoding --------------------------------------------------------------------------------------------------------
 
-NARROWCAST_INLINE void add_block(const float* values, const uint16_t* order, float* total) {
-#pragma GCC unroll 8
-  for (size_t i = 0; i < kBlock; ++i) total[order[i]] += values[i];  // where there is no feature, behind the last one
-}
-
-// Adds what stands in the blocks that end within `nbytes`, by feature.
-NARROWCAST_FLAT void add_blocks(const Format& format, const Source& source, const uint8_t* bytes, size_t nbytes,
-                                float token_scale, uint8_t* codes, float* total) {
-  float values[kBlock];
-  const uint16_t* order = source.order;
-  for (size_t block = 0; block < source.num_bf16; ++block, order += kBlock) {
-    if (nbytes < block_nbytes(kAsBf16)) return;
+// The values of the blocks that end within `nbytes`, by slot, and zeros in all slots behind them.
+NARROWCAST_FLAT void decode_blocks(const Format& format, const Source& source, const uint8_t* bytes, size_t nbytes,
+                                   float token_scale, uint8_t* codes, float* slots) {
+  float *const all = slots + format.num_blocks * kBlock, *to = slots;
+  size_t block = 0;
+  for (; block < source.num_bf16 && nbytes >= block_nbytes(kAsBf16); ++block, nbytes -= block_nbytes(kAsBf16)) {
     for (size_t i = 0; i < kBlock; i += kLanes) {
-      store_vector(values + i, load(reinterpret_cast<const Bf16*>(bytes) + i));
+      store_vector(to + i, load(reinterpret_cast<const Bf16*>(bytes) + i));
     }
-    add_block(values, order, total);
+    to += kBlock;
     bytes += block_nbytes(kAsBf16);
-    nbytes -= block_nbytes(kAsBf16);
   }
+  if (block < source.num_bf16) nbytes = 0;
   for_each_run(source, bytes, nbytes, [&](auto width, size_t first, size_t end, const uint8_t* from) {
     constexpr int kWidth = decltype(width)::value;
-    for (size_t block = first; block < end; ++block, from += block_nbytes(kWidth)) {
-      unpack_block<kWidth>(from, codes + block * kBlock);
+    for (size_t each = first; each < end; ++each, from += block_nbytes(kWidth)) {
+      unpack_block<kWidth>(from, codes + each * kBlock);
     }
     const float* levels = format.tables.levels + (kWidth - 1) * kLevels;
-    for (size_t slot = first * kBlock; slot < end * kBlock; slot += kBlock) {
-#pragma GCC unroll 8
-      for (size_t i = 0; i < kBlock; i += kLanes) {
-        const F32 level = look_up<kWidth>(levels, widen(load_vector<U8>(codes + slot + i)));
-        store_vector(values + i, level * load(source.scale + slot + i) * token_scale);
-      }
-      add_block(values, source.order + slot, total);
+    to = slots + end * kBlock;
+    for (size_t slot = first * kBlock; slot < end * kBlock; slot += kLanes) {
+      const F32 level = look_up<kWidth>(levels, widen(load_vector<U8>(codes + slot)));
+      store_vector(slots + slot, level * load(source.scale + slot) * token_scale);
     }
   });
+  memset(to, 0, size_t(all - to) * sizeof(float));
 }
 
-// What a guarded token stands for, by feature; NaN where the code of a scale stands for no number.
-NARROWCAST_INLINE void decode_guarded(const Format& format, const Source& source, const uint8_t* payload,
-                                      uint8_t* codes, float* values) {
-  const uint8_t *features = payload + 2, *kept = features + 2 * format.num_escapes;
-  const uint8_t *blocks = features + kEscapeNbytes * format.num_escapes, *end = payload + format.row_nbytes;
-  const uint8_t code = payload[1];
-  if (code <= kLargestScale) {
-    add_blocks(format, source, blocks, size_t(end - blocks), format.tables.token_scale[code], codes, values);
-  }
-  for (size_t i = 0; i < format.num_escapes; ++i) {
-    const size_t feature = features[2 * i] | features[2 * i + 1] << 8;
-    const uint32_t value = uint32_t(kept[2 * i] | kept[2 * i + 1] << 8) << 16;
-    if (feature < format.num_features) values[feature] = bits_as<float>(value);
-  }
-}
-
-NARROWCAST_FLAT void add_guarded_or_nan(const Format& format, const Source& source, const uint8_t* payload,
-                                        const Scratch& scratch, float* total) {
-  float* values = scratch.spare;
+// What one rank's row stands for, by slot.
+NARROWCAST_INLINE void decode_rank(const Format& format, const Source& source, const uint8_t* payload,
+                                   uint8_t* codes, float* slots) {
+  const uint8_t *const end = payload + format.row_nbytes, *escapes = payload + 2;
   const bool is_guarded = payload[0] == kGuarded && format.num_escapes;
-  const F32 nothing = is_guarded && payload[1] <= kLargestScale ? F32{} : nan_vector();
-  for_each_vector(format.num_features + 1, [&](size_t first, size_t) { store_vector(values + first, nothing); });
-  if (is_guarded) decode_guarded(format, source, payload, scratch.codes, values);
-  for_each_vector(format.num_features, [&](size_t first, size_t) {
-    store_vector(total + first, load(total + first) + load(values + first));
-  });
+  const uint8_t code = payload[is_guarded];
+  const uint8_t* blocks = is_guarded ? escapes + kEscapeNbytes * format.num_escapes : payload + 1;
+  if (code <= kLargestScale) {
+    decode_blocks(format, source, blocks, size_t(end - blocks), format.tables.token_scale[code], codes, slots);
+  } else {
+    for (size_t slot = 0; slot < format.num_blocks * kBlock; slot += kLanes) store_vector(slots + slot, nan_vector());
+  }
+  if (!is_guarded) return;
+  for (size_t i = 0; i < 2 * format.num_escapes; i += 2) {
+    const size_t feature = escapes[i] | escapes[i + 1] << 8;
+    const uint8_t* value = escapes + 2 * format.num_escapes + i;
+    if (feature < format.num_features) {
+      slots[source.slots[feature]] = bits_as<float>(uint32_t(value[0] | value[1] << 8) << 16);
+    }
+  }
 }
 
+// Sums are by slot until they are stored if all sources have the same slots, otherwise by feature.
 template <class T>
 NARROWCAST_FLAT void allocated_decode_sum_row(const Format& format, const Payloads& payloads, size_t row,
                                               const Scratch& scratch, T* out) {
-  float* total = scratch.total;
-  memset(total, 0, (format.num_features + 1) * sizeof(float));
+  float *values = scratch.spare, *total = scratch.total;
+  const size_t num_slots = format.num_blocks * kBlock;
+  const bool by_slot = format.same_order || payloads.num_ranks == 1;
   for (size_t rank = 0; rank < payloads.num_ranks; ++rank) {
     const Source source(format, payloads.first_source + rank);
-    const uint8_t* payload = payloads.row(rank, row);
-    if (payload[0] > kLargestScale) {
-      add_guarded_or_nan(format, source, payload, scratch, total);
-      continue;
+    decode_rank(format, source, payloads.row(rank, row), scratch.codes, values);
+    for (size_t i = 0; i < num_slots; i += kLanes) {
+      const F32 value = by_slot ? load(values + i) : gather(values, source.slots + i);
+      store_vector(total + i, (rank ? load(total + i) : F32{}) + value);
     }
-    const float token_scale = format.tables.token_scale[payload[0]];
-    add_blocks(format, source, payload + 1, format.row_nbytes - 1, token_scale, scratch.codes, total);
   }
-  for_each_vector(format.num_features, [&](size_t i, size_t count) { store(out + i, load(total + i), count); });
+  const Source last(format, payloads.first_source + payloads.num_ranks - 1);
+  for_each_vector(format.num_features, [&](size_t i, size_t count) {
+    store(out + i, by_slot ? gather(total, last.slots + i) : load(total + i), count);
+  });
 }
 
 }  // namespace NARROWCAST_PATH

@@ -1,10 +1,12 @@
 // Random bytes through all kernels of all paths, in heap buffers that end with their last byte. Built with sanitizers
 // by tests/test_fuzz.py, it ends at the first read or write beyond a buffer: `fuzz NUM_CASES SEED`.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <thread>
 #include <vector>
@@ -51,6 +53,8 @@ struct Case {
   size_t row_nbytes = 0;
   std::vector<Buffer<float>> floats;
   std::vector<Buffer<int64_t>> indices;
+  std::vector<Buffer<uint16_t>> places;
+  std::vector<Buffer<uint8_t>> bytes;
 };
 
 const int64_t* kept(Case& made, const std::vector<int64_t>& values) {
@@ -129,8 +133,69 @@ Case minifloat_case(size_t num_features) {
   return made;
 }
 
+template <class T, class Value>
+const T* filled(std::vector<Buffer<T>>& kept, size_t size, Value value) {
+  kept.emplace_back(size);
+  for (size_t i = 0; i < size; ++i) kept.back().data[i] = T(value(i));
+  return kept.back().data.get();
+}
+
+// Tables as Python makes them, but for what the numbers are.
+LevelTables level_tables(Case& made) {
+  constexpr float kSpacing = 0.03f;
+  auto num_edges = [](size_t row) { return (size_t{1} << row) - 1; };
+  auto scale = [](size_t code) { return code > 0 && code < 254 ? std::exp2((float(code) - 127) / 8) : 0.0f; };
+  LevelTables tables;
+  tables.token_scale = filled(made.floats, 256, scale);
+  tables.token_reciprocal = filled(made.floats, 256, [&](size_t i) { return scale(i) > 0 ? 1 / scale(i) : 0.0f; });
+  tables.scale_edges = filled(made.floats, 256, [&](size_t i) { return i < 252 ? scale(i + 1) * scale(i + 2) : NAN; });
+  tables.levels = filled(made.floats, 8 * 256, [](size_t i) { return float(i % 256); });
+  tables.edges = filled(made.floats, 8 * 128, [&](size_t i) {
+    return i % 128 < num_edges(i / 128) ? kSpacing * float(i % 128 + 1) : INFINITY;
+  });
+  tables.first_edge = filled(made.bytes, 8 * 512, [&](size_t i) {
+    return std::min(num_edges(i / 512), size_t(float(i % 512) / 64 / kSpacing));
+  });
+  return tables;
+}
+
+Case allocated_case(size_t num_features, size_t num_ranks) {
+  Case made;
+  Format& format = made.format;
+  format.kind = Kind::allocated;
+  format.num_features = num_features;
+  const size_t num_blocks = format.num_blocks = (num_features + 31) / 32, num_slots = 32 * num_blocks;
+  format.same_order = coin();
+  std::vector<uint16_t> order, slots;
+  std::vector<uint8_t> widths;
+  for (size_t rank = 0; rank < num_ranks; ++rank) {
+    std::vector<uint16_t> own(num_features), back(num_slots, 0);
+    for (size_t i = 0; i < num_features; ++i) own[i] = uint16_t(i);
+    if (!format.same_order) std::shuffle(own.begin(), own.end(), generator);
+    for (size_t i = 0; i < num_features; ++i) back[own[i]] = uint16_t(i);
+    own.resize(num_slots, uint16_t(num_features));
+    order.insert(order.end(), own.begin(), own.end());
+    slots.insert(slots.end(), back.begin(), back.end());
+    std::vector<uint8_t> falling(num_blocks);
+    for (uint8_t& width : falling) width = uint8_t(below(4) ? below(9) : 16);
+    std::sort(falling.rbegin(), falling.rend());
+    widths.insert(widths.end(), falling.begin(), falling.end());
+    made.row_nbytes = std::max<size_t>(made.row_nbytes, 1 + 4 * std::accumulate(falling.begin(), falling.end(), 0));
+  }
+  format.row_nbytes = made.row_nbytes;
+  format.num_escapes = made.row_nbytes < 10 ? 0 : std::min<size_t>(15, (made.row_nbytes - 2) / 8);
+  format.order = filled(made.places, order.size(), [&](size_t i) { return order[i]; });
+  format.slots = filled(made.places, slots.size(), [&](size_t i) { return slots[i]; });
+  format.widths = filled(made.bytes, widths.size(), [&](size_t i) { return widths[i]; });
+  auto random_scale = [](size_t) { return std::ldexp(1.0f, int(below(9))); };
+  format.scale = filled(made.floats, num_ranks * num_slots, random_scale);
+  format.reciprocal = filled(made.floats, num_ranks * num_features, random_scale);
+  format.tables = level_tables(made);
+  return made;
+}
+
 Case any_case(size_t num_features, size_t num_ranks) {
-  switch (below(4)) {
+  switch (below(5)) {
     case 0: {
       Case made;
       made.format.kind = Kind::cast;
@@ -140,6 +205,7 @@ Case any_case(size_t num_features, size_t num_ranks) {
     }
     case 1: return feature_case(num_features, num_ranks);
     case 2: return group_case(num_features);
+    case 3: return allocated_case(num_features, num_ranks);
     default: return minifloat_case(num_features);
   }
 }
@@ -157,6 +223,10 @@ void run_case(const Kernels& path) {
   auto payloads = random_bytes<uint8_t>(num_ranks * num_tokens * partial.row_nbytes);
   for (size_t row = 0; partial.row_nbytes > 1 && row < num_ranks * num_tokens; ++row) {
     if (below(3)) continue;
+    if (partial.format.kind == Kind::allocated) {
+      payloads.data[row * partial.row_nbytes] = 254;  // what announces a guarded token there
+      continue;
+    }
     payloads.data[row * partial.row_nbytes] = 0xC1;  // that guard's mark
     payloads.data[row * partial.row_nbytes + 1] = 0xFF;
   }

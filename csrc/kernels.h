@@ -51,7 +51,7 @@ struct Counts {
 // Room for one row, with space for vectors that run over the end (kScratchSlack bytes).
 struct Scratch {
   float *values, *spare;  // [E]: a row on its way through `recode`; for whatever a kernel likes
-  float* total;           // [E]: a sum of which some summands were coded by the guard of `feature`
+  float* total;           // [E]: a sum that a kernel takes apart from the others, or whatever it likes
   uint8_t* codes;         // [R, codes_stride]
   size_t codes_stride;
   float* groups;          // [kGroupRows, groups_stride]: numbers for each group of features
@@ -111,10 +111,12 @@ struct Format {
   Element element;         // minifloat
   ScaleFormat scale_format;
   // allocated: `scale` is FP32 [R, 32 * N], by slot, `reciprocal` [R, E] by feature, zero where it is sent in BF16;
-  // features by slot [R, 32 * N], E in slots that have none; bits of blocks [R, N], never rising.
-  const uint16_t* order;
+  // features by slot [R, 32 * N], E in slots that have none; slots by feature [R, 32 * N]; bits of blocks [R, N], never
+  // rising.
+  const uint16_t *order, *slots;
   const uint8_t* widths;
   size_t num_blocks, num_escapes, row_nbytes;
+  bool same_order;  // of all sources
   LevelTables tables;
 };
 

@@ -71,10 +71,10 @@ Format make_minifloat(int num_bits, int mantissa_bits, int smallest_exponent, in
   return format;
 }
 
-Format make_allocated(size_t num_features, size_t num_blocks, size_t num_escapes, size_t row_nbytes, uintptr_t scale,
-                      uintptr_t reciprocal, uintptr_t order, uintptr_t widths, uintptr_t token_scale,
-                      uintptr_t token_reciprocal, uintptr_t scale_edges, uintptr_t levels, uintptr_t edges,
-                      uintptr_t first_edge) {
+Format make_allocated(size_t num_features, size_t num_blocks, size_t num_escapes, size_t row_nbytes,
+                      bool same_order, uintptr_t scale, uintptr_t reciprocal, uintptr_t order, uintptr_t slots,
+                      uintptr_t widths, uintptr_t token_scale, uintptr_t token_reciprocal, uintptr_t scale_edges,
+                      uintptr_t levels, uintptr_t edges, uintptr_t first_edge) {
   Format format = {};
   format.kind = Kind::allocated;
   format.num_features = num_features;
@@ -83,7 +83,9 @@ Format make_allocated(size_t num_features, size_t num_blocks, size_t num_escapes
   format.row_nbytes = row_nbytes;
   format.scale = at<const float>(scale);
   format.reciprocal = at<const float>(reciprocal);
+  format.same_order = same_order;
   format.order = at<const uint16_t>(order);
+  format.slots = at<const uint16_t>(slots);
   format.widths = at<const uint8_t>(widths);
   format.tables = {at<const float>(token_scale), at<const float>(token_reciprocal), at<const float>(scale_edges),
                    at<const float>(levels),      at<const float>(edges),            at<const uint8_t>(first_edge)};

@@ -301,6 +301,22 @@ NARROWCAST_INLINE F32 steps_of_4_bits(I32 codes) {
 #endif
 }
 
+// from[place] of as many places as there are lanes. Lane by lane: instructions for it are no faster.
+NARROWCAST_INLINE F32 gather(const float* from, const uint16_t* places) {
+  F32 values;
+  for (size_t lane = 0; lane < kLanes; ++lane) values[lane] = from[places[lane]];
+  return values;
+}
+
+// Codes of so many bits `look_up` finds without going to memory.
+#if defined(__AVX512BW__)
+constexpr int kRegisterBits = 5;
+#elif defined(__AVX2__)
+constexpr int kRegisterBits = 4;
+#else
+constexpr int kRegisterBits = 0;
+#endif
+
 // table[code] of codes below 2**width; 16 entries of the table may be read though it is shorter.
 template <int width>
 NARROWCAST_INLINE F32 look_up(const float* table, I32 codes) {

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import test_golden
 from narrowcast import kernels, ops
-from narrowcast.codecs import PRESETS, Codec, Ranges
+from narrowcast.codecs import PRESETS, AllocatedCodec, Codec, Ranges, token_scale
 from narrowcast.errors import InvalidInputError
 from narrowcast.kernels import REFERENCE, cpu
 
@@ -104,6 +104,81 @@ def test_every_path_gives_the_bits_of_the_reference(
         names = "payloads", "sum", "last rank", "sum of noise", "noise of the last", "recoded", "counts"
         for name, mine, reference in zip(names, found, expected, strict=True):
             assert torch.equal(bits(mine), bits(reference)), f"{path}: {name}"
+
+
+def mixed(num_sources: int, num_features: int, generator: torch.Generator) -> AllocatedCodec:
+    """Blocks of any widths, other ones for each source; every other codec's sources have the same order."""
+    shape = num_sources, num_features
+    widths = torch.tensor([*range(9), 16], dtype=torch.uint8)
+    chosen = torch.randint(0, len(widths), (num_sources, -(-num_features // 32)), generator=generator)
+    same = torch.rand((), generator=generator) < 0.5
+    order_RE = torch.rand(1 if same else num_sources, num_features, generator=generator).argsort(dim=1)
+    return AllocatedCodec(
+        scale=torch.exp2(torch.randn(shape, generator=generator) * 4).bfloat16(),
+        order=order_RE.int().expand(shape).contiguous(),
+        widths=widths[chosen].sort(dim=1, descending=True).values,
+    )
+
+
+@compiled
+@settings(max_examples=60, deadline=None)
+@given(
+    num_ranks=st.integers(1, 4),
+    num_tokens=st.integers(1, 4),
+    num_features=features,
+    kind=st.sampled_from(list(KINDS)),
+    far=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
+    dtype=dtypes,
+    other=st.sampled_from(["allocated", "bf16", "int4-feature", "int3-group32", "mxfp4"]),
+    seed=st.integers(0, 999),
+)
+def test_allocated_blocks_of_all_widths_on_every_path(
+    num_ranks: int, num_tokens: int, num_features: int, kind: str, far: float, dtype: torch.dtype, other: str, seed: int
+) -> None:
+    """With values far beyond their scales, more of them than a row has room for, and coded again from and to others."""
+    generator = torch.Generator().manual_seed(seed)
+    codec, reduced = mixed(num_ranks, num_features, generator), mixed(1, num_features, generator)
+    x_RTE = torch.randn(num_ranks, num_tokens, num_features, generator=generator)
+    first = PRESETS[other].codec(Ranges.of(x_RTE))
+    x_RTE[torch.rand(x_RTE.shape, generator=generator) < far] *= 100
+    x_RTE = (KINDS[kind](x_RTE, generator) * codec.scale[:, None]).to(dtype)
+    second = PRESETS[other].codec(Ranges.of(x_RTE.float().nan_to_num(1, 1, 1).sum(dim=0, keepdim=True)))
+    noises = []
+    for each in (codec, first):
+        shape = num_ranks, num_tokens, each.row_nbytes(num_features)
+        noises.append(torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator))
+    noises[0][torch.rand(num_ranks, num_tokens, generator=generator) < 0.5, 0] = token_scale.GUARDED
+
+    def found() -> list[Tensor]:
+        return outcome(codec, second, x_RTE, noises[0], dtype) + outcome(first, reduced, x_RTE, noises[1], dtype)
+
+    with kernels.forced(REFERENCE):
+        expected = found()
+    for path in PATHS:
+        with kernels.forced(path):
+            for place, (mine, reference) in enumerate(zip(found(), expected, strict=True)):
+                assert torch.equal(bits(mine), bits(reference)), f"{path}: {place}"
+
+
+@compiled
+def test_a_tokens_scale_at_the_edge_between_two_codes_on_every_path() -> None:
+    """There the last bit of the mean square counts, and so the order in which it is taken."""
+    generator = torch.Generator().manual_seed(0)
+    codec = mixed(1, 1025, generator)
+    order = codec.order[0].long()
+    widths_E = codec.widths[0].repeat_interleave(32)[:1025]
+    counted = order[(widths_E > 0) & (widths_E < 16)]
+    u_TE = torch.randn(20, 1025, generator=generator)
+    edge_T = token_scale.SCALE_EDGES[100:120]
+    near_TE = u_TE * (edge_T / token_scale.mean_square(u_TE[:, counted])).sqrt()[:, None]
+    steps = 1 + torch.arange(-8, 9)[:, None, None] * 2.0**-23
+    x_TE = (near_TE * steps).flatten(0, 1) * codec.scale[0].float()
+    with kernels.forced(REFERENCE):
+        expected = codec.encode(x_TE, source=0)
+    assert len(expected[:, 0].unique()) > 20  # both sides of the edges
+    for path in PATHS:
+        with kernels.forced(path):
+            assert torch.equal(codec.encode(x_TE, source=0), expected), path
 
 
 @compiled

@@ -102,7 +102,7 @@ def allocated_decode_sum(
         layout = _layout(widths_N, len(order_E))
         head = payload_TB[:, 0].long()
         values_TE = _values(payload_TB[:, 1:], head, scale_E, order_E, layout, layout.nbytes)
-        is_guarded = head == GUARDED
+        is_guarded = (head == GUARDED) & (num_escapes > 0)
         if is_guarded.any():
             rows = payload_TB[is_guarded]
             start = 2 + ESCAPE_NBYTES * num_escapes
@@ -339,7 +339,8 @@ class AllocatedCodec(Codec):
             steps = torch.cat([positive[:1] * 2, positive.diff()])
             unit_TN = scale_E[own] * token_scale
             inside_TN = unit_TN * (steps.max() / 2)
-            bound_TE[:, own] = torch.maximum(inside_TN, x_TE[:, own] - unit_TN * positive[-1]) * (1 + 2**-21)
+            beyond_TN = x_TE[:, own] - unit_TN * positive[-1]
+            bound_TE[:, own] = torch.maximum(inside_TN, beyond_TN) * (1 + 2**-21) + x_TE[:, own] * 2**-21
         is_guarded = (u_TE > REACH * token_scale).any(dim=1, keepdim=True)
         return torch.where(is_guarded, torch.maximum(bound_TE, x_TE) * (1 + 2**-8), bound_TE + 2.0**-134)
 

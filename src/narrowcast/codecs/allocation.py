@@ -50,12 +50,13 @@ def allocate(entries: Sequence[Entry], budget_nbytes: float) -> list[Tensor]:
     counted = torch.cat([each for each, entry in zip(worth, entries, strict=True) if entry.counted])
     num_units = max(0, min(int(budget_nbytes // UNIT_NBYTES), len(counted)))
     least = counted.sort(descending=True).values[num_units - 1] if num_units > 0 else torch.inf
-    widths, left = [], num_units
+    widths, left = [], num_units - int((counted > least).sum())  # for gains just as large as the least one
     for entry, each, found in zip(entries, worth, gains, strict=True):
         taken = int((each >= least).sum())
         if entry.counted:
-            taken = min(taken, left)  # of equal gains, the last entry may go without
-            left -= taken
+            equal = int((each == least).sum())
+            taken -= max(0, equal - left)  # the last entry may go without
+            left -= min(equal, left)
         widths.append(_widths(found.indices[:, :taken], len(each) // AS_BF16))
     return widths
 

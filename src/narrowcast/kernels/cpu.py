@@ -159,9 +159,11 @@ def allocated(
     missing = 0, _BLOCK * num_blocks - num_features
     by_slot_RE = torch.nn.functional.pad(scale_RE.float().gather(1, order_RE.long()), missing)
     order = torch.nn.functional.pad(order_RE, missing, value=num_features).to(torch.int16)  # its bits, unsigned
-    tensors = [each.contiguous() for each in (by_slot_RE, reciprocal_RE, order, widths_RN, *tables)]
+    slots = torch.nn.functional.pad(order_RE.argsort(dim=1), missing).to(torch.int16)
+    tensors = [each.contiguous() for each in (by_slot_RE, reciprocal_RE, order, slots, widths_RN, *tables)]
     sizes = num_features, num_blocks, num_escapes, row_nbytes
-    return Kernel(native.allocated(*sizes, *(each.data_ptr() for each in tensors)), *tensors)
+    same_order = torch.equal(order_RE, order_RE[:1].expand_as(order_RE))
+    return Kernel(native.allocated(*sizes, same_order, *(each.data_ptr() for each in tensors)), *tensors)
 
 
 def _is_tame(scale_RE: Tensor, num_bits: int) -> bool:
