@@ -94,7 +94,7 @@ def fit(
     sum, which travels again. The other stage gets bits down to the same worth of a bit.
     """
     sizes = {site: block_size if form == "blocks" else each.fisher.shape[0] for site, each in moments.items()}
-    stages = {site: _axes(each, form, sizes[site], budgeted) for site, each in moments.items()}
+    stages = {site: stage_axes(each, form, sizes[site], budgeted) for site, each in moments.items()}
     entries, nbytes = [], 0.0
     for site, (partial, total) in stages.items():
         entries += [Entry(partial.energy), Entry(total.energy, counted=budgeted == "two_shot")]
@@ -104,7 +104,7 @@ def fit(
     return {site: assemble(*axes, next(widths), next(widths), sizes[site]) for site, axes in stages.items()}
 
 
-def _axes(moments: Moments, form: Form, block_size: int, budgeted: Budgeted) -> tuple[Axes, Axes]:
+def stage_axes(moments: Moments, form: Form, block_size: int, budgeted: Budgeted) -> tuple[Axes, Axes]:
     """Of what the ranks put in, and of their sum."""
     if form == "features":
         own = moments.diagonal()

@@ -1,6 +1,5 @@
 """`narrowcast rotate`: a model in, the same model on other axes out."""
 
-import importlib
 import json
 import shutil
 import tempfile
@@ -13,6 +12,7 @@ import typer
 from torch import Tensor, nn
 
 from narrowcast.calibrate import axes as choices
+from narrowcast.calibrate import observe
 from narrowcast.cli.files import DEFAULT_LENGTH, sequences, write_report
 from narrowcast.cli.options import Device, Length, ModelArgument, TensorParallel
 from narrowcast.errors import InvalidInputError
@@ -63,11 +63,12 @@ def rotate(
 
 
 def _measured(axes: Axes, model: nn.Module, found: list[Tensor], tp_size: int) -> Tensor:
-    moments = importlib.import_module("narrowcast.calibrate.moments").moments(model, found, tp_size=tp_size)
+    seen = observe(model, found, tp_size=tp_size, moments="full").moments
+    covariances = {site: each.partial.sum(dim=0) + each.total[0] for site, each in seen.items()}
     if axes == "principal":
-        return choices.principal(moments.covariances)
+        return choices.principal(covariances)
     chosen = {"fisher": choices.fisher_pooled, "joint": choices.joint}[axes]
-    return chosen(moments.covariances, moments.fishers)
+    return chosen(covariances, {site: each.fisher for site, each in seen.items()})
 
 
 def _check_text(axes: Axes, text: Path | None) -> None:

@@ -10,6 +10,8 @@ from narrowcast.codecs.allocation import AS_BF16, BLOCK, Entry, allocate, in_blo
 from narrowcast.codecs.base import Ranges
 from narrowcast.errors import InvalidInputError
 
+MOST_RAISED = 1024.0  # times, of the scale of a feature that is not sent
+
 
 @dataclass(frozen=True, kw_only=True)
 class AllocatedRecipe:
@@ -35,8 +37,16 @@ class AllocatedRecipe:
 
 
 def fitted(scale_RE: Tensor, widths_RN: Tensor, energy_RE: Tensor | None = None) -> AllocatedCodec:
-    """The codec of these scales and widths, each source's features by falling energy (that of their scales)."""
-    order_RE, _ = in_blocks(scale_RE.square() if energy_RE is None else energy_RE)
+    """The codec of these scales and widths, each source's features by falling energy (that of their scales).
+
+    What is not sent is guarded from where it would be worth sending: its scale is raised to where its energy would be
+    that of the least that is sent, so that a feature which hardly matters does not take the place of others.
+    """
+    energy_RE = scale_RE.square() if energy_RE is None else energy_RE
+    order_RE, _ = in_blocks(energy_RE)
     smallest = torch.finfo(torch.bfloat16).smallest_normal
-    scale = scale_RE.float().clamp(min=smallest).bfloat16()
+    num_sent_R = (BLOCK * (widths_RN > 0).sum(dim=1)).clamp(1, energy_RE.shape[1])
+    least_R1 = energy_RE.gather(1, order_RE.long()).gather(1, num_sent_R[:, None] - 1)
+    raised_RE = (least_R1 / energy_RE.clamp(min=smallest)).sqrt().clamp(1, MOST_RAISED)
+    scale = (scale_RE * raised_RE).float().clamp(min=smallest).bfloat16()
     return AllocatedCodec(scale=scale, order=order_RE, widths=widths_RN)
