@@ -19,6 +19,7 @@ import narrowcast
 from conftest import MODEL
 from models import CONFIGS, SMALL, random_ids
 from narrowcast.calibrate import axes
+from narrowcast.calibrate.moments import Moments
 from narrowcast.cli.rotate import rotate as rotate_command
 from narrowcast.errors import InvalidInputError, PlanMismatchError
 from narrowcast.evaluate import Score, compare, log_probs
@@ -323,6 +324,10 @@ def rotated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_rotate_writes_a_model_that_answers_alike(rotated: Path) -> None:
     """Of a trained model in BF16: within what BF16 itself costs it, see docs/rotation.md."""
+    assert_answers_alike(rotated)
+
+
+def assert_answers_alike(rotated: Path) -> None:
     whole, other = (AutoModelForCausalLM.from_pretrained(path, dtype="auto") for path in (MODEL, rotated))
     text = (MODEL / "scoring.txt").read_text(encoding="utf8")
     tokenizer = AutoTokenizer.from_pretrained(rotated)
@@ -365,18 +370,23 @@ def test_a_model_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chosen", ["principal", "fisher", "joint"])
 def test_axes_are_those_of_the_moments(chosen: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With moments of no model: the embedding that is written is the original's, on these axes."""
-    covariances, fishers = ({name: wishart(256, seed, 512) for seed, name in enumerate("ab", 2 * i)} for i in range(2))
+    partial, total, fisher = (
+        {name: wishart(256, seed, 512).float() for seed, name in enumerate("ab", 2 * place)} for place in range(3)
+    )
+    seen = {site: Moments(partial=partial[site][None], total=total[site][None], fisher=fisher[site]) for site in "ab"}
+    covariances = {site: each.partial[0] + each.total[0] for site, each in seen.items()}
+    fishers = {site: each.fisher for site, each in seen.items()}
     asked: dict[str, Any] = {}
 
-    def moments(model: Any, batches: list[Tensor], *, tp_size: int) -> SimpleNamespace:
-        asked.update(shapes=[list(each.shape) for each in batches], tp_size=tp_size)
-        return SimpleNamespace(covariances=covariances, fishers=fishers)
+    def observe(model: Any, batches: list[Tensor], *, tp_size: int, moments: str) -> SimpleNamespace:
+        asked.update(shapes=[list(each.shape) for each in batches], tp_size=tp_size, moments=moments)
+        return SimpleNamespace(moments=seen)
 
-    monkeypatch.setitem(sys.modules, "narrowcast.calibrate.moments", SimpleNamespace(moments=moments))
+    monkeypatch.setattr(sys.modules["narrowcast.cli.rotate"], "observe", observe)
     rotate_command(
         str(MODEL), tmp_path / "out", chosen, MODEL / "scoring.txt", tp=4, num_sequences=2, length=16, device="cpu"
     )
-    assert asked == {"shapes": [[1, 16]] * 2, "tp_size": 4}
+    assert asked == {"shapes": [[1, 16]] * 2, "tp_size": 4, "moments": "full"}
     rotation_EE = {
         "principal": lambda: axes.principal(covariances),
         "fisher": lambda: axes.fisher_pooled(covariances, fishers),
@@ -387,6 +397,13 @@ def test_axes_are_those_of_the_moments(chosen: Any, tmp_path: Path, monkeypatch:
     torch.testing.assert_close(after["model.embed_tokens.weight"], expected.bfloat16())
     mark = json.loads((tmp_path / "out" / "rotation.json").read_text(encoding="utf8"))
     assert (mark["axes"], mark["text"], mark["tp_size"]) == (chosen, str(MODEL / "scoring.txt"), 4)
+
+
+def test_measured_axes_serve_the_model(tmp_path: Path) -> None:
+    """From the model's own sums to a folder that answers alike."""
+    text = MODEL / "scoring.txt"
+    command("rotate", MODEL, tmp_path / "out", "--axes", "joint", "--text", text, "--sequences", 4, "--length", 32)
+    assert_answers_alike(tmp_path / "out")
 
 
 def test_axes_that_are_measured_need_a_text(tmp_path: Path) -> None:
