@@ -16,7 +16,7 @@ from models import calibrated
 from narrowcast.codecs import CODECS, PRESETS
 
 FOLDER = Path(__file__).parent / "golden"
-DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32, torch.int64, torch.uint8)}
+DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.uint8)}
 
 
 def to_json(x: Tensor) -> dict[str, Any]:
