@@ -292,6 +292,7 @@ def draw(table: Sequence[Mapping[str, Any]], path: Path, tp_size: int) -> None:
     from matplotlib.figure import Figure
 
     styles = {
+        UNGUARDED: ("black", "s"),
         "the paper: static, outliers in BF16": ("tab:gray", "s-"),
         "Flash Communication: groups of 128": ("tab:brown", "v-"),
         "QuickReduce: groups of 32": ("tab:olive", "^-"),
@@ -302,11 +303,13 @@ def draw(table: Sequence[Mapping[str, Any]], path: Path, tp_size: int) -> None:
         "bound": ("black", ":"),
     }
     labels = {
+        "the paper: static, outliers in BF16": "the same with our guard",
+        UNGUARDED: "the paper: static, outliers in BF16",
         "allocated": "allocated (free at run time)",
         "rotated (joint) and allocated": "rotated model, allocated (free at run time)",
         "bound": "Gaussian bound, to second order",
     }
-    figure = Figure(figsize=(11, 5), layout="constrained")
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, algorithm in zip(panels, ALGORITHMS, strict=True):
         for family, (color, style) in styles.items():
@@ -328,7 +331,7 @@ def draw(table: Sequence[Mapping[str, Any]], path: Path, tp_size: int) -> None:
         axes.set_xlabel("bits a value")
         axes.grid(alpha=0.3, which="both")
     panels[0].set_ylabel("KL from the uncompressed model, nats\n(gray line: sums in BF16)")
-    panels[1].legend(fontsize=8, loc="upper right")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=120)
 
 
