@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import math
 import os
 import pkgutil
 import re
@@ -15,11 +16,12 @@ import torch
 
 import narrowcast
 from models import calibrated, save_random
-from narrowcast.codecs import PRESETS
+from narrowcast.codecs import PRESETS, lloyd_max
 from narrowcast.integrations import load_engine
 from narrowcast.split import KINDS, Split
 
 ROOT = Path(__file__).parents[1]
+METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf8")
 
 
 def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
@@ -69,6 +71,16 @@ def test_the_table_of_presets_is_complete_and_right() -> None:
     for name, bits in told:
         codec, _ = calibrated(name, torch.ones(1, 1, 4096))
         assert bits == float(f"{8 * codec.row_nbytes(4096) / 4096:.5g}"), name
+
+
+def test_the_table_of_distortions_is_right() -> None:
+    """Bits, what they leave of a normal value's variance, Shannon's bound, and the bits above it."""
+    rows = re.findall(r"^\| (\d) \| (0\.\d{5}) \| (0\.\d{5}) \| (0\.\d\d) \|$", METHOD, re.MULTILINE)
+    left = lloyd_max.distortion()[1:].tolist()
+    assert rows == [
+        (f"{bits}", f"{each:.5f}", f"{4.0**-bits:.5f}", f"{math.log2(each * 4.0**bits) / 2:.2f}")
+        for bits, each in enumerate(left, start=1)
+    ]
 
 
 def test_the_picture_of_the_concepts_shows_the_sites_of_real_models(tmp_path: Path) -> None:
