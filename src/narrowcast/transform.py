@@ -72,8 +72,23 @@ class Transform:
             start += len(part.analysis)
         return slice(0, start)
 
+    def placed(self, z: Tensor, rank: int) -> Tensor:
+        """The rank's own components at their place among all, [..., K]: the others are zero."""
+        own = self.own(rank)
+        return torch.nn.functional.pad(z, (own.start, self.num_components - own.stop))
+
     def fold(self, weight_EF: Tensor, rank: int) -> Tensor:
-        """`weight_EF` [E, F] of a row-parallel layer, made to compute the rank's own components [K, F]."""
+        """`weight_EF` [E, F] of a row-parallel layer, made to compute the rank's own components [K, F].
+
+        InvalidInputError for weights that are not the numbers that are multiplied by, as quantized ones.
+        """
+        if weight_EF.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise InvalidInputError(
+                "transform",
+                expected="weights in floating point of 16 bits or more, into which its analysis is folded",
+                found=str(weight_EF.dtype).removeprefix("torch."),
+                remedy="Load the model without quantization, or calibrate with codec allocated.",
+            )
         wide = weight_EF.float()
         rows = [
             part.analysis.float() @ wide[part.start : part.stop]
