@@ -124,13 +124,17 @@ def _axes(moments: Moments, form: Form, block_size: int, budgeted: Budgeted) -> 
 
 
 def _axes_of(covariance_AEE: Tensor, fisher: Tensor) -> tuple[Tensor, Tensor]:
-    """Analysis and synthesis along the principal axes of what the loss minds: root C root, by falling energy."""
+    """Analysis and synthesis along the principal axes of what the loss minds: root C root, by falling energy.
+
+    Rounded to what a plan holds: a component of hardly any power gets some of the others' by that, which its scale
+    must cover.
+    """
     ridge = RIDGE * fisher.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     values, vectors = torch.linalg.eigh(fisher)
     roots = values.clamp(min=ridge).sqrt()
     root, inverse = vectors * roots @ vectors.T, vectors / roots @ vectors.T
     axes = torch.linalg.eigh(root @ covariance_AEE @ root).eigenvectors.flip(-1)
-    return axes.mT @ root, inverse @ axes
+    return (axes.mT @ root).bfloat16().double(), (inverse @ axes).bfloat16().double()
 
 
 def _along(covariance_REE: Tensor, fisher: Tensor, analysis: Tensor, synthesis: Tensor) -> Axes:
