@@ -8,7 +8,7 @@ collectives and codecs promise holds for the components.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -62,6 +62,13 @@ class Transform:
     def num_reduced(self) -> int:
         """Components of the sum where it travels again."""
         return self.num_components if self.remix is None else len(self.remix.mix)
+
+    @property
+    def axes(self) -> Literal["ranks", "site", "blocks"]:
+        """Whose they are: each rank's own, or one set for all ranks, over all features or within blocks of them."""
+        if any(part.rank is not None for part in self.parts):
+            return "ranks"
+        return "site" if len(self.parts) == 1 else "blocks"
 
     def own(self, rank: int) -> slice:
         """The components that `rank` computes; all others are zero in what it puts in."""
