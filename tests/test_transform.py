@@ -1,14 +1,16 @@
 """Transforms: what travels as components answers alike on ranks and simulated, in as many bits as were asked for."""
 
+import importlib.util
 import os
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ Pools = Callable[[int], Ranks]
 transformers = load_engine()
 
 FORMS = "features", "site", "blocks", "ranks"
+COSTS = Path(__file__).parents[1] / "benchmarks" / "transform_costs.py"
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
@@ -396,3 +399,38 @@ def test_a_rank_killed_during_transformed_sums_is_named(folder: Path, tmp_path: 
         assert pool.result(0) == (1,)
     finally:
         pool.close()
+
+
+def transform_costs() -> Any:
+    spec = importlib.util.spec_from_file_location("transform_costs", COSTS)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_cost_table_counts_a_plan_s_bytes(folder: Path, form: str) -> None:
+    """All tensors of a real plan's file; and weights as they are folded."""
+    table, plan = transform_costs(), a_plan(transformers.load(folder), 4, form, 6.0)
+    stored = safetensors.torch.load(plan.to_bytes())
+    expected = sum(tensor.numel() * tensor.itemsize for tensor in stored.values())
+    assert sum(table.plan_nbytes(site.transform, 96, 4) for site in plan.sites.values()) == expected
+    full = [site.transform for site in plan.sites.values() if is_full(site.transform)]
+    assert bool(full) == (form != "features")
+    for real in full:
+        made = {"site": table.of_site(96, 96), "blocks": table.of_blocks(96, 40)}.get(form) or table.of_ranks(
+            96, 4, real.own(0).stop, real.num_reduced
+        )
+        folded = real.fold(torch.ones(96, 35).bfloat16(), 0)
+        counted = table.costs(made, 96, 140, 4)
+        assert made.nbytes == real.nbytes
+        assert (counted.product, counted.folded_nbytes) == (folded.numel(), 2 * folded.numel())
+
+
+def is_full(transform: Transform | None) -> TypeGuard[Transform]:
+    """Whether nothing was dropped, or as much at every rank: what the table's shapes are of."""
+    if transform is None:
+        return False
+    each = {len(part.analysis) for part in transform.parts}
+    return len(each) == 1 if transform.axes == "ranks" else transform.num_components == transform.num_features
