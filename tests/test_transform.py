@@ -22,14 +22,17 @@ from models import SMALL, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
 from narrowcast.calibrate import ModelRecipe
 from narrowcast.codecs import AllocatedCodec, CastCodec
-from narrowcast.communicator import SiteCodecs
+from narrowcast.communicator import Communicator, SiteCodecs
 from narrowcast.decision import Choice, Decisions
 from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.integrations import load_engine
+from narrowcast.simulator import Simulator
 from narrowcast.split import Split
 from narrowcast.transform import Part, Remix, Transform
+from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 from test_attach import check_against_simulation
+from test_decision import transformed_plan
 from test_failure import generate_until_lost, wait_for_all
 
 Pools = Callable[[int], Ranks]
@@ -434,3 +437,31 @@ def is_full(transform: Transform | None) -> TypeGuard[Transform]:
         return False
     each = {len(part.analysis) for part in transform.parts}
     return len(each) == 1 if transform.axes == "ranks" else transform.num_components == transform.num_features
+
+
+def chunked(num_tokens: int) -> tuple[Tensor, Tensor]:
+    """The sum of products with random weights in chunks of few tokens, mixed in between, and its simulation."""
+    transport = TorchDistributedTransport()
+    transport.chunk_nbytes = 500  # type: ignore[misc]
+    site = transformed_plan(3).sites["s"]
+    assert site.transform is not None
+    inputs = [
+        tokens.bfloat16() for tokens in torch.randn(3, num_tokens, 48, generator=torch.Generator().manual_seed(0))
+    ]
+    weights = [orthogonal(64, rank)[:, :48].bfloat16() for rank in range(3)]
+
+    def sites() -> SiteCodecs:
+        return SiteCodecs({"s": site.codecs}, (), "two_shot", torch.device("cpu"), transforms={"s": site.transform})
+
+    communicator = Communicator(sites(), tp=transport, pp=None)
+    real = communicator.all_reduce_linear(inputs[transport.rank], weights[transport.rank], "s")
+    return real, Simulator(sites()).all_reduce_linear(inputs, weights, "s")
+
+
+def test_components_travel_in_chunks(ranks: Pools) -> None:
+    """Each token is mixed by one rank: all end with the same bits, and within bf16's last place of the simulation,
+    whose matrix products are of other numbers of tokens."""
+    results = ranks(3).run(chunked, 100)
+    for real, simulated in results:
+        assert torch.equal(real, results[0][0])
+        assert torch.allclose(real.float(), simulated.float(), rtol=2**-7, atol=2**-7 * float(simulated.abs().max()))
