@@ -15,6 +15,7 @@ from conftest import MODEL
 from models import save_random
 from narrowcast import Plan
 from narrowcast.integrations import load_engine
+from narrowcast.plan import Site
 
 TEXT = str(MODEL / "scoring.txt")
 
@@ -167,6 +168,37 @@ def test_plan_inspect_of_codecs_that_calibrate_nothing(tmp_path: Path) -> None:
     assert all("int2-group32-spike" in row and "4.5000" in row and "…" not in row for row in rows)
     assert "Inspect it without --plot." in refused("plan", "inspect", path, "--plot", tmp_path / "picture")
     assert not (tmp_path / "picture").exists()
+
+
+@pytest.mark.parametrize("axes", ["ranks", "blocks", ""])
+def test_plan_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> None:
+    """Components stand for 256 features: bits are of these, on average over stages those that were asked for."""
+    path = tmp_path / "plan"
+    arguments = "--tp", 4, "--text", TEXT, "--sequences", 4, "--length", 64, "--bits", 2
+    chosen = ("--codec", "transform", "--axes", axes) if axes else ("--codec", "allocated")
+    narrowcast("calibrate", MODEL, *arguments, "-o", path, *chosen)
+    shown = narrowcast("plan", "inspect", path).stdout
+    rows = [line.split() for line in shown.splitlines() if "self_attn.o_proj" in line or "mlp.down_proj" in line]
+    assert len(rows) == 32 and "…" not in shown
+    assert sum(float(row[-2]) for row in rows) / 32 == pytest.approx(2.0, abs=0.05)
+    plan = Plan.load(path)
+    for row, (name, site, stage) in zip(
+        rows, [(name, site, stage) for stage in (0, 1) for name, site in plan.sites.items()], strict=True
+    ):
+        assert name.endswith(row[0])
+        assert row[1] == "allocated"
+        assert float(row[-2]) == pytest.approx(
+            8 * site.codecs[stage].payload_nbytes(1, _sent(site, stage)) / 256, abs=1e-4
+        )
+        if axes:
+            assert row[2:4] == [axes, str(_sent(site, stage))]
+    assert "found codecs allocated. Inspect it" in refused("plan", "inspect", path, "--plot", tmp_path / "picture")
+
+
+def _sent(site: Site, stage: int) -> int:
+    if site.transform is None:
+        return 256
+    return site.transform.num_reduced if stage else site.transform.num_components
 
 
 def test_doctor() -> None:

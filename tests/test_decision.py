@@ -20,6 +20,7 @@ from models import random_ids, save_random
 from narrowcast import PRESETS, InvalidInputError, Plan
 from narrowcast.cli import app
 from narrowcast.codecs import Ranges
+from narrowcast.codecs.allocated_recipe import AllocatedRecipe
 from narrowcast.collectives import simulate
 from narrowcast.communicator import Communicator, SiteCodecs, plain
 from narrowcast.decision import Choice, Decisions
@@ -28,6 +29,7 @@ from narrowcast.monitor import Report
 from narrowcast.plan import ModelFingerprint, Site
 from narrowcast.simulator import Simulator
 from narrowcast.split import Split
+from narrowcast.transform import Part, Remix, Transform
 from narrowcast.transport import TorchDistributedTransport
 from narrowcast.tune import GROWTH, LARGEST_NBYTES, Timing, tune
 from ranks import Ranks
@@ -161,6 +163,49 @@ def test_all_ranks_find_what_the_first_one_measured(ranks: Callable[[int], Ranks
     for timing in tuning.timings:
         if timing.measured:
             assert timing.seconds[NATIVE] > 0.02
+
+
+def transformed_plan(world_size: int) -> Plan:
+    """Half of the features as components of each rank, none of them as components of the sum."""
+    plan, kept = a_plan(world_size), NUM_FEATURES // 2
+    eye = torch.eye(NUM_FEATURES)[:kept].bfloat16()
+    parts = tuple(Part(start=0, rank=rank, analysis=eye, synthesis=eye.T) for rank in range(world_size))
+    remix = Remix(mix=torch.ones(kept, world_size * kept).bfloat16(), synthesis=eye.T)
+    transform = Transform(num_features=NUM_FEATURES, parts=parts, remix=remix)
+    recipe = AllocatedRecipe(bits=2.0)
+    sizes = (world_size, transform.num_components), (1, kept)
+    pair = tuple(recipe.codec(Ranges.of(torch.ones(sources, 1, features))) for sources, features in sizes)
+    return replace(plan, sites={"s": Site(kind="sum", codecs=pair, error={}, transform=transform)})
+
+
+def tuned_with_slow_synthesis(delay_s: float) -> Any:
+    transport, synthesize = TorchDistributedTransport(), Transform.synthesize
+
+    def slow(self: Transform, z: Tensor, *, remixed: bool) -> Tensor:
+        assert z.shape[-1] == (self.num_reduced if remixed else self.num_components)
+        y = synthesize(self, z, remixed=remixed)
+        assert y.shape[-1] == NUM_FEATURES
+        time.sleep(delay_s)
+        return y
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Transform, "synthesize", slow)
+        return tune(transformed_plan(transport.world_size), transport, budget_s=1.0)
+
+
+def test_synthesis_counts_in_the_time_of_a_coded_sum(ranks: Callable[[int], Ranks]) -> None:
+    """Made slow, it loses against plain sums, by whichever algorithm."""
+    found = ranks(3).run(tuned_with_slow_synthesis, 0.005)
+    assert found[0] == found[1] == found[2]
+    coded = [
+        {way: seconds for way, seconds in timing.seconds.items() if way.form == "coded"}
+        for timing in found[0].timings
+        if timing.measured
+    ]
+    assert coded[0].keys() == {ONE}, "the components of a single token stay together"
+    assert coded[1].keys() == {ONE, TWO}
+    assert min(seconds for ways in coded for seconds in ways.values()) > 0.005
+    assert found[0].decisions.choice(1, NUM_FEATURES, coded=True).form != "coded"
 
 
 def wrong_ranks() -> None:

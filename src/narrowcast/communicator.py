@@ -75,9 +75,9 @@ class SiteCodecs:
         """The site's counters."""
         return self.monitor.site(site, coded=site in self._coded)
 
-    def transform(self, site: str) -> Transform | None:
-        """The transform of a site whose coded sums are of components."""
-        return self._transforms.get(site)
+    def transform(self, site: str, choice: Choice) -> Transform | None:
+        """The transform of a site whose sums, taking that way, are of components."""
+        return self._transforms.get(site) if choice.form == "coded" else None
 
     def folded(self, site: str, weight_EF: Tensor, rank: int) -> Tensor:
         """The weights of `rank` that compute its components of the site, made at first use."""
@@ -129,43 +129,52 @@ class Communicator:
 
     def all_reduce(self, x: Tensor, site: str) -> Tensor:
         """Sum partial sums `x` [..., E], whose memory the sum may take."""
-        x_TE = x.reshape(-1, x.shape[-1])
-        return self._sum(Deferred.of(x_TE), x_TE if x.is_contiguous() else torch.empty_like(x_TE), site).view(x.shape)
+        x_TE, rank = x.reshape(-1, x.shape[-1]), self.tp.rank
+        choice = self._codecs.choice(site, len(x_TE), x_TE.shape[1], self.tp.world_size)
+        if (transform := self._codecs.transform(site, choice)) is not None and not self._count_only:
+            components = Deferred(
+                len(x_TE), transform.num_components, lambda own: transform.analyze(x_TE[own], rank).to(x.dtype)
+            )
+            return self._sum_of_components(components, x_TE, site, transform, choice).view(x.shape)
+        y_TE = x_TE if x.is_contiguous() else torch.empty_like(x_TE)
+        return self._sum(Deferred.of(x_TE), y_TE, site, choice).view(x.shape)
 
     def all_reduce_linear(self, x: Tensor, weight: Tensor, site: str) -> Tensor:
         """Sum `x` [..., F] times `weight` [E, F] over the ranks: products of the next tokens while others travel."""
         num_tokens, num_features = math.prod(x.shape[:-1]), weight.shape[0]
         x_TF = x.reshape(num_tokens, x.shape[-1])  # a rank may hold no column
-        transform = self._codecs.transform(site)
         choice = self._codecs.choice(site, num_tokens, num_features, self.tp.world_size)
-        if transform is not None and choice.form == "coded" and not self._count_only:
-            y_TE = self._sum_of_components(x_TF, self._codecs.folded(site, weight, self.tp.rank), site, transform)
+        if (transform := self._codecs.transform(site, choice)) is not None and not self._count_only:
+            folded_KF = self._codecs.folded(site, weight, self.tp.rank)
+            components = self._components(x_TF, folded_KF, transform)
+            y_TE = self._sum_of_components(components, x_TF, site, transform, choice)
         else:
             products = Deferred(num_tokens, num_features, lambda own: functional.linear(x_TF[own], weight))
-            y_TE = self._sum(products, x.new_empty(num_tokens, num_features), site)
+            y_TE = self._sum(products, x.new_empty(num_tokens, num_features), site, choice)
         return y_TE.view(*x.shape[:-1], num_features)
 
-    def _sum_of_components(self, x_TF: Tensor, folded_KF: Tensor, site: str, transform: Transform) -> Tensor:
-        """Features [T, E] of the summed components, of which this rank computes its own."""
-        num_tokens, own = len(x_TF), transform.own(self.tp.rank)
-        choice = self._codecs.choice(site, num_tokens, transform.num_features, self.tp.world_size)
+    def _components(self, x_TF: Tensor, folded_KF: Tensor, transform: Transform) -> Deferred:
+        """This rank's own components among zeros."""
+        rank = self.tp.rank
+        return Deferred(
+            len(x_TF),
+            transform.num_components,
+            lambda tokens: transform.placed(functional.linear(x_TF[tokens], folded_KF), rank),
+        )
+
+    def _sum_of_components(
+        self, components: Deferred, like: Tensor, site: str, transform: Transform, choice: Choice
+    ) -> Tensor:
+        """Features [T, E] of the summed components."""
         remixed = choice.algorithm == "two_shot"
+        z_TJ = like.new_empty(components.num_tokens, transform.num_reduced if remixed else transform.num_components)
+        return transform.synthesize(self._sum(components, z_TJ, site, choice), remixed=remixed)
 
-        def components(tokens: slice) -> Tensor:
-            z_TK = functional.linear(x_TF[tokens], folded_KF)
-            return functional.pad(z_TK, (own.start, transform.num_components - own.stop))
-
-        products = Deferred(num_tokens, transform.num_components, components)
-        z_TJ = x_TF.new_empty(num_tokens, transform.num_reduced if remixed else transform.num_components)
-        return transform.synthesize(self._sum(products, z_TJ, site), remixed=remixed)
-
-    def _sum(self, x: Deferred, y_TE: Tensor, site: str) -> Tensor:
+    def _sum(self, x: Deferred, y_TE: Tensor, site: str, choice: Choice) -> Tensor:
         """The sum, in `y_TE` or in memory of its own."""
-        num_tokens, dtype, transform = x.num_tokens, y_TE.dtype, self._codecs.transform(site)
+        num_tokens, dtype, transform = x.num_tokens, y_TE.dtype, self._codecs.transform(site, choice)
         num_features = x.num_features if transform is None else transform.num_features
-        choice = self._codecs.choice(site, num_tokens, num_features, self.tp.world_size)
         planned = self._codecs.of(site, y_TE) if choice.form == "coded" else plain(dtype)
-        transform = transform if choice.form == "coded" else None
 
         def sent() -> Traffic:
             rank, world_size = self.tp.rank, self.tp.world_size

@@ -120,7 +120,9 @@ class Plan:
         return replace(
             self,
             sites={
-                name: site if name in names else replace(site, codecs=(plain,) * len(site.codecs), error={})
+                name: site
+                if name in names
+                else replace(site, codecs=(plain,) * len(site.codecs), error={}, transform=None)
                 for name, site in self.sites.items()
             },
             decisions=Decisions(),

@@ -10,6 +10,7 @@ from narrowcast.codecs import Codec
 from narrowcast.collectives import simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.communicator import SiteCodecs, plain, traffic_of
+from narrowcast.decision import Choice
 
 
 class Simulator:
@@ -20,25 +21,36 @@ class Simulator:
 
     def all_reduce_linear(self, inputs: Sequence[Tensor], weights: Sequence[Tensor], site: str) -> Tensor:
         """Sum the products of all ranks: `inputs` [..., F] of each with its `weights` [E, F]."""
-        transform, shape = self._codecs.transform(site), inputs[0].shape[:-1]
-        choice = self._codecs.choice(site, math.prod(shape), len(weights[0]), len(inputs))
-        if transform is None or choice.form != "coded" or self._count_only:
-            return self.all_reduce([functional.linear(x, w) for x, w in zip(inputs, weights, strict=True)], site)
-        components = []
-        for rank, (x, weight) in enumerate(zip(inputs, weights, strict=True)):
-            z, own = functional.linear(x, self._codecs.folded(site, weight, rank)), transform.own(rank)
-            components.append(functional.pad(z, (own.start, transform.num_components - own.stop)))
-        return transform.synthesize(self.all_reduce(components, site), remixed=choice.algorithm == "two_shot")
+        choice = self._choice(site, inputs[0].shape[:-1], len(weights[0]), len(inputs))
+        transform = self._codecs.transform(site, choice)
+        if transform is None or self._count_only:
+            products = [functional.linear(x, weight) for x, weight in zip(inputs, weights, strict=True)]
+            return self._sum(products, site, choice)
+        components = [
+            transform.placed(functional.linear(x, self._codecs.folded(site, weight, rank)), rank)
+            for rank, (x, weight) in enumerate(zip(inputs, weights, strict=True))
+        ]
+        return transform.synthesize(self._sum(components, site, choice), remixed=choice.algorithm == "two_shot")
 
     def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
-        """Sum the partial sums [..., E] of all ranks, or the components that stand for them."""
-        x, world_size, transform = partials[0], len(partials), self._codecs.transform(site)
+        """Sum the partial sums [..., E] of all ranks."""
+        choice = self._choice(site, partials[0].shape[:-1], partials[0].shape[-1], len(partials))
+        transform = self._codecs.transform(site, choice)
+        if transform is None or self._count_only:
+            return self._sum(partials, site, choice)
+        components = [transform.analyze(x, rank).to(x.dtype) for rank, x in enumerate(partials)]
+        return transform.synthesize(self._sum(components, site, choice), remixed=choice.algorithm == "two_shot")
+
+    def _choice(self, site: str, shape: Sequence[int], num_features: int, world_size: int) -> Choice:
+        return self._codecs.choice(site, math.prod(shape), num_features, world_size)
+
+    def _sum(self, partials: Sequence[Tensor], site: str, choice: Choice) -> Tensor:
+        """The sum of partial sums, or of the components that stand for them."""
+        x, transform = partials[0], self._codecs.transform(site, choice)
         num_tokens = math.prod(x.shape[:-1])
         num_features = x.shape[-1] if transform is None else transform.num_features
-        choice = self._codecs.choice(site, num_tokens, num_features, world_size)
         planned = self._codecs.of(site, x) if choice.form == "coded" else plain(x.dtype)
-        transform = transform if choice.form == "coded" else None
-        traffic = traffic_of(choice, planned, num_tokens, num_features, 0, world_size, transform)
+        traffic = traffic_of(choice, planned, num_tokens, num_features, 0, len(partials), transform)
         stats = self._count(site, x, num_tokens, traffic)
         # A native sum has no twin: the order of its additions is the library's. A plain one stands for it.
         stages, algorithm = (plain(x.dtype), "auto") if self._count_only else (planned, choice.algorithm or "auto")

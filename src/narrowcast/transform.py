@@ -8,7 +8,7 @@ collectives and codecs promise holds for the components.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ class Transform:
         """Components of the sum where it travels again."""
         return self.num_components if self.remix is None else len(self.remix.mix)
 
+    @property
+    def axes(self) -> Literal["ranks", "site", "blocks"]:
+        """Whose they are: each rank's own, or one set for all ranks, over all features or within blocks of them."""
+        if any(part.rank is not None for part in self.parts):
+            return "ranks"
+        return "site" if len(self.parts) == 1 else "blocks"
+
     def own(self, rank: int) -> slice:
         """The components that `rank` computes; all others are zero in what it puts in."""
         start = 0
@@ -72,8 +79,23 @@ class Transform:
             start += len(part.analysis)
         return slice(0, start)
 
+    def placed(self, z: Tensor, rank: int) -> Tensor:
+        """The rank's own components at their place among all, [..., K]: the others are zero."""
+        own = self.own(rank)
+        return torch.nn.functional.pad(z, (own.start, self.num_components - own.stop))
+
     def fold(self, weight_EF: Tensor, rank: int) -> Tensor:
-        """`weight_EF` [E, F] of a row-parallel layer, made to compute the rank's own components [K, F]."""
+        """`weight_EF` [E, F] of a row-parallel layer, made to compute the rank's own components [K, F].
+
+        InvalidInputError for weights that are not the numbers that are multiplied by, as quantized ones.
+        """
+        if weight_EF.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            raise InvalidInputError(
+                "transform",
+                expected="weights in floating point of 16 bits or more, into which its analysis is folded",
+                found=str(weight_EF.dtype).removeprefix("torch."),
+                remedy="Load the model without quantization, or calibrate with codec allocated.",
+            )
         wide = weight_EF.float()
         rows = [
             part.analysis.float() @ wide[part.start : part.stop]

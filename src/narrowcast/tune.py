@@ -10,12 +10,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowcast.collectives import Pending, Stages, all_reduce_steps, named
+from narrowcast.collectives import Pending, Stages, all_reduce_steps, deferred_all_reduce_steps, named
 from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
+from narrowcast.collectives.base import Deferred
 from narrowcast.communicator import plain
 from narrowcast.decision import FORMS, Choice, Decisions, Thresholds
 from narrowcast.errors import InvalidInputError
-from narrowcast.plan import Plan
+from narrowcast.plan import Plan, Site
+from narrowcast.transform import Transform
 from narrowcast.transport import Transport
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
@@ -56,7 +58,7 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
         raise InvalidInputError(
             "tune", expected=f"{plan.tp_size} ranks, as the plan has", found=transport.world_size, remedy="Start them."
         )
-    stages, num_features = _stages_of_sums(plan), int(plan.model.config["hidden_size"])
+    site, num_features = _site_of_sums(plan), int(plan.model.config["hidden_size"])
     timings: list[Timing] = []
     deadline = time.perf_counter() + budget_s
     num_tokens, row_nbytes = 1, num_features * dtype.itemsize
@@ -64,17 +66,17 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
         expected = _extrapolated(timings, num_tokens)
         rounds = int(_of_first_rank(transport, str(_affordable_rounds(expected, deadline, budget_s))))
         x_TE = torch.full((num_tokens, num_features), 0.0, dtype=dtype)
-        seconds = _measured(stages, x_TE, transport, rounds) if rounds else expected
+        seconds = _measured(site, plan.groups, x_TE, transport, rounds) if rounds else expected
         nbytes = num_tokens * row_nbytes
         timings.append(Timing(num_tokens=num_tokens, nbytes=nbytes, seconds=seconds, measured=rounds > 0))
         num_tokens *= GROWTH
     return _of_first_rank_all(transport, timings, num_features)
 
 
-def _stages_of_sums(plan: Plan) -> Stages:
-    for site in plan.sites.values():
-        if site.kind == "sum":
-            return Stages(site.codecs, plan.groups)
+def _site_of_sums(plan: Plan) -> Site:
+    """The one that stands for all: where they have transforms, that of most components."""
+    if sums := [site for site in plan.sites.values() if site.kind == "sum"]:
+        return max(sums, key=lambda site: 0 if site.transform is None else site.transform.num_components)
     raise InvalidInputError("tune", expected="a plan with sums", found="none in it", remedy="Calibrate with --tp.")
 
 
@@ -88,9 +90,11 @@ def _affordable_rounds(expected: Mapping[Choice, float], deadline: float, budget
     return min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_s / 10 / one_round)))
 
 
-def _measured(stages: Stages, x_TE: Tensor, transport: Transport, rounds: int) -> dict[Choice, float]:
+def _measured(
+    site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport, rounds: int
+) -> dict[Choice, float]:
     """Medians; the ways take turns, after a round that does not count."""
-    ways = _ways(stages, x_TE, transport)
+    ways = _ways(site, groups, x_TE, transport)
     samples: dict[Choice, list[float]] = {choice: [] for choice in ways}
     for round_ in range(rounds + 1):
         for choice, run in ways.items():
@@ -101,20 +105,39 @@ def _measured(stages: Stages, x_TE: Tensor, transport: Transport, rounds: int) -
     return {choice: statistics.median(each) for choice, each in samples.items()}
 
 
-def _ways(stages: Stages, x_TE: Tensor, transport: Transport) -> dict[Choice, Callable[[], Tensor]]:
+def _ways(
+    site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport
+) -> dict[Choice, Callable[[], Tensor]]:
+    """Sums of `x_TE`, and coded ones of as many components of it as travel."""
     ways: dict[Choice, Callable[[], Tensor]] = {Choice("native"): lambda: transport.native_all_reduce(x_TE)}
-    for form, codecs in (("plain", plain(x_TE.dtype)), ("coded", stages)):
+    transform, num_tokens = site.transform, len(x_TE)
+    coded = Stages(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
+    z_TK = x_TE if transform is None else x_TE.new_zeros(num_tokens, transform.num_components)
+    for form, stages, given in (("plain", plain(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
         for algorithm in (*ALGORITHMS, *NODE_ALGORITHMS):
-            if not named(algorithm).sent(codecs, len(x_TE), x_TE.shape[1], transport.rank, transport.world_size):
+            if not named(algorithm).sent(stages, len(given), given.shape[1], transport.rank, transport.world_size):
                 continue
             if algorithm != "one_shot" and transport.world_size == 2:
                 continue  # as many bytes as one_shot, in two steps
-            ways[Choice(form, algorithm)] = _way(x_TE, codecs, transport, algorithm)
+            synthesis = transform if form == "coded" else None
+            ways[Choice(form, algorithm)] = _way(given, stages, transport, algorithm, synthesis)
     return ways
 
 
-def _way(x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str) -> Callable[[], Tensor]:
-    return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm, out=x_TE), transport).wait()
+def _way(
+    x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, transform: Transform | None
+) -> Callable[[], Tensor]:
+    """A sum, and the synthesis of its features."""
+    if transform is None:
+        return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm, out=x_TE), transport).wait()
+    remixed = algorithm == "two_shot"
+    y_TJ = x_TE.new_empty(len(x_TE), transform.num_reduced if remixed else transform.num_components)
+
+    def run() -> Tensor:
+        steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, stages, transport, algorithm)
+        return transform.synthesize(Pending(steps, transport).wait(), remixed=remixed)
+
+    return run
 
 
 def _extrapolated(timings: Sequence[Timing], num_tokens: int) -> dict[Choice, float]:

@@ -124,13 +124,17 @@ def stage_axes(moments: Moments, form: Form, block_size: int, budgeted: Budgeted
 
 
 def _axes_of(covariance_AEE: Tensor, fisher: Tensor) -> tuple[Tensor, Tensor]:
-    """Analysis and synthesis along the principal axes of what the loss minds: root C root, by falling energy."""
+    """Analysis and synthesis along the principal axes of what the loss minds: root C root, by falling energy.
+
+    Rounded to what a plan holds: a component of hardly any power gets some of the others' by that, which its scale
+    must cover.
+    """
     ridge = RIDGE * fisher.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
     values, vectors = torch.linalg.eigh(fisher)
     roots = values.clamp(min=ridge).sqrt()
     root, inverse = vectors * roots @ vectors.T, vectors / roots @ vectors.T
     axes = torch.linalg.eigh(root @ covariance_AEE @ root).eigenvectors.flip(-1)
-    return axes.mT @ root, inverse @ axes
+    return (axes.mT @ root).bfloat16().double(), (inverse @ axes).bfloat16().double()
 
 
 def _along(covariance_REE: Tensor, fisher: Tensor, analysis: Tensor, synthesis: Tensor) -> Axes:
@@ -149,7 +153,7 @@ def _of_features(partial: Axes, total: Axes, widths: Tensor, total_widths: Tenso
 def _of_site(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor, block_size: int) -> Fitted:
     """Components that no rank sends, nor their sum, are not made."""
     assert partial.analysis is not None and partial.synthesis is not None
-    sent_K = (_sent(partial.energy, widths).any(dim=0)) | _sent(total.energy, total_widths)[0]
+    sent_K = _one_at_least(_sent(partial.energy, widths).any(dim=0) | _sent(total.energy, total_widths)[0])
     parts, kept = [], []
     for start in range(0, len(sent_K), block_size):
         own = slice(start, start + block_size)
@@ -166,7 +170,7 @@ def _of_ranks(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor, 
     """Each rank's components stand beside those of the others; the sum travels again along axes of its own."""
     assert partial.analysis is not None and partial.synthesis is not None
     assert total.analysis is not None and total.synthesis is not None
-    kept = [mask.nonzero()[:, 0] for mask in _sent(partial.energy, widths)]
+    kept = [_one_at_least(mask).nonzero()[:, 0] for mask in _sent(partial.energy, widths)]
     parts = tuple(
         _part(0, rank, partial.analysis[rank][own], partial.synthesis[rank][:, own]) for rank, own in enumerate(kept)
     )
@@ -176,7 +180,7 @@ def _of_ranks(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor, 
     )
     num_blocks = -(-power.shape[1] // BLOCK)
     padded = torch.nn.functional.pad(widths, (0, max(0, num_blocks - widths.shape[1])))[:, :num_blocks]
-    reduced = _sent(total.energy, total_widths)[0].nonzero()[:, 0]
+    reduced = _one_at_least(_sent(total.energy, total_widths)[0]).nonzero()[:, 0]
     synthesis = torch.cat([part.synthesis.double() for part in parts], dim=1)
     remix = Remix(
         mix=(total.analysis[0][reduced] @ synthesis).bfloat16(), synthesis=total.synthesis[0][:, reduced].bfloat16()
@@ -192,6 +196,11 @@ def _sent(energy_RK: Tensor, widths_RN: Tensor) -> Tensor:
     order_RK, _ = in_blocks(energy_RK)
     width_RK = widths_RN.repeat_interleave(BLOCK, dim=1)[:, : energy_RK.shape[1]]
     return torch.zeros_like(width_RK).scatter(1, order_RK.long(), width_RK) > 0
+
+
+def _one_at_least(sent_K: Tensor) -> Tensor:
+    """Where nothing is worth a bit, a component without bits: a sum of none would have no size."""
+    return sent_K if sent_K.any() else torch.arange(len(sent_K)) == 0
 
 
 def _of_components(axes: Axes, widths_RN: Tensor, kept: Tensor) -> AllocatedCodec:

@@ -114,9 +114,10 @@ def fisher_information(
     try:
         model.requires_grad_(False)
         for ids in sequences:
-            logits = model(input_ids=ids[None], use_cache=False).logits[0].float()
-            labels = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
-            torch.nn.functional.cross_entropy(logits, labels[:, 0].to(logits.device), reduction="sum").backward()
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+                logits = model(input_ids=ids[None].clone(), use_cache=False).logits[0].float()
+                labels = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
+                torch.nn.functional.cross_entropy(logits, labels[:, 0].to(logits.device), reduction="sum").backward()
             for site in names:
                 gradient = held[site].grad
                 assert gradient is not None, "every site's output is on the way to the logits"

@@ -18,7 +18,7 @@ from narrowcast.cli.options import Timeout, TransportOption
 from narrowcast.codecs import PRESETS, Codec, FeatureCodec
 from narrowcast.decision import FORMS
 from narrowcast.errors import InvalidInputError
-from narrowcast.plan import Plan, check_writable
+from narrowcast.plan import Plan, Site, check_writable
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport, connect_group
 from narrowcast.tune import Tuning
 from narrowcast.tune import tune as tune_plan
@@ -64,7 +64,7 @@ def inspect(
             raise InvalidInputError(
                 "--plot",
                 expected="a plan with calibrated ranges, such as int4-feature's",
-                found="codecs that find their ranges in each token",
+                found=f"codecs {', '.join(sorted({codec_name(site.codecs[0]) for site in plan.sites.values()}))}",
                 remedy="Inspect it without --plot.",
             )
         drawings.ranges(sites, str(plan.split)).savefig(plot, dpi=120, format="png")
@@ -147,15 +147,17 @@ def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table
             error = next((f"{site.error[name]:.3f}" for name in errors if name in site.error), "")
             short = name.removeprefix("model.").removeprefix("layers.")
             codec = site.codecs[stage]
-            rows.append((short, site.kind, codec_name(codec), f"{bits[name][stage]:.4f}", *_scales(codec), error))
-    columns = "site", "kind", "codec", "bits", "outliers", "min", "median", "max", "error"
+            transformed = _components(site, stage)
+            bits_here = f"{bits[name][stage]:.4f}"
+            rows.append((short, site.kind, codec_name(codec), *transformed, bits_here, *_scales(codec), error))
+    columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "min", "median", "max", "error"
     alike = len({site.kind for site in plan.sites.values()}) == 1
     crowded_out = {"kind"} if alike else {"min", "max"}  # a table of 80 columns
     shown = [
         place for place, column in enumerate(columns) if column not in crowded_out and any(row[place] for row in rows)
     ]
     for place in shown:
-        table.add_column(columns[place], justify="right" if place > 1 else "left", no_wrap=True)
+        table.add_column(columns[place], justify="right" if place > 2 else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     return table
@@ -168,8 +170,10 @@ def codec_name(codec: Codec) -> str:
 
 
 def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:
-    """Bits a value, by site and stage."""
-    return {name: tuple(_bits(codec, plan) for codec in site.codecs) for name, site in plan.sites.items()}
+    """Bits a value, by site and stage: of the features, also where components travel in their place."""
+    return {
+        name: tuple(_bits(site, stage, plan) for stage in range(len(site.codecs))) for name, site in plan.sites.items()
+    }
 
 
 def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:
@@ -177,11 +181,21 @@ def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:
     return {name: site.codecs[0] for name, site in plan.sites.items() if isinstance(site.codecs[0], FeatureCodec)}
 
 
-def _bits(codec: Codec, plan: Plan) -> float:
+def _bits(site: Site, stage: int, plan: Plan) -> float:
     """Of as many features as the codec is calibrated for, otherwise of a hidden state."""
+    codec = site.codecs[stage]
     scale = codec.state()[1].get("scale")
-    num_features = plan.model.config.get("hidden_size", 4096) if scale is None else scale.shape[-1]
-    return 8 * codec.row_nbytes(num_features) / num_features
+    num_sent = plan.model.config.get("hidden_size", 4096) if scale is None else scale.shape[-1]
+    num_features = num_sent if site.transform is None else site.transform.num_features
+    return 8 * codec.row_nbytes(num_sent) / num_features
+
+
+def _components(site: Site, stage: int) -> tuple[str, str]:
+    """Along whose axes how many components travel; nothing where features do."""
+    if site.transform is None:
+        return "", ""
+    num_sent = site.transform.num_reduced if stage else site.transform.num_components
+    return site.transform.axes, str(num_sent)
 
 
 def _scales(codec: Codec) -> tuple[str, ...]:

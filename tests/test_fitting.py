@@ -1,0 +1,300 @@
+"""Fitting to a whole model: second moments, Fisher information, and the bits that follow from them."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import narrowcast
+from models import random_ids, save_random
+from narrowcast import InvalidInputError, Plan
+from narrowcast.calibrate import ModelRecipe, observe
+from narrowcast.calibrate.fitting import Form, fit
+from narrowcast.calibrate.moments import Moments, fisher_information
+from narrowcast.codecs import AllocatedCodec, Codec
+from narrowcast.codecs.allocation import BLOCK, Entry, allocate
+from narrowcast.evaluate import compare, log_probs
+from narrowcast.integrations import load_engine
+from narrowcast.integrations.forwards import chunk
+from test_calibrate import batch
+
+transformers = load_engine()
+
+SITE = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> nn.Module:
+    return transformers.load(save_random("llama", tmp_path_factory.mktemp("model"), torch.float32))
+
+
+def sequences(number: int = 8) -> list[Tensor]:
+    return [random_ids(1, 20 + place, seed=place) for place in range(number)]
+
+
+def test_moments_are_those_of_the_partial_sums(model: nn.Module) -> None:
+    """Recorded at the layer's input and multiplied by numpy in fp64; the first quarter of the text is held out."""
+    layer = model.get_submodule(SITE)
+    assert isinstance(layer, nn.Linear)
+    inputs: list[np.ndarray[Any, Any]] = []
+    handle = layer.register_forward_hook(lambda _module, given, _output: inputs.append(given[0][0].double().numpy()))
+    with torch.no_grad():
+        for ids in sequences()[2:]:
+            model(ids)
+    handle.remove()
+    weight, x_TF = layer.weight.detach().double().numpy(), np.concatenate(inputs)
+    pieces = [chunk(layer.in_features, rank, 3) for rank in range(3)]
+    partials = np.stack([x_TF[:, own] @ weight[:, own].T for own in pieces])
+    total = partials.sum(axis=0)
+    seen = observe(model, sequences(), tp_size=3, moments="full")
+    found, num_tokens = seen.moments[SITE], len(x_TF)
+    assert found.partial.shape == (3, 96, 96) and found.total.shape == (1, 96, 96) and found.fisher.shape == (96, 96)
+    for rank in range(3):
+        expected = partials[rank].T @ partials[rank] / num_tokens
+        assert np.allclose(found.partial[rank], expected, rtol=1e-3, atol=1e-6 * expected.max())
+    expected = total.T @ total / num_tokens
+    assert np.allclose(found.total[0], expected, rtol=1e-3, atol=1e-6 * expected.max())
+    assert [len(ids) for ids in seen.held_out] == [20, 21]
+
+
+def test_diagonal_moments_are_the_diagonals(model: nn.Module) -> None:
+    full, diagonal = (observe(model, sequences(), tp_size=2, moments=way).moments for way in ("full", "diagonal"))  # type: ignore[arg-type]
+    assert full.keys() == diagonal.keys()
+    for site, moments in full.items():
+        of_full = moments.diagonal()
+        for name in ("partial", "total", "fisher"):
+            assert torch.allclose(getattr(of_full, name), getattr(diagonal[site], name), rtol=1e-4)
+
+
+class Softmax(nn.Module):
+    """Logits that are a module's output itself: the Fisher information is known, diag(p) - p p^T."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.scores = nn.Embedding(1, num_classes)
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        return SimpleNamespace(logits=self.scores(input_ids))
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_fisher_information_of_a_softmax(full: bool) -> None:
+    """20,000 labels of 4 classes: an entry's standard error is below 0.5 / sqrt(20,000) = 0.0036."""
+    softmax = Softmax(4)
+    with torch.no_grad():
+        softmax.scores.weight.copy_(torch.tensor([[0.0, 1.0, -1.0, 2.0]]))
+    p = softmax.scores.weight[0].detach().softmax(dim=0)
+    found = fisher_information(softmax, [torch.zeros(5000, dtype=torch.long)] * 4, ["scores"], full=full)["scores"]
+    expected = p.diag() - torch.outer(p, p)
+    assert torch.allclose(found, expected if full else expected.diagonal(), atol=4 * 0.0036)
+    assert all(weight.requires_grad and weight.grad is None for weight in softmax.parameters())
+
+
+def test_fisher_information_predicts_the_divergence(model: nn.Module) -> None:
+    """An error e at every token costs e^T H e / 2 nats a token, to second order: measured with an error that small.
+
+    H is an average over labels that are drawn: over some 3000 of them, within a fifth.
+    """
+    text = [random_ids(1, 100, seed=seed) for seed in range(30)]
+    fisher = fisher_information(model, [ids[0] for ids in text], [SITE], full=True)[SITE].double()
+    generator = torch.Generator().manual_seed(0)
+    layer, divergence, expected = model.get_submodule(SITE), 0.0, 0.0
+    with torch.no_grad():
+        for ids in text[:6]:
+            exact = model(ids).logits.double().log_softmax(-1)
+            error = 0.002 * torch.randn(1, 100, 96, generator=generator)
+            handle = layer.register_forward_hook(lambda _module, _given, y, error=error: y + error)
+            found = model(ids).logits.double().log_softmax(-1)
+            handle.remove()
+            divergence += float((exact.exp() * (exact - found)).sum())
+            expected += float(torch.einsum("bte,ef,btf->", error.double(), fisher, error.double())) / 2
+    assert divergence == pytest.approx(expected, rel=0.2)
+
+
+def a_site(variance: float, fisher: float, tp_size: int = 2, num_features: int = 64) -> Moments:
+    eye = torch.eye(num_features)
+    spread = torch.linspace(1.5, 0.5, num_features).diag()  # no ties
+    return Moments(
+        partial=(variance * spread).expand(tp_size, -1, -1),
+        total=tp_size * variance * spread[None],
+        fisher=fisher * eye,
+    )
+
+
+def bits_of(codec: Codec) -> float:
+    """A value of a calibrated codec's features, without the token's scale."""
+    assert isinstance(codec, AllocatedCodec)
+    return float(codec.widths.int().sum(dim=1).max()) * BLOCK / codec.scale.shape[1]
+
+
+@pytest.mark.parametrize("budgeted", ["one_shot", "two_shot"])
+@pytest.mark.parametrize("form", ["features", "site", "blocks"])
+def test_bits_go_where_variance_times_sensitivity_is_large(form: Form, budgeted: Any) -> None:
+    """4^b times the energy is worth b bits more; which of both factors is large is all the same."""
+    moments = {"low": a_site(1.0, 1.0), "loud": a_site(16.0, 1.0), "touchy": a_site(1.0, 16.0)}
+    found = fit(moments, bits=4.0, form=form, budgeted=budgeted)
+    bits = {site: [bits_of(codec) for codec in each.codecs] for site, each in found.items()}
+    assert bits["loud"] == bits["touchy"]
+    for stage in range(2):
+        assert bits["loud"][stage] - bits["low"][stage] == pytest.approx(2, abs=0.5)
+
+
+def test_within_a_site_too() -> None:
+    """A block of 32 of high energy; the ranks order their features by their own energies."""
+    variance = torch.ones(2, 64)
+    variance[0, 10:42], variance[1, 32:] = 256.0, 256.0
+    moments = Moments(partial=variance, total=variance.sum(0)[None], fisher=torch.ones(64))
+    codec = fit({"s": moments}, bits=4.0, form="features", budgeted="one_shot")["s"].codecs[0]
+    assert isinstance(codec, AllocatedCodec)
+    for rank, own in enumerate((range(10, 42), range(32, 64))):
+        assert set(codec.order[rank, :32].tolist()) == set(own)
+        assert codec.widths[rank].tolist() == [6, 1]  # 4**4 = 256, and the first bits gain less than a factor 4
+    # A stored scale is a standard deviation, rounded to bf16.
+    assert torch.equal(codec.scale.float(), variance.sqrt())
+
+
+def total_bits(codecs: Sequence[Codec], num_features: Sequence[int]) -> float:
+    rows = [8 * codec.row_nbytes(codec.state()[1]["scale"].shape[1]) for codec in codecs]
+    return sum(rows) / sum(num_features)
+
+
+@pytest.mark.parametrize("bits", [0.75, 2.0, 5.0])
+@pytest.mark.parametrize("form", ["features", "site", "blocks", "ranks"])
+def test_budgets_are_kept(model: nn.Module, form: Form, bits: float) -> None:
+    """One_shot: what the ranks put in; two_shot: the mean of that and of the sum. A unit of bytes may be left over."""
+    moments = observe(model, sequences(), tp_size=4, moments="full").moments
+    unit = 8 * BLOCK / 8 / (96 * len(moments))
+    for budgeted, stages in (("one_shot", 1), ("two_shot", 2)):
+        found = fit(moments, bits=bits, form=form, budgeted=budgeted, block_size=40)  # type: ignore[arg-type]
+        codecs = [codec for each in found.values() for codec in each.codecs[:stages]]
+        spent = total_bits(codecs, [96] * len(codecs))
+        assert bits - unit - 0.05 <= spent <= bits + 1e-9
+
+
+def test_what_is_not_counted_gets_bits_of_the_same_worth() -> None:
+    energy = torch.linspace(4, 1, 64)[None]
+    counted, free = allocate([Entry(energy), Entry(16 * energy, counted=False)], 64 * 3 / 8)
+    assert torch.equal(free.int() - counted.int(), torch.full((1, 2), 2))  # 4**2 = 16
+
+
+@pytest.fixture(scope="module")
+def observed(model: nn.Module) -> Any:
+    return observe(model, sequences(), tp_size=2, moments="full")
+
+
+def held_out_kl(plan: Plan, model: nn.Module) -> float:
+    """Measured anew, of the sequences that calibration says it holds out: a quarter."""
+    batches = sequences()[:2]
+    reference = [log_probs(model, ids) for ids in batches]
+    with narrowcast.attach(model, plan, simulate=True, algorithm="one_shot"):
+        return compare(reference, [log_probs(model, ids) for ids in batches], batches).kl_nats
+
+
+@pytest.mark.parametrize("form", ["features", "ranks"])
+def test_a_target_is_met_with_the_fewest_bits(model: nn.Module, observed: Any, form: Form) -> None:
+    target = 1e-4
+    plan = observed.plan(ModelRecipe(form=form, target_kl=target))
+    bits = plan.calibration["bits"]
+    assert 1 < bits < 8
+    kl = held_out_kl(plan, model)
+    assert kl == pytest.approx(plan.calibration["held_out_kl"], rel=1e-3)
+    assert kl <= target
+    fewer = observed.plan(ModelRecipe(form=form, bits=bits - 1 / 16))
+    assert held_out_kl(fewer, model) > target
+    same = observed.plan(ModelRecipe(form=form, bits=bits))
+    assert {name: site.error for name, site in same.sites.items()} == {n: s.error for n, s in plan.sites.items()}
+
+
+def test_impossible_targets_are_refused(observed: Any) -> None:
+    with pytest.raises(InvalidInputError, match=r"target KL: expected .* nats or more, which 8 bits a value cost here"):
+        observed.plan(ModelRecipe(target_kl=1e-12))
+    for wrong in (0.0, -1.0, 17.0):
+        with pytest.raises(InvalidInputError, match="above 0, 16 at most"):
+            ModelRecipe(target_kl=wrong)
+    with pytest.raises(InvalidInputError, match="either bits or a target KL"):
+        ModelRecipe(bits=2.0, target_kl=0.1)
+
+
+def test_what_cannot_be_fitted_is_refused(model: nn.Module) -> None:
+    with pytest.raises(InvalidInputError, match=r"sums of nodes are not yet.*Leave the groups \(--nodes\) out"):
+        narrowcast.calibrate(model, sequences(2), tp_size=4, groups=[[0, 1], [2, 3]], codec="transform")
+    with pytest.raises(InvalidInputError, match=r"only sums are fitted.*found allocated, transform for logits"):
+        narrowcast.calibrate(model, sequences(2), tp_size=2, codec={"logits": "allocated"})
+    with pytest.raises(InvalidInputError, match=r"no second moments were observed.*Pass moments='full'"):
+        observe(model, sequences(2), tp_size=2).plan("allocated")
+    for options in ({"bits": 2.0}, {"target_kl": 0.1}):
+        with pytest.raises(InvalidInputError, match="with a codec that is fitted to the whole model"):
+            narrowcast.calibrate(model, sequences(2), tp_size=2, codec="int4-feature", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("form", ["site", "blocks", "ranks"])
+def test_partial_sums_that_do_not_span_all_features(observed: Any, form: Form) -> None:
+    """70 columns a rank make 96 features: components that should be zero are not quite, and their scales know it."""
+    assert int(torch.linalg.matrix_rank(observed.moments[SITE].partial[0].double(), rtol=1e-5)) <= 70
+    plan = observed.plan(ModelRecipe(form=form, bits=8.0, block_size=40))
+    for site in plan.sites.values():
+        assert max(site.error.values()) < 0.1
+
+
+def on_rank(folder: Path) -> None:
+    from narrowcast.split import Split
+
+    part = transformers.load(folder, split=Split(tp_size=2))
+    with pytest.raises(InvalidInputError, match="a whole model, of whose loss there are gradients, found one split"):
+        narrowcast.calibrate(part, sequences(2), codec="allocated")
+
+
+def test_a_split_model_is_refused_on_every_rank(ranks: Any, tmp_path: Path) -> None:
+    ranks(2).run(on_rank, save_random("llama", tmp_path / "model"))
+
+
+def test_what_travels_once_beside_fitted_sums_is_coded_in_groups(tmp_path: Path) -> None:
+    model = transformers.load(save_random("phi3", tmp_path / "model"))
+    plan = narrowcast.calibrate(model, sequences(2), tp_size=2, codec="allocated", bits=2.0)
+    kinds = {site.kind: site.codecs[0].id for site in plan.sites.values()}
+    assert kinds == {"sum": "allocated", "gather": "group"}
+
+
+@pytest.fixture(params=["allocated", "transform"])
+def codec(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield request.param
+
+
+def test_calibration_is_deterministic(model: nn.Module, codec: str) -> None:
+    plans = [narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec, bits=2.0) for _ in range(2)]
+    assert plans[0].fingerprint == plans[1].fingerprint
+    other = narrowcast.calibrate(model, sequences()[::-1], tp_size=2, codec=codec, bits=2.0)
+    assert other.fingerprint != plans[0].fingerprint
+
+
+def test_batches_and_padding_do_not_change_the_plan(model: nn.Module, codec: str) -> None:
+    ids = sequences()
+    expected = narrowcast.calibrate(model, ids, tp_size=2, codec=codec, bits=2.0).fingerprint
+    for batches in ([batch(ids, left=True)], [batch(ids[:3], left=False), batch(ids[3:], left=True)]):
+        assert narrowcast.calibrate(model, batches, tp_size=2, codec=codec, bits=2.0).fingerprint == expected
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_calibration_needs_no_care_about_gradients(model: nn.Module, codec: str, mode: Any) -> None:
+    expected = narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec, bits=2.0).fingerprint
+    with mode():
+        assert narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec, bits=2.0).fingerprint == expected
+
+
+def test_a_failure_gives_the_weights_their_gradients_back(model: nn.Module) -> None:
+    wanted = [weight.requires_grad for weight in model.parameters()]
+    with pytest.raises(AttributeError, match="no_such_site"):
+        fisher_information(model, sequences(1), ["no_such_site"], full=False)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fisher_information(model, [sequences(1)[0][0]], [SITE], full=False, progress=interrupt)
+    assert [weight.requires_grad for weight in model.parameters()] == wanted
+    assert not any(module._forward_hooks for module in model.modules())
