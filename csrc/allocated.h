@@ -174,6 +174,7 @@ NARROWCAST_INLINE int64_t count_beyond(const float* scaled, size_t num_features,
 // Brings the values to their slots. Returns their mean square, in the order that codecs/token_scale.py states.
 NARROWCAST_INLINE float place_values(const float* scaled, const Source& source, float* slots) {
   constexpr size_t kParts = kBlock / kLanes;
+  if (source.num_sent == source.num_bf16) return 1.0f;
   F32 parts[kParts] = {};
   for (size_t first = source.num_bf16 * kBlock; first < source.num_sent * kBlock; first += kBlock) {
 #pragma GCC unroll 8

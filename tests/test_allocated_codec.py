@@ -188,6 +188,14 @@ def test_the_mean_square_is_taken_in_the_stated_order(num_values: int) -> None:
     assert torch.equal(token_scale.mean_square(u_TN), expected)
 
 
+def test_without_bits_values_are_clipped_only_beyond_what_was_calibrated() -> None:
+    codec = fitted(torch.ones(1, 40), torch.zeros(1, 2, dtype=torch.uint8))
+    x_TE, stats = random(5, 40).clamp(-3, 3), torch.zeros(3, dtype=torch.int64)
+    x_TE[2, 7] = 1e5
+    assert not codec.decode(codec.encode(x_TE, source=0, stats=stats), source=0).any()
+    assert stats.tolist() == [1, 0, 0]
+
+
 # --- The guard -------------------------------------------------------------------------------------------------------
 
 

@@ -34,11 +34,11 @@ def mean_square(u_TN: Tensor) -> Tensor:
     """Mean of squares [T] over N values, a multiple of 32 but for the last ones, in one stated order.
 
     32 sums, of the values 0, 32, 64, ..., of 1, 33, 65, ..., and so on; then the upper half of the sums is added to the
-    lower half until one is left; then a product with FP32 1 / N.
+    lower half until one is left; then a product with FP32 1 / N. One where there are no values, as calibrated.
     """
     num_values = u_TN.shape[1]
     if not num_values:
-        return u_TN.new_zeros(len(u_TN))
+        return u_TN.new_ones(len(u_TN))
     square_TN = torch.nn.functional.pad(u_TN * u_TN, (0, -num_values % LANES))
     sums = square_TN[:, :LANES].clone()
     for start in range(LANES, square_TN.shape[1], LANES):
