@@ -33,7 +33,7 @@ class AllocatedRecipe:
         """Scales of a third of each feature's largest magnitude."""
         scale_RE = ranges.scale_largest.float() / 3
         num_blocks = -(-scale_RE.shape[1] // BLOCK)
-        return fitted(scale_RE, allocate([Entry(scale_RE.square())], self.bits * BLOCK * num_blocks / 8)[0])
+        return fitted(scale_RE, allocate([Entry(scale_RE.double().square())], self.bits * BLOCK * num_blocks / 8)[0])
 
 
 def fitted(scale_RE: Tensor, widths_RN: Tensor, energy_RE: Tensor | None = None) -> AllocatedCodec:
@@ -42,7 +42,7 @@ def fitted(scale_RE: Tensor, widths_RN: Tensor, energy_RE: Tensor | None = None)
     What is not sent is guarded from where it would be worth sending: its scale is raised to where its energy would be
     that of the least that is sent, so that a feature which hardly matters does not take the place of others.
     """
-    energy_RE = scale_RE.square() if energy_RE is None else energy_RE
+    energy_RE = scale_RE.double().square() if energy_RE is None else energy_RE.double()
     order_RE, _ = in_blocks(energy_RE)
     smallest = torch.finfo(torch.bfloat16).smallest_normal
     num_sent_R = (BLOCK * (widths_RN > 0).sum(dim=1)).clamp(1, energy_RE.shape[1])
