@@ -13,14 +13,13 @@ from conftest import MODEL
 from models import calibrated
 from narrowcast import ops
 from narrowcast.cli.files import sequences
-from narrowcast.cli.job import Outcome
 from narrowcast.cli.model import summary
 from narrowcast.codecs import PRESETS, Codec, FeatureCodec, GroupCodec, feature
 from narrowcast.collectives import all_reduce_steps, checked_stages, choose, simulate
 from narrowcast.collectives.pending import Pending
 from narrowcast.evaluate import compare, log_probs
 from narrowcast.integrations import load_engine
-from narrowcast.monitor import Report
+from narrowcast.monitor import Report, SiteReport
 from narrowcast.plan import Plan
 from narrowcast.split import Split
 from narrowcast.transport import TorchDistributedTransport
@@ -286,10 +285,12 @@ def test_a_block_of_features_is_guarded_by_itself() -> None:
 
 
 def test_the_summary_tells_of_guarded_tokens() -> None:
-    report = Report(sites={}, num_saturated=3, num_non_finite=0, num_guarded=2)
-    told = summary(Outcome(score=None, report=report), Split(tp_size=2))
+    site = SiteReport(
+        coded=True, num_tokens=9, wire_bytes=90, plain_bytes=360, num_values=180, num_saturated=3, num_guarded=2
+    )
+    told = summary(Report(sites={"site": site}), Split(tp_size=2))
     assert told.endswith("; 3 values clipped on all ranks; 2 tokens coded by the guard (far out of range)")
-    quiet = summary(Outcome(score=None, report=replace(report, num_guarded=0)), Split(tp_size=2))
+    quiet = summary(Report(sites={"site": replace(site, num_guarded=0)}), Split(tp_size=2))
     assert "guard" not in quiet
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import Plan
-from narrowcast.codecs import FeatureCodec
+from narrowcast.codecs import FeatureCodec, FeatureRecipe
 from narrowcast.evaluate import Items, Score, compare, log_probs, score_simulated, site_errors
 from narrowcast.evaluate.intervals import holm, t_quantile, t_within
 from narrowcast.integrations import load_engine
@@ -181,10 +181,11 @@ def test_errors_by_site_find_the_site_that_is_coded_badly(model: nn.Module) -> N
     assert worst.mean + sum(each.added_kl_nats.mean for each in found.values()) == pytest.approx(together, rel=0.2)
 
 
-def test_reports_count_clipping_by_site(model: nn.Module) -> None:
-    """A site's scales a hundred times too small: all but zeros and outliers of both ranks' values are clipped there."""
+@pytest.mark.parametrize("num_outliers", [0, 1])
+def test_reports_count_clipping_by_site(model: nn.Module, num_outliers: int) -> None:
+    """A site's scales a hundred times too small: all but zeros of both ranks' values are clipped there, or guarded."""
     batches = [random_ids(1, 24)]
-    plan = narrowcast.calibrate(model, batches, tp_size=2, codec="int8-feature")
+    plan = narrowcast.calibrate(model, batches, tp_size=2, codec=FeatureRecipe(num_bits=8, num_outliers=num_outliers))
     name = list(plan.sites)[1]
     codec = plan.sites[name].codecs[0]
     assert isinstance(codec, FeatureCodec)
@@ -195,8 +196,10 @@ def test_reports_count_clipping_by_site(model: nn.Module) -> None:
     ) as handle:
         log_probs(model, batches[0])
     report = handle.report()
-    clipped = {name: each.num_saturated for name, each in report.sites.items() if each.coded}
-    assert sum(clipped.values()) == report.num_saturated == report.to_json()["num_saturated"]
-    assert 0.9 * 2 * 24 * 95 < clipped.pop(name) <= 2 * 24 * 95  # one of 96 features is an outlier
-    assert max(clipped.values()) < 2 * 24 * 95 / 4
+    counted = "num_guarded" if num_outliers else "num_saturated"  # without an outlier there is no place for the mark
+    most = 2 * 24 * (1 if num_outliers else 96)
+    by_site = {name: getattr(each, counted) for name, each in report.sites.items() if each.coded}
+    assert sum(by_site.values()) == getattr(report, counted) == report.to_json()[counted]
+    assert 0.9 * most < by_site.pop(name) <= most
+    assert max(by_site.values()) < most / 4
     assert Report.from_json(report.to_json()) == report

@@ -98,7 +98,7 @@ class Transform:
             )
         wide = weight_EF.float()
         rows = [
-            part.analysis.float() @ wide[part.start : part.stop]
+            part.analysis.to(wide) @ wide[part.start : part.stop]
             for part in self.parts
             if part.rank is None or part.rank == rank
         ]
@@ -107,7 +107,7 @@ class Transform:
     def analyze(self, x_TE: Tensor, rank: int) -> Tensor:
         """Components [T, K] in fp32 of a rank's partial sums, as if the weights had been folded."""
         own = [
-            x_TE[:, part.start : part.stop].float() @ part.analysis.float().T
+            x_TE[:, part.start : part.stop].float() @ part.analysis.to(x_TE.device).float().T
             if part.rank is None or part.rank == rank
             else x_TE.new_zeros(len(x_TE), len(part.analysis), dtype=torch.float32)
             for part in self.parts
@@ -145,9 +145,10 @@ class Transform:
         return blocks
 
     def to(self, device: torch.device) -> "Transform":
-        """This transform with its matrices on `device`."""
+        """This transform with what every sum needs on `device`. Analyses stay where they are: they are folded once."""
         config, tensors = self.state()
-        return self.from_state(config, {name: tensor.to(device) for name, tensor in tensors.items()})
+        moved = {name: each if name.startswith("analysis") else each.to(device) for name, each in tensors.items()}
+        return self.from_state(config, moved)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What `from_state` needs to make this transform again: JSON values, and tensors."""
