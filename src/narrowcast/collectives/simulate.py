@@ -35,7 +35,8 @@ def all_reduce(
     stages = replace(checked_stages(codec, world_size, groups), mix=mix)
     flat = [x.reshape(-1, shape[-1]) for x in partials]
     name = choose(algorithm, stages, len(flat[0]), shape[-1], world_size)
-    return named(name).twin(flat, stages, stats).view(*shape[:-1], -1)
+    total_TE = named(name).twin(flat, stages, stats)
+    return total_TE.view(*shape[:-1], total_TE.shape[1])
 
 
 def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:
