@@ -13,10 +13,11 @@ from torch import Tensor, nn
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.calibrate import ModelRecipe, observe
+from narrowcast.calibrate import ModelRecipe, asked_for, observe, recipes_by_kind
 from narrowcast.calibrate.fitting import Form, fit
 from narrowcast.calibrate.moments import Moments, fisher_information
-from narrowcast.codecs import AllocatedCodec, Codec
+from narrowcast.cli.calibrate import codec_by_kind
+from narrowcast.codecs import PRESETS, AllocatedCodec, Codec
 from narrowcast.codecs.allocation import BLOCK, Entry, allocate
 from narrowcast.evaluate import compare, log_probs
 from narrowcast.integrations import load_engine
@@ -223,7 +224,7 @@ def test_impossible_targets_are_refused(observed: Any) -> None:
 def test_what_cannot_be_fitted_is_refused(model: nn.Module) -> None:
     with pytest.raises(InvalidInputError, match=r"sums of nodes are not yet.*Leave the groups \(--nodes\) out"):
         narrowcast.calibrate(model, sequences(2), tp_size=4, groups=[[0, 1], [2, 3]], codec="transform")
-    with pytest.raises(InvalidInputError, match=r"only sums are fitted.*found allocated, transform for logits"):
+    with pytest.raises(InvalidInputError, match=r"only sums are fitted.*found allocated for logits"):
         narrowcast.calibrate(model, sequences(2), tp_size=2, codec={"logits": "allocated"})
     with pytest.raises(InvalidInputError, match=r"no second moments were observed.*Pass moments='full'"):
         observe(model, sequences(2), tp_size=2).plan("allocated")
@@ -298,3 +299,25 @@ def test_a_failure_gives_the_weights_their_gradients_back(model: nn.Module) -> N
         fisher_information(model, [sequences(1)[0][0]], [SITE], full=False, progress=interrupt)
     assert [weight.requires_grad for weight in model.parameters()] == wanted
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_options_that_contradict_each_other_are_refused() -> None:
+    with pytest.raises(InvalidInputError, match="one of them, found both"):
+        asked_for("transform", bits=1.0, target_kl=0.1)
+    with pytest.raises(InvalidInputError, match="with axes blocks, found other axes"):
+        asked_for("transform", bits=1.0, form="site", block_size=16)
+    with pytest.raises(InvalidInputError, match="nvfp4, transform, found transfrom"):
+        asked_for("transfrom", bits=1.0)
+    with pytest.raises(InvalidInputError, match=r"a bit for each of 32 features, found 0\.001"):
+        fit(moments_of_two_features(), bits=0.001, form="features", budgeted="one_shot")
+
+
+def moments_of_two_features() -> dict[str, Moments]:
+    ones = torch.ones(2, 64)
+    return {"site": Moments(partial=ones, total=ones[:1], fisher=ones[0])}
+
+
+def test_a_preset_for_one_kind_stands_beside_a_fitted_codec() -> None:
+    recipes = recipes_by_kind(codec_by_kind(["transform", "boundary=bf16"]))
+    assert recipes["sum"] == ModelRecipe(form="ranks")
+    assert recipes["boundary"] == PRESETS["bf16"] and recipes["gather"] == PRESETS["int8-group128"]

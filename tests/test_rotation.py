@@ -341,6 +341,9 @@ def test_rotate_takes_along_what_else_the_folder_holds(rotated: Path) -> None:
     names = {path.name for path in MODEL.iterdir()}
     assert {path.name for path in rotated.iterdir()} == names | {"rotation.json"}
     assert [path.name for path in rotated.parent.iterdir()] == [rotated.name]  # nothing half-written beside it
+    assert {path.stat().st_mode & 0o777 for path in rotated.iterdir()} == {
+        (rotated / "config.json").stat().st_mode & 0o777
+    }
     assert (rotated / "calibration.txt").read_bytes() == (MODEL / "calibration.txt").read_bytes()
     mark = json.loads((rotated / "rotation.json").read_text(encoding="utf8"))
     assert (mark["axes"], mark["source"]) == ("hadamard", str(MODEL))

@@ -17,7 +17,7 @@ from narrowcast.calibrate.fitting import ModelRecipe
 from narrowcast.calibrate.moments import MomentObserver, Moments, MomentsNeeded, fisher_information
 from narrowcast.calibrate.observers import EMA_FACTOR, FirstTokens, RangeObserver
 from narrowcast.calibrate.planning import Observations
-from narrowcast.calibrate.recipes import CodecByKind, asked_for, moments_needed, recipes_by_kind
+from narrowcast.calibrate.recipes import CodecByKind, asked_for, by_kind, moments_needed, recipes_by_kind
 from narrowcast.calibrate.running import evaluating, run, travelling_over
 from narrowcast.codecs import Recipe
 from narrowcast.codecs import recipe as recipe_of_one
@@ -194,6 +194,7 @@ __all__ = [
     "ModelRecipe",
     "Observations",
     "asked_for",
+    "by_kind",
     "calibrate",
     "moments_needed",
     "observe",

@@ -15,7 +15,7 @@ from torch import Tensor
 from narrowcast.calibrate.moments import Moments
 from narrowcast.codecs import AllocatedCodec, Codec
 from narrowcast.codecs.allocated_recipe import fitted
-from narrowcast.codecs.allocation import BLOCK, Entry, allocate, in_blocks
+from narrowcast.codecs.allocation import BLOCK, UNIT_NBYTES, Entry, allocate, in_blocks
 from narrowcast.errors import InvalidInputError
 from narrowcast.transform import Part, Remix, Transform
 
@@ -85,14 +85,27 @@ MODEL_RECIPES = {"allocated": ModelRecipe(), "transform": ModelRecipe(form="rank
 DEFAULT_BITS = {"features": 3.0, "site": 2.0, "blocks": 2.0, "ranks": 1.5}
 
 
+def least_bits(num_features: int) -> float:
+    """Bits a value of a scale, and of one bit for each feature of a block."""
+    return 8 * (1 + UNIT_NBYTES) / num_features
+
+
 def fit(
     moments: Mapping[str, Moments], *, bits: float, form: Form, budgeted: Budgeted, block_size: int = 64
 ) -> dict[str, Fitted]:
     """Codecs and transforms of all sites whose payloads take `bits` a value at most on average, where that can be met.
 
     `budgeted`: the algorithm whose payloads count: for "one_shot" what the ranks put in, for "two_shot" that and the
-    sum, which travels again. The other stage gets bits down to the same worth of a bit.
+    sum, which travels again. The other stage gets bits down to the same worth of a bit. InvalidInputError for too few.
     """
+    least = max(least_bits(each.partial.shape[1]) for each in moments.values())
+    if bits < least:
+        raise InvalidInputError(
+            "bits",
+            expected=f"{least:.2g} a value or more: a scale, and a bit for each of 32 features",
+            found=bits,
+            remedy="Ask for more.",
+        )
     sizes = {site: block_size if form == "blocks" else each.fisher.shape[0] for site, each in moments.items()}
     stages = {site: stage_axes(each, form, sizes[site], budgeted) for site, each in moments.items()}
     entries, nbytes = [], 0.0

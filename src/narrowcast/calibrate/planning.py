@@ -3,13 +3,14 @@
 import base64
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from narrowcast.calibrate.fitting import DEFAULT_BITS, Fitted, ModelRecipe, fit
+from narrowcast.calibrate.fitting import DEFAULT_BITS, Fitted, ModelRecipe, fit, least_bits
 from narrowcast.calibrate.moments import Moments
 from narrowcast.calibrate.observers import ErrorObserver
 from narrowcast.calibrate.recipes import CodecByKind, described, recipes_by_kind
@@ -115,7 +116,7 @@ class Observations:
                 found = [log_probs(self.model, ids) for ids in batches]
             return made, compare(reference, found, batches).kl_nats
 
-        few, many = 0, round(MOST_BITS / BITS_STEP)
+        few, many = self._too_few_steps(), round(MOST_BITS / BITS_STEP)
         best, kl = tried(many)
         if kl > target_kl:
             raise InvalidInputError(
@@ -132,6 +133,11 @@ class Observations:
             else:
                 few = middle
         return best, {**asked, "bits": many * BITS_STEP, "held_out_kl": float(f"{kl:.4g}")}
+
+    def _too_few_steps(self) -> int:
+        """Of BITS_STEP: so many are less than a plan can be made of, one more may be enough."""
+        num_features = min(each.partial.shape[1] for each in self.moments.values())
+        return math.ceil(least_bits(num_features) / BITS_STEP) - 1
 
     def _finished(self, sites: Mapping[str, Site], asked: Mapping[str, Any]) -> Plan:
         """The plan of these sites, with the errors that they make."""

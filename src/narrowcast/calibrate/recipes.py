@@ -6,7 +6,7 @@ from typing import Any
 
 from narrowcast.calibrate.fitting import MODEL_RECIPES, ModelRecipe
 from narrowcast.calibrate.moments import MomentsNeeded
-from narrowcast.codecs import Recipe
+from narrowcast.codecs import PRESETS, Recipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.errors import InvalidInputError
 from narrowcast.split import KINDS, UNCODED
@@ -21,23 +21,29 @@ def recipe(codec: str | Recipe | ModelRecipe) -> Recipe | ModelRecipe:
     """What a name stands for; InvalidInputError lists the names there are."""
     if isinstance(codec, ModelRecipe):
         return codec
-    return MODEL_RECIPES[codec] if isinstance(codec, str) and codec in MODEL_RECIPES else recipe_of_one(codec)
+    if not isinstance(codec, str):
+        return recipe_of_one(codec)
+    if codec not in MODEL_RECIPES and codec not in PRESETS:
+        names = ", ".join((*PRESETS, *(name for name in MODEL_RECIPES if name not in PRESETS)))
+        raise InvalidInputError("codec preset", expected=f"one of {names}", found=codec, remedy="Choose one of them.")
+    return MODEL_RECIPES[codec] if codec in MODEL_RECIPES else recipe_of_one(codec)
 
 
 def recipes_by_kind(codec: CodecByKind) -> dict[str, Recipe | ModelRecipe]:
     """The recipe for each kind of site that is to be coded; InvalidInputError for names that there are not."""
-    recipes = {kind: recipe(each) for kind, each in _by_kind(codec).items()}
+    recipes = {kind: recipe(each) for kind, each in by_kind(codec).items()}
     if misplaced := [kind for kind, each in recipes.items() if isinstance(each, ModelRecipe) and kind != "sum"]:
         raise InvalidInputError(
             "codec",
             expected="a preset that finds its ranges itself, as only sums are fitted to the whole model",
-            found=f"{', '.join(MODEL_RECIPES)} for {misplaced[0]}",
+            found=f"{described(by_kind(codec)[misplaced[0]])} for {misplaced[0]}",
             remedy=f"Use {OF_OTHER_KINDS}, say.",
         )
     return recipes
 
 
-def _by_kind(codec: CodecByKind) -> Mapping[str, str | Recipe | ModelRecipe]:
+def by_kind(codec: CodecByKind) -> Mapping[str, str | Recipe | ModelRecipe]:
+    """What serves each kind of site that is to be coded; InvalidInputError for kinds that there are not."""
     if not isinstance(codec, Mapping):
         fitted = isinstance(recipe(codec), ModelRecipe)
         coded = [kind for kind in KINDS if kind not in UNCODED]
@@ -57,6 +63,10 @@ def asked_for(codec: CodecByKind, **options: Any) -> CodecByKind:
     given = {name: value for name, value in options.items() if value is not None}
     if not given:
         return codec
+    if "bits" in given and "target_kl" in given:
+        raise InvalidInputError(
+            "bits and target KL", expected="one of them", found="both", remedy="Leave one out: each sets the other."
+        )
     of_sums = codec.get("sum") if isinstance(codec, Mapping) else codec
     chosen = None if of_sums is None else recipe(of_sums)
     if not isinstance(chosen, ModelRecipe):
@@ -69,6 +79,10 @@ def asked_for(codec: CodecByKind, **options: Any) -> CodecByKind:
     if "form" in given and chosen.form == "features":
         raise InvalidInputError(
             "axes", expected="with codec transform", found="with codec allocated", remedy="Choose one of them."
+        )
+    if "block_size" in given and given.get("form", chosen.form) != "blocks":
+        raise InvalidInputError(
+            "block size", expected="with axes blocks", found="other axes", remedy="Leave it out, or choose blocks."
         )
     asked = replace(chosen, **given)
     return {**codec, "sum": asked} if isinstance(codec, Mapping) else asked

@@ -16,6 +16,7 @@ from narrowcast.calibrate import (
     CodecByKind,
     Observations,
     asked_for,
+    by_kind,
     moments_needed,
     observe,
     recipes_by_kind,
@@ -41,7 +42,7 @@ from narrowcast.codecs import recipe
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import load_engine
 from narrowcast.plan import Plan, check_writable
-from narrowcast.split import KINDS, UNCODED, Split
+from narrowcast.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 
@@ -110,7 +111,14 @@ def calibrate(
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
         number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
-        typer.echo(f"{output}: {number}, {split}, {', '.join(codec)}, from {len(found)} sequences")
+        typer.echo(f"{output}: {number}, {split}, {', '.join(codec)}{_fitted(plan)}, from {len(found)} sequences")
+
+
+def _fitted(plan: Plan) -> str:
+    """What a codec that is fitted to the whole model was given, or needs."""
+    bits, kl = plan.calibration.get("bits"), plan.calibration.get("held_out_kl")
+    told = "" if bits is None else f" at {bits:g} bits a value"
+    return told if kl is None else f"{told}, KL {kl:.3g} on text that was held out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +155,9 @@ def _groups(tp_size: int, num_nodes: int) -> list[range]:
 def codec_by_kind(options: Sequence[str]) -> CodecByKind:
     """What `--codec` says: a preset for all kinds that are coded unless asked otherwise, others for single kinds."""
     named = [option for option in options if "=" in option]
-    by_kind = dict(option.split("=", 1) for option in named)
+    single = dict(option.split("=", 1) for option in named)
     general = [option for option in options if "=" not in option]
-    if len(general) > 1 or len(by_kind) < len(named):
+    if len(general) > 1 or len(single) < len(named):
         raise InvalidInputError(
             "--codec",
             expected="one preset for all kinds, and at most one for each kind",
@@ -157,8 +165,7 @@ def codec_by_kind(options: Sequence[str]) -> CodecByKind:
             remedy="Use KIND=PRESET, once a kind.",
         )
     rest = general[0] if general else DEFAULT_CODEC
-    coded = dict.fromkeys((kind for kind in KINDS if kind not in UNCODED), rest)
-    codec: CodecByKind = coded | by_kind if by_kind else rest
+    codec: CodecByKind = {**by_kind(rest), **single} if single else rest
     recipes_by_kind(codec)
     return codec
 

@@ -74,6 +74,10 @@ def evaluate(
     """
     check_report(json)
     check_report(report, html=True)
+    if report is not None and report == json:
+        raise InvalidInputError(
+            "--report and --json", expected="two files", found=str(json), remedy="Give one of them another name."
+        )
     if report is not None:
         check_possible()
     asked = chosen_tasks(tasks, tasks_data, limit)

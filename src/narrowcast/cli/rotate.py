@@ -1,6 +1,7 @@
 """`narrowcast rotate`: a model in, the same model on other axes out."""
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -107,12 +108,20 @@ def _unwritable(out: Path, expected: str, found: str, remedy: str) -> InvalidInp
     return InvalidInputError(str(out), expected=expected, found=found, remedy=remedy)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 @contextmanager
 def _folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` when it is whole; what was there goes."""
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
         folder = Path(temporary) / "new"
         yield folder
+        for file in filter(Path.is_file, folder.rglob("*")):
+            file.chmod(0o666 & ~_umask())  # Transformers writes weights for their owner alone
         if out.exists():
             out.rename(Path(temporary) / "old")
         folder.rename(out)
