@@ -18,12 +18,13 @@ from narrowcast.calibrate.moments import MomentObserver, Moments, MomentsNeeded,
 from narrowcast.calibrate.observers import EMA_FACTOR, FirstTokens, RangeObserver
 from narrowcast.calibrate.planning import Observations
 from narrowcast.calibrate.recipes import CodecByKind, asked_for, by_kind, moments_needed, recipes_by_kind
-from narrowcast.calibrate.running import evaluating, run, travelling_over
+from narrowcast.calibrate.running import run, travelling_over
 from narrowcast.codecs import Recipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.collectives import checked_groups
 from narrowcast.errors import InvalidInputError
 from narrowcast.integrations import Engine, check_detached, device_of, engine_of
+from narrowcast.integrations.forwards import evaluating
 from narrowcast.plan import Plan
 from narrowcast.split import Experts, Split
 

@@ -14,13 +14,14 @@ from narrowcast.calibrate.fitting import DEFAULT_BITS, Fitted, ModelRecipe, fit,
 from narrowcast.calibrate.moments import Moments
 from narrowcast.calibrate.observers import ErrorObserver
 from narrowcast.calibrate.recipes import CodecByKind, described, recipes_by_kind
-from narrowcast.calibrate.running import evaluating, run, travelling_over
+from narrowcast.calibrate.running import run, travelling_over
 from narrowcast.codecs import Codec, Ranges, Recipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluate import compare, log_probs
 from narrowcast.integrations import attach, engine_of, transports_of
 from narrowcast.integrations.base import Groups
+from narrowcast.integrations.forwards import evaluating
 from narrowcast.plan import ModelFingerprint, Plan, Site
 from narrowcast.split import Split
 

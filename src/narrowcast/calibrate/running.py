@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from narrowcast.calibrate.gathering import GatheringCommunicator
 from narrowcast.integrations import device_of, engine_of, transports_of
 from narrowcast.integrations.base import Wires
+from narrowcast.integrations.forwards import evaluating
 from narrowcast.split import Split
 
 
@@ -26,18 +27,6 @@ def travelling_over(wires: Wires, model: nn.Module, split: Split) -> Iterator[No
             yield
     finally:
         forwards.restore()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No dropout."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def run(model: nn.Module, ids: Tensor) -> None:

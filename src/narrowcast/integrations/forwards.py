@@ -73,6 +73,18 @@ def _lent(module: nn.Module, attributes: dict[str, Any]) -> Iterator[None]:
             home[name] = originals[name]
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """No dropout."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 def chunk(size: int, rank: int, tp_size: int) -> slice:
     """What `rank` holds of a dimension by DTensor's rule (torch.chunk): the last ranks may hold less, or none."""
     width = -(-size // tp_size)

@@ -9,8 +9,8 @@ Shapes: E features of the stream, O outputs, I inputs, X experts, T tokens.
 """
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NoReturn, cast
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from narrowcast.errors import InvalidInputError
+from narrowcast.integrations.forwards import evaluating
 from narrowcast.integrations.transformers import experts, linear
 
 NUM_TRIED = 8  # tokens of the short run
@@ -86,7 +87,7 @@ def _watched(model: Any) -> Stream:
     names = [f"{model.base_model_prefix}.layers.{number}" for number in range(len(layers))]
     stream = Stream([norm for home in (model.base_model_prefix, *names) for norm in _norms(model, home)])
     embedding = model.get_input_embeddings()
-    with ExitStack() as hooks, _evaluating(model), torch.no_grad():
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
         for name, module in model.named_modules():
             if name in names:
                 hook = _before(module, name, stream.layer_takes)
@@ -117,17 +118,6 @@ def _before(module: nn.Module, name: str, see: Callable[[str, Tensor, Mapping[st
 def _after(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
     """Let `see` know what `module` returns."""
     return module.register_forward_hook(lambda _, args, x: see(x))
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    try:
-        model.eval()
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def _norms(model: nn.Module, home: str) -> list[str]:
