@@ -307,15 +307,13 @@ def test_a_site_alone_leaves_all_others_plain(folder: Path) -> None:
 
 
 def test_no_bits_for_a_site_are_no_error(folder: Path) -> None:
-    """A byte a token is all that travels: its scale."""
+    """A byte a token is all that travels there: its scale."""
     model = transformers.load(folder)
     for form in FORMS:
-        with (
-            torch.no_grad(),
-            narrowcast.attach(model, a_plan(model, 4, form, 0.01), simulate=True, algorithm="one_shot") as handle,
-        ):
+        plan = a_plan(model, 4, form, 0.42)  # a block of one bit for each site, on average
+        with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, algorithm="one_shot") as handle:
             assert model(random_ids(2, 9)).logits.isfinite().all()
-        assert handle.report().bits_per_value == 8 / 96
+        assert min(site.bits_per_value or 1 for site in handle.report().sites.values() if site.coded) == 8 / 96
 
 
 def counted(folder: Path, plan: Path, ids: Tensor) -> tuple[Tensor, Tensor, Any, Any]:
