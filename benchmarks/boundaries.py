@@ -15,9 +15,9 @@ from typing import Any
 
 from scoring import MODEL, Scorer, figures, text
 
-from narrowcast.calibrate import observe
-from narrowcast.cli.files import check_report, write_report
-from narrowcast.integrations import load_engine
+from narrowcast.calibration import observe
+from narrowcast.engines import load_engine
+from narrowcast.files import check_report, write_report
 
 PRESETS = [
     "bf16",

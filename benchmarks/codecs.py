@@ -18,11 +18,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from narrowcast.calibrate import Observations, observe
-from narrowcast.cli.files import DEFAULT_LENGTH, check_report, sequences, write_report
+from narrowcast.calibration import Observations, observe
+from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.codecs import PRESETS
-from narrowcast.evaluate import log_probs, score_simulated
-from narrowcast.integrations import load_engine
+from narrowcast.engines import load_engine
+from narrowcast.evaluation.sites import score_simulated
+from narrowcast.files import check_report, write_report
+from narrowcast.scores import log_probs
 
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 TP_SIZE, NUM_CALIBRATION = 8, 32

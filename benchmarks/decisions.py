@@ -19,17 +19,17 @@ import torch
 import torch.distributed as dist
 
 from narrowcast import PRESETS
-from narrowcast.bench.ranks import run
-from narrowcast.bench.timing import Case, interleaved, over_ranks, rounds_within, spread
-from narrowcast.cli.files import check_report, write_report
 from narrowcast.codecs import Ranges
 from narrowcast.collectives import Pending, Stages, all_reduce_steps
-from narrowcast.communicator import plain
-from narrowcast.link import Link
+from narrowcast.files import check_report, write_report
+from narrowcast.launch.link import Link
+from narrowcast.launch.ranks import run
+from narrowcast.perf.timing import Case, interleaved, over_ranks, rounds_within, spread
+from narrowcast.perf.tune import tune
 from narrowcast.plan import ModelFingerprint, Plan, Site
-from narrowcast.split import Split
+from narrowcast.plan.split import Split
+from narrowcast.runtime.communicator import plain
 from narrowcast.transport import TcpTransport
-from narrowcast.tune import tune
 
 NUM_FEATURES = 4096
 ROW_NBYTES = 2 * NUM_FEATURES

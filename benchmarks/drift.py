@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 import narrowcast
 from narrowcast import Plan
-from narrowcast.cli.files import check_report, write_report
 from narrowcast.codecs import PRESETS, Codec, Ranges, feature
-from narrowcast.evaluate import compare, log_probs
-from narrowcast.integrations import load_engine
+from narrowcast.engines import load_engine
+from narrowcast.files import check_report, write_report
+from narrowcast.scores import compare, log_probs
 
 NUM_FEATURES = 512
 FAR = {"none": 0, "one, 100 times": 1, "10 %, 100 times": NUM_FEATURES // 10, "all, 100 times": NUM_FEATURES}

@@ -20,11 +20,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from narrowcast import PRESETS
-from narrowcast.bench.ranks import run
-from narrowcast.bench.timing import Case, Span, interleaved, over_ranks, p99
-from narrowcast.cli.files import check_report, write_report
 from narrowcast.codecs import Ranges
 from narrowcast.collectives import Pending, Stages, all_reduce_steps
+from narrowcast.files import check_report, write_report
+from narrowcast.launch.ranks import run
+from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99
 from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
 
 SIZES = 256, 8192, 65536

@@ -31,11 +31,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import narrowcast
 from models import CONFIGS, SMALL, random_ids, save_random
 from narrowcast import NarrowcastError, Plan
-from narrowcast.calibrate import Observations, observe
-from narrowcast.cli.files import check_report, write_report
-from narrowcast.integrations import load_engine
-from narrowcast.monitor import Report
-from narrowcast.split import KINDS, Split
+from narrowcast.calibration import Observations, observe
+from narrowcast.engines import load_engine
+from narrowcast.files import check_report, write_report
+from narrowcast.plan.split import KINDS, Split
+from narrowcast.runtime.counters import Report
 from ranks import RankError, Ranks
 
 CODECS = [

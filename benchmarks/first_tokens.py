@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import narrowcast
-from narrowcast.calibrate import FirstTokens
-from narrowcast.cli.files import check_report, write_report
-from narrowcast.evaluate import log_probs, score_simulated
-from narrowcast.integrations import load_engine
-from narrowcast.integrations.forwards import split_virtually
+from narrowcast.calibration import FirstTokens
+from narrowcast.engines import load_engine
+from narrowcast.engines.forwards import split_virtually
+from narrowcast.evaluation.sites import score_simulated
+from narrowcast.files import check_report, write_report
+from narrowcast.scores import log_probs
 
 RANDOM = LlamaConfig(
     vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,

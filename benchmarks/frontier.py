@@ -29,16 +29,17 @@ from scoring import MODEL
 from torch import Tensor, nn
 
 from narrowcast import Plan
-from narrowcast.calibrate import CodecByKind, ModelRecipe, observe
-from narrowcast.calibrate.axes import hadamard, joint, principal
-from narrowcast.calibrate.fitting import Budgeted, Form, stage_axes
-from narrowcast.calibrate.moments import Moments
-from narrowcast.cli.files import check_report, read_report, write_report
+from narrowcast.calibration import CodecByKind, ModelRecipe, observe
+from narrowcast.calibration.fit import Budgeted, Form, stage_axes
+from narrowcast.calibration.moments import Moments
 from narrowcast.codecs import AllocatedCodec, lloyd_max, token_scale
 from narrowcast.codecs.allocation import BLOCK
-from narrowcast.evaluate import log_probs, score_simulated
-from narrowcast.integrations import load_engine
-from narrowcast.integrations.rotation import rotate
+from narrowcast.engines import load_engine
+from narrowcast.evaluation.sites import score_simulated
+from narrowcast.files import check_report, read_report, write_report
+from narrowcast.rotation.axes import hadamard, joint, principal
+from narrowcast.rotation.rotate import rotate
+from narrowcast.scores import log_probs
 
 SHARED = Path(__file__).parents[2] / "shared"
 LENGTH, SEED = 256, 5

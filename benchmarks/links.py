@@ -19,11 +19,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-from narrowcast.bench import emulation
-from narrowcast.bench.ranks import run
 from narrowcast.cli.bench import machine
-from narrowcast.cli.files import check_report, write_report
-from narrowcast.link import Link
+from narrowcast.files import check_report, write_report
+from narrowcast.launch.link import Link
+from narrowcast.launch.ranks import run
+from narrowcast.perf import emulation
 
 LINKS = "100Mbps,1ms", "100Mbps,10ms", "1Gbps,100us", "1Gbps,1ms", "10Gbps,50us"
 NUM_TRIPS, CHUNK, HEADERS, PORT = 500, 1 << 20, 52, 7000

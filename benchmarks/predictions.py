@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-from narrowcast.cli.files import check_report, write_report
 from narrowcast.codecs import Ranges, recipe
 from narrowcast.collectives import Stages
-from narrowcast.cost import CostModel, measure_coding, plain_coding
-from narrowcast.decision import Choice
-from narrowcast.link import Link
+from narrowcast.files import check_report, write_report
+from narrowcast.launch.link import Link
+from narrowcast.perf.estimate import CostModel, measure_coding, plain_coding
+from narrowcast.plan.decisions import Choice
 
 
 def predicted_us(row: dict[str, Any]) -> float:

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from narrowcast import Plan
-from narrowcast.cli.files import DEFAULT_LENGTH, sequences
-from narrowcast.evaluate import Score, log_probs, score_simulated
-from narrowcast.integrations import load_engine
+from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
+from narrowcast.engines import load_engine
+from narrowcast.evaluation.sites import score_simulated
+from narrowcast.scores import Score, log_probs
 
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 

@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from narrowcast.cli.files import check_report, write_report
 from narrowcast.codecs.allocation import BLOCK
-from narrowcast.transform import Part, Remix, Transform
+from narrowcast.files import check_report, write_report
+from narrowcast.plan.transform import Part, Remix, Transform
 
 LAYERS, HIDDEN, RANKS = 32, 4096, 8
 INPUTS = {"o_proj": 4096, "down_proj": 11008}  # columns of the row-parallel weights, over all ranks

@@ -237,7 +237,7 @@ def kills(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    from narrowcast.cli.files import check_report, write_report  # which ranks, who import this file too, need not
+    from narrowcast.files import check_report, write_report  # which ranks, who import this file too, need not
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)

@@ -30,15 +30,15 @@ from scoring import MODEL, Scorer, figures, text
 import narrowcast
 import ranks
 from narrowcast import Plan
-from narrowcast.calibrate import Observations, observe
-from narrowcast.cli.files import check_report, write_report
+from narrowcast.calibration import Observations, observe
 from narrowcast.codecs import FeatureCodec, Ranges, recipe
-from narrowcast.communicator import SiteCodecs
-from narrowcast.evaluate import Score, compare, log_probs
-from narrowcast.integrations import load_engine
-from narrowcast.integrations.transformers.weights import local
-from narrowcast.simulator import Simulator
-from narrowcast.split import UNCODED, Split
+from narrowcast.engines import load_engine
+from narrowcast.engines.transformers.weights import local
+from narrowcast.files import check_report, write_report
+from narrowcast.plan.split import UNCODED, Split
+from narrowcast.runtime.communicator import SiteCodecs
+from narrowcast.runtime.simulator import Simulator
+from narrowcast.scores import Score, compare, log_probs
 
 SUM = "int4-feature"
 PRESETS = ["int8-feature", "int4-feature", "int8-group128", "int4-group128", "fp8-e4m3-token"]

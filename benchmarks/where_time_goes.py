@@ -26,17 +26,17 @@ from torch import Tensor, nn
 
 import narrowcast
 from narrowcast import communicator
-from narrowcast.bench.model import WEIGHTS, Job, prepared
-from narrowcast.bench.ranks import run
-from narrowcast.bench.shapes import VOCAB_SIZE, shape_of
-from narrowcast.cli.files import check_report, write_report
+from narrowcast.codecs.kernels.cpu import Kernel
 from narrowcast.collectives.base import Deferred
-from narrowcast.communicator import Communicator
-from narrowcast.integrations import load_engine
-from narrowcast.kernels.cpu import Kernel
-from narrowcast.link import Link
+from narrowcast.engines import load_engine
+from narrowcast.files import check_report, write_report
+from narrowcast.launch.link import Link
+from narrowcast.launch.ranks import run
+from narrowcast.perf.model import WEIGHTS, Job, prepared
+from narrowcast.perf.shapes import VOCAB_SIZE, shape_of
 from narrowcast.plan import Plan
-from narrowcast.split import Split
+from narrowcast.plan.split import Split
+from narrowcast.runtime.communicator import Communicator
 from narrowcast.transport.tcp import TcpTransport, TcpWork
 
 PARTS = "compute", "encode", "decode", "link", "waiting", "overhead"

@@ -6,9 +6,9 @@ from typer.testing import CliRunner, Result
 
 from conftest import MODEL
 from narrowcast import Plan, calibrate
+from narrowcast.calibration.text import sequences
 from narrowcast.cli import app
-from narrowcast.cli.files import sequences
-from narrowcast.integrations import load_engine
+from narrowcast.engines import load_engine
 
 
 def run(*arguments: object, status: int = 0) -> str:

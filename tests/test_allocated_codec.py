@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrowcast import kernels, ops
-from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, Ranges, lloyd_max, token_scale
+from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, Ranges, kernels, lloyd_max, ops, token_scale
 from narrowcast.codecs.allocated_recipe import fitted
 from narrowcast.codecs.allocation import Entry, allocate, in_blocks
 from narrowcast.errors import InvalidInputError

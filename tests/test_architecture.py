@@ -12,29 +12,21 @@ SOURCE = Path(narrowcast.__file__).parent
 # A module imports only from those above it (docs/architecture.md).
 ORDER = [
     "errors",
-    "link",
     "_native",
-    "link",
-    "ops",
-    "kernels",
+    "files",
     "codecs",
     "transport",
-    "processes",
     "collectives",
-    "decision",
-    "split",
-    "transform",
     "plan",
-    "monitor",
-    "communicator",
-    "cost",
-    "tune",
-    "simulator",
-    "integrations",
-    "evaluate",
-    "tasks",
-    "calibrate",
-    "bench",
+    "runtime",
+    "engines",
+    "attach",
+    "launch",
+    "scores",
+    "calibration",
+    "rotation",
+    "evaluation",
+    "perf",
     "cli",
 ]
 ENGINES = {"transformers", "vllm"}
@@ -84,10 +76,10 @@ def test_modules_import_only_from_those_above() -> None:
     assert checked > 50
 
 
-def test_only_its_integration_imports_an_engine() -> None:
+def test_only_its_folder_imports_an_engine() -> None:
     for path in SOURCE.rglob("*.py"):
         engines = {name.split(".")[0] for name in imports(path)} & ENGINES
-        assert not engines or path.is_relative_to(SOURCE / "integrations" / engines.pop()), path
+        assert not engines or path.is_relative_to(SOURCE / "engines" / engines.pop()), path
 
 
 def test_public_names() -> None:

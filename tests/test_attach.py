@@ -17,10 +17,10 @@ import narrowcast
 from conftest import MODEL
 from models import CONFIGS, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
+from narrowcast.engines import load_engine
 from narrowcast.errors import PlanMismatchError
-from narrowcast.integrations import load_engine
-from narrowcast.monitor import Report
-from narrowcast.split import Split
+from narrowcast.plan.split import Split
+from narrowcast.runtime.counters import Report
 from ranks import Ranks
 
 Pools = Callable[[int], Ranks]

@@ -18,13 +18,13 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from narrowcast.bench import emulation, timing
-from narrowcast.bench.ranks import run
-from narrowcast.bench.shapes import shape_of
 from narrowcast.cli import bench
 from narrowcast.cli.bench import THOUSANDS, number
 from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError
-from narrowcast.link import Link
+from narrowcast.launch.link import Link
+from narrowcast.launch.ranks import run
+from narrowcast.perf import emulation, timing
+from narrowcast.perf.shapes import shape_of
 from test_cli import narrowcast, refused
 
 ROWS = {

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.calibrate import EMA_FACTOR, observe
+from narrowcast.calibration import EMA_FACTOR, observe
 from narrowcast.codecs import FeatureCodec, FeatureRecipe
-from narrowcast.integrations import load_engine
-from narrowcast.integrations.forwards import chunk
+from narrowcast.engines import load_engine
+from narrowcast.engines.forwards import chunk
 
 transformers = load_engine()
 

@@ -8,8 +8,8 @@ import pytest
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError
-from narrowcast.integrations import load_engine
-from narrowcast.split import Split
+from narrowcast.engines import load_engine
+from narrowcast.plan.split import Split
 from ranks import Ranks
 
 Pools = Callable[[int], Ranks]

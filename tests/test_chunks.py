@@ -13,7 +13,7 @@ from narrowcast.collectives import Pending, Stages, all_reduce_steps, simulate
 from narrowcast.collectives.algorithms import named
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import MAX_CHUNKS, chunks_of
-from narrowcast.communicator import Communicator, SiteCodecs
+from narrowcast.runtime.communicator import Communicator, SiteCodecs
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 

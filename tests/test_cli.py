@@ -14,7 +14,7 @@ import torch
 from conftest import MODEL
 from models import save_random
 from narrowcast import Plan
-from narrowcast.integrations import load_engine
+from narrowcast.engines import load_engine
 from narrowcast.plan import Site
 
 TEXT = str(MODEL / "scoring.txt")

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import calibrated
-from narrowcast import ops
-from narrowcast.codecs import CODECS, PRESETS, CastCodec, Codec, FeatureCodec, Ranges, recipe
+from narrowcast.codecs import CODECS, PRESETS, CastCodec, Codec, FeatureCodec, Ranges, ops, recipe
 from narrowcast.errors import InvalidInputError
 
 every_preset = pytest.mark.parametrize("preset", PRESETS)

@@ -22,16 +22,16 @@ from narrowcast.cli import app
 from narrowcast.codecs import Ranges
 from narrowcast.codecs.allocated_recipe import AllocatedRecipe
 from narrowcast.collectives import simulate
-from narrowcast.communicator import Communicator, SiteCodecs, plain
-from narrowcast.decision import Choice, Decisions
-from narrowcast.integrations import load_engine
-from narrowcast.monitor import Report
+from narrowcast.engines import load_engine
+from narrowcast.perf.tune import GROWTH, LARGEST_NBYTES, Timing, tune
 from narrowcast.plan import ModelFingerprint, Site
-from narrowcast.simulator import Simulator
-from narrowcast.split import Split
-from narrowcast.transform import Part, Remix, Transform
+from narrowcast.plan.decisions import Choice, Decisions
+from narrowcast.plan.split import Split
+from narrowcast.plan.transform import Part, Remix, Transform
+from narrowcast.runtime.communicator import Communicator, SiteCodecs, plain
+from narrowcast.runtime.counters import Report
+from narrowcast.runtime.simulator import Simulator
 from narrowcast.transport import TorchDistributedTransport
-from narrowcast.tune import GROWTH, LARGEST_NBYTES, Timing, tune
 from ranks import Ranks
 
 NUM_FEATURES = 64

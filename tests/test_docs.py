@@ -17,8 +17,8 @@ import torch
 import narrowcast
 from models import calibrated, save_random
 from narrowcast.codecs import PRESETS, lloyd_max
-from narrowcast.integrations import load_engine
-from narrowcast.split import KINDS, Split
+from narrowcast.engines import load_engine
+from narrowcast.plan.split import KINDS, Split
 
 ROOT = Path(__file__).parents[1]
 METHOD = (ROOT / "docs" / "method.md").read_text(encoding="utf8")

@@ -11,17 +11,16 @@ from torch import Tensor
 import narrowcast
 from conftest import MODEL
 from models import calibrated
-from narrowcast import ops
-from narrowcast.cli.files import sequences
+from narrowcast.calibration.text import sequences
 from narrowcast.cli.model import summary
-from narrowcast.codecs import PRESETS, Codec, FeatureCodec, GroupCodec, feature
+from narrowcast.codecs import PRESETS, Codec, FeatureCodec, GroupCodec, feature, kernels, ops
 from narrowcast.collectives import all_reduce_steps, checked_stages, choose, simulate
 from narrowcast.collectives.pending import Pending
-from narrowcast.evaluate import compare, log_probs
-from narrowcast.integrations import load_engine
-from narrowcast.monitor import Report, SiteReport
+from narrowcast.engines import load_engine
 from narrowcast.plan import Plan
-from narrowcast.split import Split
+from narrowcast.plan.split import Split
+from narrowcast.runtime.counters import Report, SiteReport
+from narrowcast.scores import compare, log_probs
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 from test_collectives import partials, same_bits
@@ -191,7 +190,7 @@ def test_devices_that_would_have_to_be_asked_get_the_same_bits(monkeypatch: pyte
     found = []
     for _ in range(2):
         codec, _ = calibrated("int4-feature", random(2, 20, 130, seed=1))
-        with narrowcast.kernels.forced("reference"):
+        with kernels.forced("reference"):
             payloads_RTB = torch.stack([codec.encode(x_TE, source=rank) for rank, x_TE in enumerate(x_RTE)])
             found.append((payloads_RTB, codec.decode_sum(payloads_RTB)))
         monkeypatch.setattr(feature, "_perhaps_any", lambda _: True)

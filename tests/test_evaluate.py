@@ -15,10 +15,11 @@ import narrowcast
 from models import random_ids, save_random
 from narrowcast import Plan
 from narrowcast.codecs import FeatureCodec, FeatureRecipe
-from narrowcast.evaluate import Items, Score, compare, log_probs, score_simulated, site_errors
-from narrowcast.evaluate.intervals import holm, t_quantile, t_within
-from narrowcast.integrations import load_engine
-from narrowcast.monitor import Report
+from narrowcast.engines import load_engine
+from narrowcast.evaluation.sites import score_simulated, site_errors
+from narrowcast.runtime.counters import Report
+from narrowcast.scores import Items, Score, compare, log_probs
+from narrowcast.scores.intervals import holm, t_quantile, t_within
 
 
 @pytest.fixture(scope="module")

@@ -18,8 +18,8 @@ import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, PeerLostError, Plan
 from narrowcast.codecs import CastCodec
-from narrowcast.integrations import load_engine
-from narrowcast.split import Split
+from narrowcast.engines import load_engine
+from narrowcast.plan.split import Split
 from narrowcast.transport import TorchDistributedTransport, Transport, connect
 from ranks import Ranks
 from transports import GLOO, TCP, Kind, needs_mesh, over_both

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models import calibrated
-from narrowcast import ops
-from narrowcast.codecs import PRESETS, FeatureCodec, FeatureRecipe, Ranges
+from narrowcast.codecs import PRESETS, FeatureCodec, FeatureRecipe, Ranges, ops
 from narrowcast.errors import InvalidInputError
 
 

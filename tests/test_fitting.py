@@ -13,15 +13,15 @@ from torch import Tensor, nn
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.calibrate import ModelRecipe, asked_for, observe, recipes_by_kind
-from narrowcast.calibrate.fitting import Form, fit
-from narrowcast.calibrate.moments import Moments, fisher_information
+from narrowcast.calibration import ModelRecipe, asked_for, observe, recipes_by_kind
+from narrowcast.calibration.fit import Form, fit
+from narrowcast.calibration.moments import Moments, fisher_information
 from narrowcast.cli.calibrate import codec_by_kind
 from narrowcast.codecs import PRESETS, AllocatedCodec, Codec
 from narrowcast.codecs.allocation import BLOCK, Entry, allocate
-from narrowcast.evaluate import compare, log_probs
-from narrowcast.integrations import load_engine
-from narrowcast.integrations.forwards import chunk
+from narrowcast.engines import load_engine
+from narrowcast.engines.forwards import chunk
+from narrowcast.scores import compare, log_probs
 from test_calibrate import batch
 
 transformers = load_engine()
@@ -243,7 +243,7 @@ def test_partial_sums_that_do_not_span_all_features(observed: Any, form: Form) -
 
 
 def on_rank(folder: Path) -> None:
-    from narrowcast.split import Split
+    from narrowcast.plan.split import Split
 
     part = transformers.load(folder, split=Split(tp_size=2))
     with pytest.raises(InvalidInputError, match="a whole model, of whose loss there are gradients, found one split"):

@@ -9,8 +9,8 @@ import pytest
 
 from commands import refused, run, save_plan
 from conftest import MODEL
-from narrowcast.evaluate import Items, changes
-from narrowcast.evaluate.gate import LEVEL
+from narrowcast.evaluation.verdict import LEVEL, changes
+from narrowcast.scores import Items
 
 
 def items(*values: float) -> Items:

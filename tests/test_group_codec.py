@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from narrowcast import ops
-from narrowcast.codecs import PRESETS, Codec, GroupCodec
+from narrowcast.codecs import PRESETS, Codec, GroupCodec, ops
 from narrowcast.errors import InvalidInputError
 
 Array = NDArray[np.float32]

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import test_golden
-from narrowcast import kernels, ops
-from narrowcast.codecs import PRESETS, AllocatedCodec, Codec, Ranges, token_scale
+from narrowcast.codecs import PRESETS, AllocatedCodec, Codec, Ranges, kernels, ops, token_scale
+from narrowcast.codecs.kernels import REFERENCE, cpu
 from narrowcast.errors import InvalidInputError
-from narrowcast.kernels import REFERENCE, cpu
 
 PATHS = [path for path in kernels.available() if path != REFERENCE]
 compiled = pytest.mark.skipif(not PATHS, reason="the compiled module is not installed")

@@ -16,8 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrowcast import ops
-from narrowcast.codecs import PRESETS, Codec, MinifloatCodec
+from narrowcast.codecs import PRESETS, Codec, MinifloatCodec, ops
 from narrowcast.codecs.floats import FORMATS, FloatFormat
 from narrowcast.errors import InvalidInputError
 

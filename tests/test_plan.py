@@ -15,7 +15,7 @@ from models import calibrated
 from narrowcast import InvalidInputError, Plan, PlanError
 from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.plan import ModelFingerprint, Site
-from narrowcast.split import Split
+from narrowcast.plan.split import Split
 
 MODEL = ModelFingerprint(
     config={"model_type": "llama", "hidden_size": 70}, samples={"embedding": ["a", "b"], "o_proj": ["c", "d"]}

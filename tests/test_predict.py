@@ -14,10 +14,10 @@ from narrowcast import PRESETS
 from narrowcast.cli import app
 from narrowcast.codecs import Ranges
 from narrowcast.collectives import Stages
-from narrowcast.cost import Coding, CostModel
-from narrowcast.decision import Choice
 from narrowcast.errors import InvalidInputError
-from narrowcast.link import Link
+from narrowcast.launch.link import Link
+from narrowcast.perf.estimate import Coding, CostModel
+from narrowcast.plan.decisions import Choice
 
 NO_CODING = Coding(encode_s=0.0, decode_s=0.0)
 ONE, TWO, NATIVE = Choice("coded", "one_shot"), Choice("coded", "two_shot"), Choice("native")

@@ -18,12 +18,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import narrowcast
 from conftest import MODEL
 from models import CONFIGS, SMALL, random_ids
-from narrowcast.calibrate import axes
-from narrowcast.calibrate.moments import Moments
+from narrowcast.calibration.moments import Moments
 from narrowcast.cli.rotate import rotate as rotate_command
 from narrowcast.errors import InvalidInputError, PlanMismatchError
-from narrowcast.evaluate import Score, compare, log_probs
-from narrowcast.integrations.rotation import rotate
+from narrowcast.rotation import axes
+from narrowcast.rotation.rotate import rotate
+from narrowcast.scores import Score, compare, log_probs
 from test_cli import narrowcast as command
 from test_cli import refused
 

@@ -11,9 +11,9 @@ from torch import Tensor
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.integrations import load_engine
-from narrowcast.monitor import Report
-from narrowcast.split import KINDS, Split
+from narrowcast.engines import load_engine
+from narrowcast.plan.split import KINDS, Split
+from narrowcast.runtime.counters import Report
 from ranks import Ranks
 
 Pools = Callable[[int], Ranks]

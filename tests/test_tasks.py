@@ -17,10 +17,10 @@ import torch
 import narrowcast
 from conftest import MODEL
 from narrowcast import InvalidInputError, Plan
-from narrowcast.integrations import load_engine
-from narrowcast.split import Split
-from narrowcast.tasks import Answer, TaskAnswers, TaskSet, answer, compare, load_tasks, task_items
-from narrowcast.tasks.figures import wilson
+from narrowcast.engines import load_engine
+from narrowcast.evaluation.tasks import Answer, TaskAnswers, TaskSet, answer, compare, load_tasks, task_items
+from narrowcast.evaluation.tasks.figures import wilson
+from narrowcast.plan.split import Split
 from ranks import Ranks
 
 QUERY = {"query": "Question: What falls from clouds?", "choices": ["rain", " stones", "horses"], "gold": 0}

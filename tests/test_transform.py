@@ -20,15 +20,15 @@ import narrowcast
 from conftest import MODEL
 from models import SMALL, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.calibrate import ModelRecipe
+from narrowcast.calibration import ModelRecipe
 from narrowcast.codecs import AllocatedCodec, CastCodec
-from narrowcast.communicator import Communicator, SiteCodecs
-from narrowcast.decision import Choice, Decisions
+from narrowcast.engines import load_engine
 from narrowcast.errors import PlanFormatError, PlanMismatchError
-from narrowcast.integrations import load_engine
-from narrowcast.simulator import Simulator
-from narrowcast.split import Split
-from narrowcast.transform import Part, Remix, Transform
+from narrowcast.plan.decisions import Choice, Decisions
+from narrowcast.plan.split import Split
+from narrowcast.plan.transform import Part, Remix, Transform
+from narrowcast.runtime.communicator import Communicator, SiteCodecs
+from narrowcast.runtime.simulator import Simulator
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 from test_attach import check_against_simulation

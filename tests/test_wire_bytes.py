@@ -60,7 +60,7 @@ def main(folder: str) -> None:
 def sums(preset: str, repeats: int) -> int:
     """Bytes that this rank counted while it summed `repeats` times."""
     from models import calibrated
-    from narrowcast.communicator import Communicator, SiteCodecs
+    from narrowcast.runtime.communicator import Communicator, SiteCodecs
     from narrowcast.transport import TorchDistributedTransport
 
     codecs = SiteCodecs({"site": calibrated(preset, torch.ones(2, 1, NUM_FEATURES))}, (), "auto", torch.device("cpu"))

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from narrowcast.cli import bench, calibrate, count, demo, doctor, gate, model, plan, predict, rotate
+from narrowcast.files import versions
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -20,7 +21,7 @@ def version(
 ) -> None:
     """Tensor-parallel LLM inference whose devices send each other 4 bits a value."""
     if show:
-        typer.echo(f"narrowcast {doctor.versions()['narrowcast']}")
+        typer.echo(f"narrowcast {versions()['narrowcast']}")
         raise typer.Exit
 
 

@@ -15,19 +15,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from narrowcast.bench import codec as codecs
-from narrowcast.bench import collective as collectives
-from narrowcast.bench import emulation, plots
-from narrowcast.bench import model as models
-from narrowcast.bench.shapes import shape_of
-from narrowcast.cli.doctor import versions
-from narrowcast.cli.files import check_report, write_report
 from narrowcast.cli.options import ReplicateVocabulary, TensorParallel
 from narrowcast.codecs import PRESETS, recipe
 from narrowcast.collectives import ALGORITHMS
 from narrowcast.errors import InvalidInputError
-from narrowcast.link import Link
-from narrowcast.plan import check_writable
+from narrowcast.files import check_report, check_writable, versions, write_report
+from narrowcast.launch import emulation
+from narrowcast.launch.link import Link
+from narrowcast.perf import codec as codecs
+from narrowcast.perf import collective as collectives
+from narrowcast.perf import model as models
+from narrowcast.perf import plots
+from narrowcast.perf.shapes import shape_of
 from narrowcast.transport.tcp import COMPILED
 
 app = typer.Typer(help="Measure codecs, sums over ranks, and whole models.", no_args_is_help=True)

@@ -1,31 +1,24 @@
 """`narrowcast calibrate`: a model and text in, a plan out, in one process or on the ranks of the split model."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
-from narrowcast.calibrate import (
+from narrowcast.calibration import (
     DEFAULT_FIRST_TOKENS,
     DEFAULT_NUM_FIRST,
     CodecByKind,
-    Observations,
     asked_for,
     by_kind,
     moments_needed,
-    observe,
     recipes_by_kind,
 )
-from narrowcast.calibrate.fitting import Budgeted
-from narrowcast.calibrate.moments import MomentsNeeded
-from narrowcast.calibrate.observers import FirstTokens
-from narrowcast.cli.files import DEFAULT_LENGTH, sequences
-from narrowcast.cli.launch import is_first_rank, on_ranks
+from narrowcast.calibration.fit import Budgeted
+from narrowcast.calibration.observers import FirstTokens
+from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli.options import (
     DEFAULT_CODEC,
     CodecOption,
@@ -39,10 +32,13 @@ from narrowcast.cli.options import (
     checked_split,
 )
 from narrowcast.codecs import recipe
+from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.integrations import load_engine
-from narrowcast.plan import Plan, check_writable
-from narrowcast.split import Split
+from narrowcast.evaluation.progress import Options, observe_with_bar
+from narrowcast.files import check_writable
+from narrowcast.launch.torchrun import is_first_rank, on_ranks
+from narrowcast.plan import Plan
+from narrowcast.plan.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 
@@ -121,17 +117,6 @@ def _fitted(plan: Plan) -> str:
     return told if kl is None else f"{told}, KL {kl:.3g} on text that was held out"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of calibration."""
-
-    groups: Sequence[Sequence[int]] = ()
-    within: str = "bf16"
-    first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS
-    num_first: int = DEFAULT_NUM_FIRST
-    moments: MomentsNeeded = "none"
-
-
 def _check_fittable(options: Options, real: bool) -> None:
     """Before the work, not after it."""
     if options.moments != "none" and (real or options.groups):
@@ -168,43 +153,6 @@ def codec_by_kind(options: Sequence[str]) -> CodecByKind:
     codec: CodecByKind = {**by_kind(rest), **single} if single else rest
     recipes_by_kind(codec)
     return codec
-
-
-def observe_with_bar(
-    model: nn.Module,
-    found: Sequence[Tensor],
-    split: Split,
-    options: Options,
-) -> Observations:
-    """`observe` under a bar with rate and remaining time."""
-    columns = (
-        TextColumn("calibrating"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    hidden = not (is_first_rank() and console.is_terminal)
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task("", total=len(found), rate="")
-
-        def advance(done: int) -> None:
-            speed = bar.tasks[0].speed
-            bar.update(task, completed=done, rate=f"{speed:.1f} sequences/s" if speed else "")
-
-        return observe(
-            model,
-            found,
-            tp_size=split.tp_size,
-            pp_size=split.pp_size,
-            experts=split.experts,
-            groups=options.groups,
-            first_tokens=options.first_tokens,
-            num_first=options.num_first,
-            moments=options.moments,
-            progress=advance,
-        )
 
 
 def _on_rank(model: str, split: Split, found: Sequence[Tensor], codec: CodecByKind, options: Options) -> Plan:

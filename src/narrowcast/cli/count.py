@@ -15,7 +15,6 @@ from torch import nn
 
 import narrowcast
 from narrowcast.cli.calibrate import codec_by_kind
-from narrowcast.cli.files import check_report, write_report
 from narrowcast.cli.options import (
     DEFAULT_CODEC,
     Algorithm,
@@ -27,10 +26,11 @@ from narrowcast.cli.options import (
     TensorParallel,
     checked_split,
 )
+from narrowcast.engines import device_of, load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.integrations import device_of, load_engine
-from narrowcast.monitor import Report
+from narrowcast.files import check_report, write_report
 from narrowcast.plan import Plan
+from narrowcast.runtime.counters import Report
 
 FIGURES = "prompt", "prompt_plain", "token", "token_plain"
 NUM_CALIBRATION_TOKENS = 16  # sizes do not depend on values, so that few will do

@@ -14,14 +14,15 @@ from rich.table import Table
 from torch import Tensor
 
 import narrowcast
-from narrowcast.cli.calibrate import Options, observe_with_bar
-from narrowcast.cli.files import check_report, sequences, write_report
-from narrowcast.cli.job import Job, Outcome, reference_of, run_on_ranks
+from narrowcast.calibration.text import sequences
 from narrowcast.cli.options import Algorithm, TransportOption
 from narrowcast.codecs import recipe
+from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.integrations import load_engine
-from narrowcast.split import Split
+from narrowcast.evaluation.job import Job, Outcome, reference_of, run_on_ranks
+from narrowcast.evaluation.progress import Options, observe_with_bar
+from narrowcast.files import check_report, write_report
+from narrowcast.plan.split import Split
 
 BASELINES = ["bf16", "int4", "int4-random"]
 WHAT = {

@@ -1,32 +1,15 @@
 """`narrowcast doctor`: what is installed here and what can run."""
 
-import importlib.metadata
 import os
-import platform
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from narrowcast import kernels
+from narrowcast.codecs import kernels
+from narrowcast.files import versions
 from narrowcast.transport.tcp import COMPILED
-
-PACKAGES = (
-    *("narrowcast", "torch", "numpy", "safetensors"),
-    *("transformers", "accelerate", "typer", "rich", "matplotlib", "lm-eval"),
-)
-
-
-def versions() -> dict[str, str | None]:
-    """Installed versions by package; None for those that are not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def doctor() -> None:

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from narrowcast.cli.evaluation import Subject
-from narrowcast.cli.files import DEFAULT_LENGTH, check_report, read_report, write_report
+from narrowcast.calibration.text import DEFAULT_LENGTH
 from narrowcast.cli.options import (
     Algorithm,
     Device,
@@ -25,7 +24,10 @@ from narrowcast.cli.options import (
     TransportOption,
 )
 from narrowcast.errors import InvalidInputError
-from narrowcast.evaluate import DEFAULT_TOLERANCE, LEVEL, Change, Items, changes
+from narrowcast.evaluation.evaluation import Subject
+from narrowcast.evaluation.verdict import DEFAULT_TOLERANCE, LEVEL, Change, changes
+from narrowcast.files import check_report, read_report, write_report
+from narrowcast.scores import Items
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 UPDATE = "Pass --update to write one."

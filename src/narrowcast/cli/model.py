@@ -8,14 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from narrowcast import Plan
-from narrowcast.bench.plots import check_possible
-from narrowcast.cli.drawings import short
-from narrowcast.cli.evaluation import CURVE, FIGURES, Evaluation, Subject
-from narrowcast.cli.files import DEFAULT_LENGTH, check_report, write_report, write_whole
-from narrowcast.cli.html_report import page
-from narrowcast.cli.job import Job, run_on_ranks
-from narrowcast.cli.launch import is_first_rank
+from narrowcast.calibration.text import DEFAULT_LENGTH
 from narrowcast.cli.options import (
     Algorithm,
     Device,
@@ -28,11 +21,19 @@ from narrowcast.cli.options import (
     Timeout,
     TransportOption,
 )
-from narrowcast.cli.tasks import Limit, TasksData, TasksOption, chosen_tasks, print_tasks
+from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.integrations import load_engine
-from narrowcast.monitor import Report
-from narrowcast.split import Split
+from narrowcast.evaluation.drawings import short
+from narrowcast.evaluation.evaluation import CURVE, FIGURES, Evaluation, Subject
+from narrowcast.evaluation.job import Job, run_on_ranks
+from narrowcast.evaluation.report import page
+from narrowcast.evaluation.task_run import Limit, TasksData, TasksOption, chosen_tasks, print_tasks
+from narrowcast.files import check_report, write_report, write_whole
+from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.perf.plots import check_possible
+from narrowcast.plan import Plan
+from narrowcast.plan.split import Split
+from narrowcast.runtime.counters import Report
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
 

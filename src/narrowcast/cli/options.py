@@ -8,7 +8,7 @@ import typer
 import narrowcast
 from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.errors import InvalidInputError
-from narrowcast.split import KINDS, Experts, Split
+from narrowcast.plan.split import KINDS, Experts, Split
 from narrowcast.transport import TRANSPORTS
 
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]

@@ -12,16 +12,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from narrowcast.cli import drawings
-from narrowcast.cli.launch import is_first_rank, on_ranks
 from narrowcast.cli.options import Timeout, TransportOption
-from narrowcast.codecs import PRESETS, Codec, FeatureCodec
-from narrowcast.decision import FORMS
+from narrowcast.codecs import Codec, FeatureCodec
 from narrowcast.errors import InvalidInputError
-from narrowcast.plan import Plan, Site, check_writable
+from narrowcast.evaluation import drawings
+from narrowcast.files import check_writable
+from narrowcast.launch.torchrun import is_first_rank, on_ranks
+from narrowcast.perf.tune import Tuning
+from narrowcast.perf.tune import tune as tune_plan
+from narrowcast.plan import Plan, Site
+from narrowcast.plan.decisions import FORMS
+from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport, connect_group
-from narrowcast.tune import Tuning
-from narrowcast.tune import tune as tune_plan
 
 app = typer.Typer(help="Look into plans, and tune them.", no_args_is_help=True)
 
@@ -161,33 +163,6 @@ def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table
     for row in rows:
         table.add_row(*(row[place] for place in shown))
     return table
-
-
-def codec_name(codec: Codec) -> str:
-    """Its preset where there are no calibrated tensors, otherwise the id of its format."""
-    presets: dict[str, object] = dict(PRESETS)
-    return next((name for name, preset in presets.items() if preset == codec), codec.id)
-
-
-def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:
-    """Bits a value, by site and stage: of the features, also where components travel in their place."""
-    return {
-        name: tuple(_bits(site, stage, plan) for stage in range(len(site.codecs))) for name, site in plan.sites.items()
-    }
-
-
-def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:
-    """Codecs of stage 0 with calibrated scales, by site."""
-    return {name: site.codecs[0] for name, site in plan.sites.items() if isinstance(site.codecs[0], FeatureCodec)}
-
-
-def _bits(site: Site, stage: int, plan: Plan) -> float:
-    """Of as many features as the codec is calibrated for, otherwise of a hidden state."""
-    codec = site.codecs[stage]
-    scale = codec.state()[1].get("scale")
-    num_sent = plan.model.config.get("hidden_size", 4096) if scale is None else scale.shape[-1]
-    num_features = num_sent if site.transform is None else site.transform.num_features
-    return 8 * codec.row_nbytes(num_sent) / num_features
 
 
 def _components(site: Site, stage: int) -> tuple[str, str]:

@@ -13,16 +13,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from narrowcast.cli.files import check_report, write_report
 from narrowcast.cli.options import ModelArgument, TensorParallel
 from narrowcast.codecs import Ranges, recipe
 from narrowcast.collectives import ALGORITHMS, Stages
-from narrowcast.cost import SOFTWARE, CostModel, measure_coding, plain_coding
-from narrowcast.decision import Choice
+from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.integrations import load_engine
-from narrowcast.link import Link
-from narrowcast.split import Split
+from narrowcast.files import check_report, write_report
+from narrowcast.launch.link import Link
+from narrowcast.perf.estimate import SOFTWARE, CostModel, measure_coding, plain_coding
+from narrowcast.plan.decisions import Choice
+from narrowcast.plan.split import Split
 
 PRESETS = "int8-feature", "int4-feature", "int4-group128", "int2-feature"
 ITEMSIZE = 2  # bytes of a BF16 value, in which models compute

@@ -12,13 +12,14 @@ from typing import Annotated, Literal
 import typer
 from torch import Tensor, nn
 
-from narrowcast.calibrate import axes as choices
-from narrowcast.calibrate import observe
-from narrowcast.cli.files import DEFAULT_LENGTH, sequences, write_report
+from narrowcast.calibration import observe
+from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli.options import Device, Length, ModelArgument, TensorParallel
+from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.integrations import load_engine
-from narrowcast.integrations.rotation import rotate as rotate_model
+from narrowcast.files import write_report
+from narrowcast.rotation import axes as choices
+from narrowcast.rotation.rotate import rotate as rotate_model
 
 Axes = Literal["hadamard", "principal", "fisher", "joint"]
 

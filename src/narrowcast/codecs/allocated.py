@@ -17,13 +17,12 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from narrowcast import ops
-from narrowcast.codecs import lloyd_max, token_scale
+from narrowcast.codecs import lloyd_max, ops, token_scale
 from narrowcast.codecs.allocation import AS_BF16, BLOCK
 from narrowcast.codecs.base import Codec, is_positive
+from narrowcast.codecs.kernels import cpu
 from narrowcast.codecs.token_scale import GUARDED, LARGEST, NOT_FINITE, TOKEN_SCALES, mean_square, scale_code
 from narrowcast.errors import InvalidInputError
-from narrowcast.kernels import cpu
 
 REACH = 8.0  # calibrated standard deviations beyond which a value is far from what was seen
 MAX_ESCAPES, ESCAPE_NBYTES = 15, 4  # values of a guarded token that travel as they are: uint16 feature, BF16 value

@@ -10,8 +10,8 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
+from narrowcast.codecs.kernels import cpu
 from narrowcast.errors import InvalidInputError
-from narrowcast.kernels import cpu
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from narrowcast import ops
+from narrowcast.codecs import ops
 from narrowcast.codecs.base import FLOAT_DTYPES, DynamicCodec
+from narrowcast.codecs.kernels import cpu
 from narrowcast.errors import InvalidInputError
-from narrowcast.kernels import cpu
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 

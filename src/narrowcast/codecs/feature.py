@@ -15,11 +15,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from narrowcast import ops
+from narrowcast.codecs import ops
 from narrowcast.codecs.base import Codec, Ranges, is_positive
 from narrowcast.codecs.group import group_decode_sum, group_encode, group_error_bound
+from narrowcast.codecs.kernels import cpu
 from narrowcast.errors import InvalidInputError
-from narrowcast.kernels import cpu
 
 RANDOM_SEED = 241107942  # nobody's default, so that no other random choice repeats ours
 

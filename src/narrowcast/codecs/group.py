@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from narrowcast import ops
+from narrowcast.codecs import ops
 from narrowcast.codecs.base import DynamicCodec
+from narrowcast.codecs.kernels import cpu
 from narrowcast.errors import InvalidInputError
-from narrowcast.kernels import cpu
 
 SMALLEST_STEP = torch.finfo(torch.bfloat16).smallest_normal  # so that its reciprocal is finite
 

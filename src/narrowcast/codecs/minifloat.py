@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from narrowcast import ops
+from narrowcast.codecs import ops
 from narrowcast.codecs.base import DynamicCodec
 from narrowcast.codecs.floats import E4M3, FORMATS, FloatFormat
+from narrowcast.codecs.kernels import cpu
 from narrowcast.errors import InvalidInputError
-from narrowcast.kernels import cpu
 
 # How scales are stored: "bf16", "e8m0" (powers of two), or "e4m3" on top of one BF16 scale a token.
 Scale = Literal["bf16", "e8m0", "e4m3"]

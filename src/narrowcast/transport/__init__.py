@@ -1,7 +1,7 @@
 """Transports: what moves the bytes."""
 
 from narrowcast.transport.base import Buffers, Collectives, Transport, Work
-from narrowcast.transport.choice import TRANSPORTS, check_transport, connect_group
+from narrowcast.transport.choice import TRANSPORTS, Groups, check_transport, connect_group, transports_of
 from narrowcast.transport.group import DEFAULT_TIMEOUT_S
 from narrowcast.transport.tcp import TcpTransport
 from narrowcast.transport.torch_distributed import TorchDistributedTransport, connect
@@ -11,6 +11,7 @@ __all__ = [
     "TRANSPORTS",
     "Buffers",
     "Collectives",
+    "Groups",
     "TcpTransport",
     "TorchDistributedTransport",
     "Transport",
@@ -18,4 +19,5 @@ __all__ = [
     "check_transport",
     "connect",
     "connect_group",
+    "transports_of",
 ]

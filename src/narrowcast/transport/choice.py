@@ -2,6 +2,7 @@
 
 import json
 import logging
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,13 @@ from narrowcast.transport.torch_distributed import TorchDistributedTransport
 TRANSPORTS = ("auto", "tcp", "torch")
 
 logger = logging.getLogger(__name__)
+
+
+class Groups(NamedTuple):
+    """The process groups of a split model: the ranks that share this rank's layers, and those of its pipeline."""
+
+    tp: torch.distributed.ProcessGroup | None
+    pp: torch.distributed.ProcessGroup | None
 
 
 def connect_group(
@@ -59,6 +67,21 @@ def connect_group(
             raise
         logger.warning("no TCP mesh, torch.distributed instead: %s", error)
         return plain
+
+
+def transports_of(
+    groups: Groups,
+    *,
+    transport: str = "torch",
+    device: torch.device = torch.device("cpu"),
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> tuple[Transport | None, Transport | None]:
+    """Transports between the ranks that share layers, and between the stages of a pipeline; `attach` says which."""
+    tp, pp = (
+        None if group is None else connect_group(group, transport=transport, device=device, timeout_s=timeout_s)
+        for group in groups
+    )
+    return tp, pp
 
 
 def check_transport(transport: str) -> None:

@@ -1,0 +1,191 @@
+"""Engines, and `attach`, which makes a loaded model send what a plan says. `ENGINES` by the package of the model."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+from torch import nn
+
+from narrowcast.collectives import check_algorithm, check_name
+from narrowcast.engines import Engine, device_of, engine_of
+from narrowcast.engines.forwards import Forwards
+from narrowcast.errors import InvalidInputError, PlanMismatchError
+from narrowcast.plan import Plan
+from narrowcast.plan.split import SUMS, Split
+from narrowcast.runtime.communicator import Communicator, SiteCodecs
+from narrowcast.runtime.counters import Monitor, Report
+from narrowcast.runtime.simulator import Simulator
+from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, transports_of
+
+logger = logging.getLogger(__name__)
+
+_ATTACHED = "_narrowcast_handle"
+
+
+class Handle:
+    """A plan at work on a model. `remove()` restores the model exactly; leaving a `with` block does so too."""
+
+    def __init__(self, model: nn.Module, forwards: Forwards, monitor: Monitor) -> None:
+        self._model, self._forwards, self._monitor = model, forwards, monitor
+        setattr(model, _ATTACHED, self)
+
+    def report(self) -> Report:
+        """What this rank has sent since `attach`."""
+        return self._monitor.report()
+
+    def remove(self) -> None:
+        """Give the model back the forwards that it had; a second call does nothing."""
+        self._forwards.restore()
+        if getattr(self._model, _ATTACHED, None) is self:
+            delattr(self._model, _ATTACHED)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    simulate: bool = False,
+    count_only: bool = False,
+    algorithm: str = "auto",
+    deterministic: bool = False,
+    transport: str = "auto",
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> Handle:
+    """Make `model` send its partial sums, and what else the plan names, as `plan` says; every rank calls this.
+
+    `model`: one that its engine has split as the plan says, or, with `simulate=True`, a whole one, which then does
+    the same arithmetic for all ranks in this process.
+    `count_only=True`: everything travels uncoded, and the report says what would have been sent.
+    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast plan
+    tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
+    `deterministic=True`: one algorithm for all sizes, always coded, so that no result depends on the batch.
+    `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
+    mesh for models on the CPU where every rank has the compiled module.
+    `timeout_s`: how long to wait for a rank before it counts as lost.
+    Raises InvalidInputError for a model that cannot be served, PlanMismatchError for a plan that is not for this
+    model or not the same on every rank, PeerLostError when a rank does not come.
+    """
+    engine, device = engine_of(model), device_of(model)
+    _check_arguments(plan, algorithm, transport)
+    codecs = {name: site.codecs for name, site in plan.sites.items()}
+    sites = SiteCodecs(
+        codecs,
+        plan.groups,
+        algorithm,
+        device,
+        transforms={name: site.transform for name, site in plan.sites.items() if site.transform is not None},
+        decisions=plan.decisions,
+        deterministic=deterministic,
+    )
+    if simulate:
+        _check_attachable(engine, model, plan, whole=True)
+        simulator = Simulator(sites, count_only=count_only)
+        return Handle(model, engine.split_virtually(model, plan.split, simulator), sites.monitor)
+    if engine.split_of(model) == Split():
+        raise InvalidInputError(
+            type(model).__name__,
+            expected=f"a model split by {plan.split}",
+            found="a whole one",
+            remedy="Load it with distributed_config=DistributedConfig(tp_size=...), or pass simulate=True.",
+        )
+    tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
+    mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": f"{count_only=}, {deterministic=}"}
+    connected = [each for each in (tp, pp) if each is not None]
+    _check_on_all_ranks(engine, model, plan, connected, mine)
+    communicator = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
+    over = " and ".join(sorted({each.name for each in connected}))
+    tuned_over = sites.decisions.transport
+    if tp is not None and tuned_over not in ("", tp.name):
+        logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)
+    logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
+    return Handle(model, engine.take_over(model, communicator), sites.monitor)
+
+
+def check_detached(model: nn.Module) -> None:
+    """InvalidInputError if a plan is attached to `model`."""
+    if hasattr(model, _ATTACHED):
+        raise InvalidInputError(
+            type(model).__name__,
+            expected="a model without a plan",
+            found="one that has a plan attached",
+            remedy="Call remove() on its handle first.",
+        )
+
+
+def _check_arguments(plan: Plan, algorithm: str, transport: str) -> None:
+    if not isinstance(plan, Plan):
+        raise InvalidInputError("attach", expected="a Plan", found=repr(plan), remedy="Load it with Plan.load(path).")
+    check_name(algorithm)
+    check_transport(transport)
+    for site in plan.sites.values():
+        if site.kind in SUMS:
+            check_algorithm(algorithm, site.codecs, plan.groups)
+
+
+def _check_on_all_ranks(
+    engine: Engine, model: nn.Module, plan: Plan, connected: Sequence[Transport], mine: Mapping[str, str]
+) -> None:
+    """What any rank refuses all refuse, and they take the same plan with the same options."""
+    refusal = None
+    try:
+        _check_attachable(engine, model, plan, whole=False)
+    except InvalidInputError as error:
+        refusal = error
+    for each in connected:
+        refusal = _agree(each, mine, refusal)
+    if refusal is not None:
+        raise refusal
+
+
+def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bool) -> None:
+    check_detached(model)
+    found = engine.split_of(model)
+    if whole and found != Split():
+        raise InvalidInputError(
+            type(model).__name__,
+            expected="a whole model to simulate on",
+            found=f"one split by {found}",
+            remedy="Load it without distributed_config, or attach without simulate=True.",
+        )
+    plan.check(engine.fingerprint(model), plan.split if whole else found)
+    coded = {site.kind for site in plan.sites.values()}
+    here = {name for name, kind in engine.sites(model, plan.split).items() if kind in coded}
+    elsewhere = set(plan.sites) - here
+    if here - set(plan.sites) or (elsewhere and found.pp_size == 1):
+        raise PlanMismatchError(
+            "plan",
+            expected=f"the sites {sorted(here)[:2]}, ...",
+            found=f"differences at {sorted(here ^ set(plan.sites))[:3]}",
+            remedy="Calibrate this model.",
+        )
+
+
+def _agree(
+    transport: Transport, mine: Mapping[str, str], refusal: InvalidInputError | None
+) -> InvalidInputError | None:
+    """The refusal of any rank of the group, this one's first, or of a plan that they do not share."""
+    refused = {"refusal": None if refusal is None else str(refusal)}
+    texts = transport.share(json.dumps({**mine, **refused}), "comparing plans")
+    if refusal is not None:
+        return refusal
+    for rank, theirs in enumerate(json.loads(text) for text in texts):
+        if theirs["refusal"] is not None:
+            return PlanMismatchError(
+                "plan", expected="one that every rank takes", found=f"rank {rank} refused it", remedy=theirs["refusal"]
+            )
+        for key, value in mine.items():
+            if theirs[key] != value:
+                return PlanMismatchError(
+                    f"{key} of rank {rank}",
+                    expected=f"that of rank {transport.rank}, {value[:12]}",
+                    found=theirs[key][:12],
+                    remedy="Give every rank the same plan and options.",
+                )
+    return None

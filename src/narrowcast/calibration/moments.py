@@ -1,0 +1,133 @@
+"""Second moments: how large partial sums and their sums are, and how much the loss minds an error in them.
+
+What `allocated` codecs, transforms and rotations are fitted to. Moments are of features one by one, or, `full`, of all
+pairs of them.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.runtime.wires import Wires
+
+MomentsNeeded = Literal["none", "diagonal", "full"]
+
+LABEL_SEED = 241107942  # of the labels that are drawn for the Fisher information
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moments:
+    """Of one site, over tokens, in fp32: E[x x^T] as [.., E, E] where full, otherwise its diagonal [.., E].
+
+    `partial`: of what each rank puts in, [R, E(, E)]. `total`: of the sum, [1, E(, E)]. `fisher`: of the gradient of
+    the loss in the sum, [E(, E)], whose labels are drawn from the model: its Fisher information (Amari 1998).
+    """
+
+    partial: Tensor
+    total: Tensor
+    fisher: Tensor
+
+    def diagonal(self) -> "Moments":
+        """The diagonals alone."""
+        if self.fisher.ndim == 1:
+            return self
+        partial, total, fisher = (each.diagonal(dim1=-2, dim2=-1) for each in (self.partial, self.total, self.fisher))
+        return Moments(partial=partial, total=total, fisher=fisher)
+
+
+class MomentObserver(Wires):
+    """Adds up moments of sums on their way, which go on to `wires`."""
+
+    def __init__(self, wires: Wires, *, full: bool) -> None:
+        self._wires, self.full = wires, full
+        self._moments: dict[str, list[Tensor]] = {}
+        self._num_tokens: dict[str, int] = {}
+
+    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
+        """Look at partial sums and their sum."""
+        total = self._wires.all_reduce(partials, site)
+        stages = torch.stack([x.flatten(0, -2) for x in partials]).float(), total.flatten(0, -2)[None].float()
+        new = [second_moment(x_RTE, full=self.full) for x_RTE in stages]
+        old = self._moments.get(site)
+        self._moments[site] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
+        self._num_tokens[site] = self._num_tokens.get(site, 0) + stages[0].shape[1]
+        return total
+
+    def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
+        """Nothing is added up here."""
+        return self._wires.all_gather_features(parts, site)
+
+    def move(self, x: Tensor, site: str, num_sent: int) -> Tensor:
+        """Nothing is added up here."""
+        return self._wires.move(x, site, num_sent)
+
+    def all_to_all(self, x_PE: Tensor, site: str, num_sent: int) -> Tensor:
+        """Nothing is added up here."""
+        return self._wires.all_to_all(x_PE, site, num_sent)
+
+    def moments(self, fishers: Mapping[str, Tensor]) -> dict[str, Moments]:
+        """Means over tokens, of the sites that `fishers` has."""
+        found = {}
+        for site, fisher in fishers.items():
+            partial, total = (each / self._num_tokens[site] for each in self._moments[site])
+            found[site] = Moments(partial=partial, total=total, fisher=fisher)
+        return found
+
+
+def second_moment(x_RTE: Tensor, *, full: bool) -> Tensor:
+    """Sums over tokens of x x^T [R, E, E], or of its diagonal [R, E]."""
+    return torch.einsum("rte,rtf->ref", x_RTE, x_RTE) if full else x_RTE.square().sum(dim=1)
+
+
+def fisher_information(
+    model: nn.Module,
+    sequences: Iterable[Tensor],
+    sites: Iterable[str],
+    *,
+    full: bool,
+    progress: Callable[[], None] = lambda: None,
+) -> dict[str, Tensor]:
+    """Mean over tokens of g g^T, g being the gradient of the loss in what module `site` gives, fp32 [E(, E)].
+
+    `model`: a whole one, with its own forwards. `sequences`: token ids [T] each. Labels are drawn from the model's own
+    predictions, so that this is the Fisher information and not that of the text. Weights get no gradients.
+    """
+    held: dict[str, Tensor] = {}
+
+    def hold(site: str) -> Callable[[nn.Module, object, Tensor], Tensor]:
+        def hook(module: nn.Module, inputs: object, y: Tensor) -> Tensor:
+            y = y if y.requires_grad else y.detach().requires_grad_()
+            y.retain_grad()
+            held[site] = y
+            return y
+
+        return hook
+
+    names = list(sites)
+    wanted = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    hooks = [model.get_submodule(site).register_forward_hook(hold(site)) for site in names]
+    sums: dict[str, Tensor] = {}
+    num_tokens, generator = 0, torch.Generator().manual_seed(LABEL_SEED)
+    try:
+        model.requires_grad_(False)
+        for ids in sequences:
+            with torch.inference_mode(False), torch.enable_grad():  # whatever the caller has switched off
+                logits = model(input_ids=ids[None].clone(), use_cache=False).logits[0].float()
+                labels = torch.multinomial(logits.detach().softmax(dim=-1).cpu(), 1, generator=generator)
+                torch.nn.functional.cross_entropy(logits, labels[:, 0].to(logits.device), reduction="sum").backward()
+            for site in names:
+                gradient = held[site].grad
+                assert gradient is not None, "every site's output is on the way to the logits"
+                new = second_moment(gradient.flatten(0, -2)[None].float(), full=full)[0]
+                sums[site] = sums[site] + new if site in sums else new
+            num_tokens += len(ids)
+            progress()
+    finally:
+        for each in hooks:
+            each.remove()
+        for parameter, requires_grad in wanted.items():
+            parameter.requires_grad_(requires_grad)
+    return {site: total / num_tokens for site, total in sums.items()}

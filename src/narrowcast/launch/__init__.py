@@ -1,0 +1,1 @@
+"""Starting ranks, and what a process does that is one."""

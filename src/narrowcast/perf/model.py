@@ -1,0 +1,138 @@
+"""How fast a split model answers, by codec and link, against the same model as its engine splits it."""
+
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from narrowcast.attach import attach
+from narrowcast.calibration import observe
+from narrowcast.engines import load_engine
+from narrowcast.errors import NarrowcastError
+from narrowcast.launch.link import Link
+from narrowcast.launch.ranks import run
+from narrowcast.perf.shapes import VOCAB_SIZE, Shape
+from narrowcast.perf.timing import Case, Span, over_ranks
+from narrowcast.plan import Plan
+from narrowcast.plan.split import Split
+
+NATIVE = "native", "torch"  # the engine's own sums, over the group that it makes
+NUM_CALIBRATION_TOKENS = 64
+WEIGHTS = "weights"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What to measure: prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each."""
+
+    shape: Shape
+    codecs: Sequence[str]
+    transports: Sequence[str] = ("auto",)
+    tp_size: int
+    prefill: int
+    decode: int
+    rounds: int
+    replicate_vocabulary: bool
+
+
+Way = tuple[str, str]  # a codec over a transport
+
+
+class Spans(NamedTuple):
+    """One answer: from the prompt to its first token, and all tokens after that."""
+
+    prefill: Span
+    decode: Span
+
+
+@contextmanager
+def prepared(job: Job) -> Iterator[Path]:
+    """A folder with weights and a plan for each codec, kept as long as the context."""
+    with tempfile.TemporaryDirectory(prefix="narrowcast-") as folder:
+        whole = _whole(job.shape, Path(folder) / WEIGHTS)
+        seen = observe(whole, [_ids(NUM_CALIBRATION_TOKENS)], tp_size=job.tp_size)
+        for codec in job.codecs:
+            seen.plan(codec).save(f"{folder}/{codec}")
+        yield Path(folder)
+
+
+def _whole(shape: Shape, folder: Path) -> nn.Module:
+    engine = load_engine()
+    from narrowcast.engines.transformers.random_llama import save_random_llama
+
+    save_random_llama(folder, vocab_size=VOCAB_SIZE, num_heads=shape.num_heads, **asdict(shape))
+    return engine.load(folder)
+
+
+def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
+    """A row for the engine's own sums in BF16, then one for each codec: medians of interleaved rounds."""
+    by_rank = run(_on_rank, job.tp_size, link, job, folder)
+    for codec, transport in by_rank[0]:
+        answers = [measured[codec, transport] for measured in by_rank]
+        prefill = over_ranks([[each.prefill for each in own] for own in answers])
+        decode = over_ranks([[each.decode for each in own] for own in answers])
+        yield {
+            "link": None if link is None else str(link),
+            "codec": codec,
+            "transport": transport,
+            "prefill_tokens": job.prefill,
+            "ttft_ms": statistics.median(prefill) * 1e3,
+            "decode_ms_per_token": statistics.median(decode) * 1e3 / job.decode,
+        }
+
+
+def _on_rank(job: Job, folder: Path) -> dict[Way, list[Spans]]:
+    split = Split(tp_size=job.tp_size)
+    model = load_engine().load(folder / WEIGHTS, split=split, replicate_vocabulary=job.replicate_vocabulary)
+    plans = {codec: Plan.load(folder / codec) for codec in job.codecs}
+    ways = [NATIVE, *((codec, transport) for codec in plans for transport in job.transports)]
+    measured: dict[Way, list[Spans]] = {way: [] for way in ways}
+    for round in range(-1, job.rounds):
+        for codec, transport in ways:
+            plan = plans.get(codec)
+            with nullcontext() if plan is None else attach(model, plan, transport=transport):
+                if round < 0:  # warms up besides
+                    _check_agreement(model, codec, job.prefill)
+                spans = _answer(model, job)
+            if round >= 0:
+                measured[codec, transport].append(spans)
+    return measured
+
+
+@torch.no_grad()
+def _check_agreement(model: nn.Module, codec: str, num_tokens: int) -> None:
+    """NarrowcastError unless all ranks end with the same finite logits: it is not worth timing otherwise."""
+    logits = model(input_ids=_ids(num_tokens), use_cache=False, logits_to_keep=1).logits
+    ours = logits.float().numpy().tobytes()
+    theirs: list[bytes] = [b""] * dist.get_world_size()
+    dist.all_gather_object(theirs, ours)
+    if set(theirs) != {ours} or not logits.isfinite().all():
+        raise NarrowcastError(f"{codec}: the ranks do not end with the same finite logits; please report it")
+
+
+@torch.no_grad()
+def _answer(model: nn.Module, job: Job) -> Spans:
+    ids, state = _ids(job.prefill), None
+
+    def forward() -> None:
+        nonlocal ids, state
+        outputs = model(input_ids=ids, past_key_values=state, use_cache=True, logits_to_keep=1)
+        ids, state = outputs.logits[:, -1:].argmax(-1), outputs.past_key_values
+
+    def decode() -> None:
+        for _ in range(job.decode):
+            forward()
+
+    dist.barrier()
+    return Spans(Case(forward).timed(), Case(decode).timed())
+
+
+def _ids(num_tokens: int) -> Tensor:
+    return torch.randint(VOCAB_SIZE, (1, num_tokens), generator=torch.Generator().manual_seed(0))

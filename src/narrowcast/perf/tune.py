@@ -1,0 +1,187 @@
+"""Measuring, on the ranks of a plan, which way is fastest for which size of a sum."""
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from narrowcast.collectives import Pending, Stages, all_reduce_steps, deferred_all_reduce_steps, named
+from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
+from narrowcast.collectives.base import Deferred
+from narrowcast.errors import InvalidInputError
+from narrowcast.plan import Plan, Site
+from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
+from narrowcast.plan.transform import Transform
+from narrowcast.runtime.communicator import plain
+from narrowcast.transport import Transport
+
+LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
+GAIN = 0.95  # a coded sum costs accuracy: it must take no more than this share of an uncompressed one's time
+GROWTH = 4  # from one size to the next
+MIN_ROUNDS, MAX_ROUNDS = 5, 25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Median seconds of a sum by each way; not `measured` but extrapolated where measuring would take too long."""
+
+    num_tokens: int
+    nbytes: int  # of the tensor
+    seconds: Mapping[Choice, float]
+    measured: bool
+
+    def best(self, forms: Sequence[str]) -> Choice:
+        """The fastest way of `forms`, a coded one only where it gains enough."""
+        allowed = [choice for choice in self.seconds if choice.form in forms]
+        return min(allowed, key=lambda choice: self.seconds[choice] / (GAIN if choice.form == "coded" else 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """The decisions, and the timings from which they follow, by ascending size."""
+
+    decisions: Decisions
+    timings: Sequence[Timing]
+
+
+def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat16, budget_s: float = 1.0) -> Tuning:
+    """Time the sums of `plan` for about `budget_s` seconds. All ranks call this, and return what rank 0 measured.
+
+    Raises InvalidInputError for a plan of another number of ranks or without sums, PeerLostError for a lost rank.
+    """
+    if transport.world_size != plan.tp_size:
+        raise InvalidInputError(
+            "tune", expected=f"{plan.tp_size} ranks, as the plan has", found=transport.world_size, remedy="Start them."
+        )
+    site, num_features = _site_of_sums(plan), int(plan.model.config["hidden_size"])
+    timings: list[Timing] = []
+    deadline = time.perf_counter() + budget_s
+    num_tokens, row_nbytes = 1, num_features * dtype.itemsize
+    while num_tokens * row_nbytes <= LARGEST_NBYTES:
+        expected = _extrapolated(timings, num_tokens)
+        rounds = int(_of_first_rank(transport, str(_affordable_rounds(expected, deadline, budget_s))))
+        x_TE = torch.full((num_tokens, num_features), 0.0, dtype=dtype)
+        seconds = _measured(site, plan.groups, x_TE, transport, rounds) if rounds else expected
+        nbytes = num_tokens * row_nbytes
+        timings.append(Timing(num_tokens=num_tokens, nbytes=nbytes, seconds=seconds, measured=rounds > 0))
+        num_tokens *= GROWTH
+    return _of_first_rank_all(transport, timings, num_features)
+
+
+def _site_of_sums(plan: Plan) -> Site:
+    """The one that stands for all: where they have transforms, that of most components."""
+    if sums := [site for site in plan.sites.values() if site.kind == "sum"]:
+        return max(sums, key=lambda site: 0 if site.transform is None else site.transform.num_components)
+    raise InvalidInputError("tune", expected="a plan with sums", found="none in it", remedy="Calibrate with --tp.")
+
+
+def _affordable_rounds(expected: Mapping[Choice, float], deadline: float, budget_s: float) -> int:
+    """Rounds over all ways that fit into the time that is left; 0 for too few, from where on none are measured."""
+    if not expected:
+        return MAX_ROUNDS
+    one_round = sum(expected.values())
+    if MIN_ROUNDS * one_round > deadline - time.perf_counter():
+        return 0
+    return min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_s / 10 / one_round)))
+
+
+def _measured(
+    site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport, rounds: int
+) -> dict[Choice, float]:
+    """Medians; the ways take turns, after a round that does not count."""
+    ways = _ways(site, groups, x_TE, transport)
+    samples: dict[Choice, list[float]] = {choice: [] for choice in ways}
+    for round_ in range(rounds + 1):
+        for choice, run in ways.items():
+            start = time.perf_counter()
+            run()
+            if round_:
+                samples[choice].append(time.perf_counter() - start)
+    return {choice: statistics.median(each) for choice, each in samples.items()}
+
+
+def _ways(
+    site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport
+) -> dict[Choice, Callable[[], Tensor]]:
+    """Sums of `x_TE`, and coded ones of as many components of it as travel."""
+    ways: dict[Choice, Callable[[], Tensor]] = {Choice("native"): lambda: transport.native_all_reduce(x_TE)}
+    transform, num_tokens = site.transform, len(x_TE)
+    coded = Stages(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
+    z_TK = x_TE if transform is None else x_TE.new_zeros(num_tokens, transform.num_components)
+    for form, stages, given in (("plain", plain(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
+        for algorithm in (*ALGORITHMS, *NODE_ALGORITHMS):
+            if not named(algorithm).sent(stages, len(given), given.shape[1], transport.rank, transport.world_size):
+                continue
+            if algorithm != "one_shot" and transport.world_size == 2:
+                continue  # as many bytes as one_shot, in two steps
+            synthesis = transform if form == "coded" else None
+            ways[Choice(form, algorithm)] = _way(given, stages, transport, algorithm, synthesis)
+    return ways
+
+
+def _way(
+    x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, transform: Transform | None
+) -> Callable[[], Tensor]:
+    """A sum, and the synthesis of its features."""
+    if transform is None:
+        return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm, out=x_TE), transport).wait()
+    remixed = algorithm == "two_shot"
+    y_TJ = x_TE.new_empty(len(x_TE), transform.num_reduced if remixed else transform.num_components)
+
+    def run() -> Tensor:
+        steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, stages, transport, algorithm)
+        return transform.synthesize(Pending(steps, transport).wait(), remixed=remixed)
+
+    return run
+
+
+def _extrapolated(timings: Sequence[Timing], num_tokens: int) -> dict[Choice, float]:
+    """The last size's time, and for all tokens beyond it what a token took there above the least that was seen."""
+    if not timings:
+        return {}
+    last = timings[-1]
+    found = {}
+    for choice, seconds in last.seconds.items():
+        least = min(timing.seconds[choice] for timing in timings if choice in timing.seconds)
+        found[choice] = seconds + (seconds - least) / last.num_tokens * (num_tokens - last.num_tokens)
+    return found
+
+
+def _of_first_rank(transport: Transport, text: str) -> str:
+    return transport.share(text, "measuring sums")[0]
+
+
+def _of_first_rank_all(transport: Transport, timings: Sequence[Timing], num_features: int) -> Tuning:
+    """The tuning that rank 0's timings give, alike on every rank."""
+    mine = [
+        [timing.num_tokens, timing.nbytes, {str(way): each for way, each in timing.seconds.items()}, timing.measured]
+        for timing in timings
+    ]
+    shared = [
+        Timing(
+            num_tokens=num_tokens,
+            nbytes=nbytes,
+            seconds={Choice.parse(way): each for way, each in seconds.items()},
+            measured=measured,
+        )
+        for num_tokens, nbytes, seconds, measured in json.loads(_of_first_rank(transport, json.dumps(mine)))
+    ]
+    coded, uncoded = ({num_features: _thresholds(shared, forms)} for forms in (FORMS, FORMS[1:]))
+    return Tuning(decisions=Decisions(coded=coded, plain=uncoded, transport=transport.name), timings=shared)
+
+
+def _thresholds(timings: Sequence[Timing], forms: Sequence[str]) -> Thresholds:
+    """The best way of each size; between two sizes it changes in the (geometric) middle."""
+    thresholds: list[tuple[int, Choice]] = []
+    for timing in timings:
+        best = timing.best(forms)
+        if not thresholds:
+            thresholds.append((1, best))
+        elif thresholds[-1][1] != best:
+            thresholds.append((timing.num_tokens // math.isqrt(GROWTH), best))
+    return tuple(thresholds)

@@ -1,0 +1,31 @@
+"""A plan's codecs in figures: names, bits a value."""
+
+from narrowcast.codecs import PRESETS, Codec, FeatureCodec
+from narrowcast.plan.plan import Plan, Site
+
+
+def codec_name(codec: Codec) -> str:
+    """Its preset where there are no calibrated tensors, otherwise the id of its format."""
+    presets: dict[str, object] = dict(PRESETS)
+    return next((name for name, preset in presets.items() if preset == codec), codec.id)
+
+
+def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:
+    """Bits a value, by site and stage: of the features, also where components travel in their place."""
+    return {
+        name: tuple(_bits(site, stage, plan) for stage in range(len(site.codecs))) for name, site in plan.sites.items()
+    }
+
+
+def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:
+    """Codecs of stage 0 with calibrated scales, by site."""
+    return {name: site.codecs[0] for name, site in plan.sites.items() if isinstance(site.codecs[0], FeatureCodec)}
+
+
+def _bits(site: Site, stage: int, plan: Plan) -> float:
+    """Of as many features as the codec is calibrated for, otherwise of a hidden state."""
+    codec = site.codecs[stage]
+    scale = codec.state()[1].get("scale")
+    num_sent = plan.model.config.get("hidden_size", 4096) if scale is None else scale.shape[-1]
+    num_features = num_sent if site.transform is None else site.transform.num_features
+    return 8 * codec.row_nbytes(num_sent) / num_features

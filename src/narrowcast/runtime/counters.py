@@ -1,0 +1,163 @@
+"""Counters of what travels, site by site: bytes that were sent, values they stand for, values that were clipped."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowcast.codecs import ops
+from narrowcast.collectives.base import Traffic
+
+# Figures, and their places in stats.
+COUNTS = {"num_saturated": ops.SATURATED, "num_non_finite": ops.NON_FINITE, "num_guarded": ops.GUARDED}
+
+
+@dataclass
+class SiteCounters:
+    """One site on one rank, since `attach`."""
+
+    coded: bool
+    stats: Tensor  # int64 [3], see ops
+    num_tokens: int = 0
+    wire_bytes: int = 0
+    num_values: int = 0
+    plain_bytes: int = 0
+
+    def count(self, num_tokens: int, traffic: Traffic, itemsize: int) -> None:
+        """Add tokens that were processed, with all that was sent for them."""
+        self.num_tokens += num_tokens
+        self.count_sent(traffic, itemsize)
+
+    def count_sent(self, traffic: Traffic, itemsize: int) -> None:
+        """Add what was handed to the transport: values of `itemsize` bytes each, coded or not."""
+        self.wire_bytes += traffic.nbytes
+        self.num_values += traffic.num_values
+        self.plain_bytes += traffic.num_values * itemsize
+
+    def report(self) -> "SiteReport":
+        """All of it, read from the device."""
+        stats = self.stats.tolist()
+        return SiteReport(
+            coded=self.coded,
+            num_tokens=self.num_tokens,
+            wire_bytes=self.wire_bytes,
+            plain_bytes=self.plain_bytes,
+            num_values=self.num_values,
+            **{name: stats[place] for name, place in COUNTS.items()},
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReport:
+    """What one rank has sent at one site. `coded`: whether the plan has a codec for it.
+
+    `plain_bytes`: what the same values take in the model's own dtype, sent by the same algorithm.
+    `num_saturated`, `num_non_finite`: values that were clipped, or NaN or infinite; `num_guarded`: tokens that were
+    coded in a safe form (simulated: of all ranks).
+    """
+
+    coded: bool
+    num_tokens: int
+    wire_bytes: int
+    plain_bytes: int
+    num_values: int
+    num_saturated: int = 0
+    num_non_finite: int = 0
+    num_guarded: int = 0
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """Bits that a value took; None before anything was sent."""
+        return 8 * self.wire_bytes / self.num_values if self.num_values else None
+
+    def __add__(self, other: "SiteReport") -> "SiteReport":
+        """What two ranks have sent at the same site for the same tokens."""
+        return SiteReport(
+            coded=self.coded,
+            num_tokens=max(self.num_tokens, other.num_tokens),
+            wire_bytes=self.wire_bytes + other.wire_bytes,
+            plain_bytes=self.plain_bytes + other.plain_bytes,
+            num_values=self.num_values + other.num_values,
+        ).counting([self, other])
+
+    def counting(self, ranks: Sequence["SiteReport"]) -> "SiteReport":
+        """This report with what was clipped, or not finite, on all of `ranks`."""
+        return replace(self, **{name: sum(getattr(rank, name) for rank in ranks) for name in COUNTS})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What one rank has sent, or, simulated, the first rank of every stage. Sites that are not coded are kept apart."""
+
+    sites: Mapping[str, SiteReport]
+
+    @property
+    def num_saturated(self) -> int:
+        """Coded values that were clipped (simulated: on all ranks)."""
+        return sum(site.num_saturated for site in self._coded)
+
+    @property
+    def num_non_finite(self) -> int:
+        """Coded values that were NaN or infinite (simulated: on all ranks)."""
+        return sum(site.num_non_finite for site in self._coded)
+
+    @property
+    def num_guarded(self) -> int:
+        """How often a token lay so far out of the calibrated range that it was coded in a safe form (the same)."""
+        return sum(site.num_guarded for site in self._coded)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were processed."""
+        return max((site.num_tokens for site in self.sites.values()), default=0)
+
+    @property
+    def bits_per_value(self) -> float | None:
+        """Bits of coded payloads over the values in them; None before anything was sent."""
+        num_values = sum(site.num_values for site in self._coded)
+        return 8 * sum(site.wire_bytes for site in self._coded) / num_values if num_values else None
+
+    @property
+    def wire_bytes_per_token(self) -> float:
+        """Coded payload bytes that were sent, over the tokens."""
+        return sum(site.wire_bytes for site in self._coded) / max(self.num_tokens, 1)
+
+    @property
+    def uncompressed_bytes_per_token(self) -> dict[str, float]:
+        """The same for each site that is not coded."""
+        plain = {name: site for name, site in self.sites.items() if not site.coded}
+        return {name: site.wire_bytes / max(self.num_tokens, 1) for name, site in plain.items()}
+
+    @property
+    def _coded(self) -> list[SiteReport]:
+        return [site for site in self.sites.values() if site.coded]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures as JSON values."""
+        figures = "num_tokens", "bits_per_value", "wire_bytes_per_token", "uncompressed_bytes_per_token", *COUNTS
+        return {figure: getattr(self, figure) for figure in figures} | asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Report":
+        """The report that `to_json` gave."""
+        return cls(sites={name: SiteReport(**site) for name, site in values["sites"].items()})
+
+
+@dataclass
+class Monitor:
+    """Counters by site. Saturation is counted on the tensors' device and read only in `report`."""
+
+    device: torch.device
+    sites: dict[str, SiteCounters] = field(default_factory=dict)
+
+    def site(self, name: str, *, coded: bool) -> SiteCounters:
+        """The counters of a site, made at first use."""
+        if name not in self.sites:
+            self.sites[name] = SiteCounters(coded, torch.zeros(3, dtype=torch.int64, device=self.device))
+        return self.sites[name]
+
+    def report(self) -> Report:
+        """What every site has counted."""
+        return Report(sites={name: site.report() for name, site in self.sites.items()})
