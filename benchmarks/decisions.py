@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from narrowcast import PRESETS
 from narrowcast.codecs import Ranges
-from narrowcast.collectives import Pending, Stages, all_reduce_steps
+from narrowcast.collectives import Hops, Pending, all_reduce_steps
 from narrowcast.files import check_report, write_report
 from narrowcast.launch.link import Link
 from narrowcast.launch.ranks import run
@@ -28,7 +28,7 @@ from narrowcast.perf.timing import Case, interleaved, over_ranks, rounds_within,
 from narrowcast.perf.tune import tune
 from narrowcast.plan import ModelFingerprint, Plan, Site
 from narrowcast.plan.split import Split
-from narrowcast.runtime.communicator import plain
+from narrowcast.runtime.sites import plain
 from narrowcast.transport import TcpTransport
 
 NUM_FEATURES = 4096
@@ -57,7 +57,7 @@ def on_rank(codec: str, seconds: float) -> dict[int, Any]:
         choice = tuned[num_features].choice(len(x_TE), num_features, coded=True)
         assert choice is not None
         codecs = plans[num_features].sites["sum"].codecs
-        stages = Stages(codecs) if choice.form == "coded" else plain(x_TE.dtype)
+        stages = Hops(codecs) if choice.form == "coded" else plain(x_TE.dtype)
 
         def chosen(x=x_TE, stages=stages, choice=choice) -> object:  # type: ignore[no-untyped-def]
             if choice.form == "native":

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from narrowcast import PRESETS
 from narrowcast.codecs import Ranges
-from narrowcast.collectives import Pending, Stages, all_reduce_steps
+from narrowcast.collectives import Hops, Pending, all_reduce_steps
 from narrowcast.files import check_report, write_report
 from narrowcast.launch.ranks import run
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99
@@ -44,7 +44,7 @@ def on_rank() -> dict[str, list[Span]]:
                 for key, spans in interleaved(cases, IN_A_BLOCK).items():
                     found.setdefault(key, []).extend(spans if block else [])
     x_RTE = torch.randn(2, *SUM, generator=torch.Generator().manual_seed(0)).bfloat16()
-    stages = Stages((PRESETS["int4-feature"].codec(Ranges.of(x_RTE)),))
+    stages = Hops((PRESETS["int4-feature"].codec(Ranges.of(x_RTE)),))
     x_TE, buffer = x_RTE[dist.get_rank()].clone(), x_RTE[0].clone()
     del x_RTE
     sums = {
@@ -63,7 +63,7 @@ def exchange(transport: Transport, nbytes: int, tag: int) -> Callable[[], None]:
     return lambda: transport.exchange(sends, recvs, tag=next(tags)).wait()
 
 
-def coded(x_TE: Tensor, stages: Stages, transport: Transport) -> Callable[[], Tensor]:
+def coded(x_TE: Tensor, stages: Hops, transport: Transport) -> Callable[[], Tensor]:
     y_TE = torch.empty_like(x_TE)
     return lambda: Pending(all_reduce_steps(x_TE, stages, transport, "one_shot", out=y_TE), transport).wait()
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import Stages
+from narrowcast.collectives import Hops
 from narrowcast.files import check_report, write_report
 from narrowcast.launch.link import Link
 from narrowcast.perf.estimate import CostModel, measure_coding, plain_coding
@@ -30,7 +30,7 @@ def predicted_us(row: dict[str, Any]) -> float:
     num_tokens, name = row["nbytes"] // 2 // num_features, "bf16" if row["codec"] == "native" else row["codec"]
     made = recipe(name)
     ranges = (Ranges.of(torch.ones(sources, 1, num_features)) for sources in (row["world_size"], 1))
-    stages = Stages(tuple(made.codec(each) for each in ranges))
+    stages = Hops(tuple(made.codec(each) for each in ranges))
     cost = CostModel(
         stages=stages,
         num_features=num_features,

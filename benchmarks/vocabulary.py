@@ -33,11 +33,11 @@ from narrowcast import Plan
 from narrowcast.calibration import Observations, observe
 from narrowcast.codecs import FeatureCodec, Ranges, recipe
 from narrowcast.engines import load_engine
-from narrowcast.engines.transformers.weights import local
+from narrowcast.engines.transformers.files.fingerprint import local
 from narrowcast.files import check_report, write_report
 from narrowcast.plan.split import UNCODED, Split
-from narrowcast.runtime.communicator import SiteCodecs
 from narrowcast.runtime.simulator import Simulator
+from narrowcast.runtime.sites import Sites
 from narrowcast.scores import Score, compare, log_probs
 
 SUM = "int4-feature"
@@ -176,7 +176,7 @@ def summed(shape: Shape, preset: str, tp_size: int, num_tokens: int) -> float:
     """Bytes a token of one sum."""
     partials = torch.rand(tp_size, num_tokens, shape.hidden_size, dtype=torch.bfloat16)
     ranges = Ranges.of(partials), Ranges.of(partials[:1])
-    sites = SiteCodecs({"": [recipe(preset).codec(seen) for seen in ranges]}, (), "auto", torch.device("cpu"))
+    sites = Sites({"": [recipe(preset).codec(seen) for seen in ranges]}, (), "auto", torch.device("cpu"))
     Simulator(sites).all_reduce(list(partials), "")
     return sites.monitor.sites[""].wire_bytes / num_tokens
 
@@ -185,7 +185,7 @@ def gathered(shape: Shape, preset: str, tp_size: int) -> float:
     """Bytes of one token's logits."""
     logits = torch.rand(1, shape.vocab_size, dtype=torch.bfloat16)
     codec = recipe(preset).codec(Ranges.of(logits[None]))
-    sites = SiteCodecs({"": [codec]}, (), "auto", torch.device("cpu"))
+    sites = Sites({"": [codec]}, (), "auto", torch.device("cpu"))
     Simulator(sites).all_gather_features(list(logits.chunk(tp_size, dim=1)), "")
     return float(sites.monitor.sites[""].wire_bytes)
 

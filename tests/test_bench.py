@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from narrowcast.cli import bench
 from narrowcast.cli.bench import THOUSANDS, number
 from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError
+from narrowcast.launch import emulation
 from narrowcast.launch.link import Link
 from narrowcast.launch.ranks import run
-from narrowcast.perf import emulation, timing
+from narrowcast.perf import timing
 from narrowcast.perf.shapes import shape_of
 from test_cli import narrowcast, refused
 

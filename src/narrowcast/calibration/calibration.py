@@ -17,8 +17,8 @@ from narrowcast.calibration.batches import Batch, sequences
 from narrowcast.calibration.build import Observations
 from narrowcast.calibration.moments import MomentObserver, Moments, MomentsNeeded, fisher_information
 from narrowcast.calibration.observers import EMA_FACTOR, FirstTokens, RangeObserver
+from narrowcast.calibration.observing import Observer, observed, run
 from narrowcast.calibration.recipes import CodecByKind, asked_for, moments_needed
-from narrowcast.calibration.running import run, travelling_over
 from narrowcast.codecs import Recipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.collectives import checked_groups
@@ -117,11 +117,11 @@ def observe(
         )
     num_held_out = 0 if moments == "none" else min(len(found) // HELD_OUT_SHARE, MAX_HELD_OUT)
     ranges = RangeObserver(first_tokens, num_first, nodes)
-    of_moments = MomentObserver(ranges, full=moments == "full")
+    of_moments = MomentObserver(full=moments == "full")
     num_done = itertools.count(1)
-    observers = ranges, ranges if moments == "none" else of_moments
-    for observer, some in zip(observers, (found[:num_held_out], found[num_held_out:]), strict=True):
-        with travelling_over(observer, model, split):
+    fitted: list[Observer] = [ranges] if moments == "none" else [ranges, of_moments]
+    for observers, some in (([ranges], found[:num_held_out]), (fitted, found[num_held_out:])):
+        with observed(observers, model, split):
             for ids in some:
                 run(model, ids)
                 if progress is not None:

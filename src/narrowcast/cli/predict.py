@@ -15,7 +15,7 @@ from rich.table import Table
 
 from narrowcast.cli.options import ModelArgument, TensorParallel
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import ALGORITHMS, Stages
+from narrowcast.collectives import ALGORITHMS, Hops
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_report, write_report
@@ -86,21 +86,21 @@ def _rows(
     """Native sums, plain ones by our algorithms, then each codec by each algorithm."""
     plain = plain_coding(sites.num_features)
     for name in ("bf16", *codecs):
-        stages = _stages(name, sites.num_features, tp_size)
+        hops = _hops(name, sites.num_features, tp_size)
         cost = CostModel(
-            stages=stages,
+            hops=hops,
             num_features=sites.num_features,
             world_size=tp_size,
             link=link,
             transport=transport,
-            coded=measure_coding(stages.codecs[0], sites.num_features),
+            coded=measure_coding(hops.codecs[0], sites.num_features),
             plain=plain,
         )
         choices = [Choice("coded", algorithm) for algorithm in ALGORITHMS]
         for choice in [Choice("native"), *choices] if name == "bf16" else choices:
             seconds = [_forward_s(cost, choice, sites, num_tokens) for num_tokens in (tokens, 1)]
             native = choice.form == "native"
-            bits = 8 * stages.codecs[0].row_nbytes(sites.num_features) / sites.num_features
+            bits = 8 * hops.codecs[0].row_nbytes(sites.num_features) / sites.num_features
             yield {
                 "codec": "native" if native else name,
                 "algorithm": None if native else choice.algorithm,
@@ -111,10 +111,10 @@ def _rows(
             }
 
 
-def _stages(name: str, num_features: int, tp_size: int) -> Stages:
+def _hops(name: str, num_features: int, tp_size: int) -> Hops:
     """Codecs of the right size: scales do not matter."""
     made = recipe(name)
-    return Stages(tuple(made.codec(Ranges.of(torch.ones(sources, 1, num_features))) for sources in (tp_size, 1)))
+    return Hops(tuple(made.codec(Ranges.of(torch.ones(sources, 1, num_features))) for sources in (tp_size, 1)))
 
 
 def _forward_s(cost: CostModel, choice: Choice, sites: Sites, num_tokens: int) -> float:

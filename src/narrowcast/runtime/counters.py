@@ -1,4 +1,4 @@
-"""Counters of what travels, site by site: bytes that were sent, values they stand for, values that were clipped."""
+"""Counters by site: bytes that were sent, values they stand for, values that were clipped, and seconds if asked for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import ops
-from narrowcast.collectives.base import Traffic
+from narrowcast.codecs import Codec, ops
+from narrowcast.collectives.base import Hops, Traffic
+from narrowcast.collectives.clock import Clock
+from narrowcast.transport import Transport
 
 # Figures, and their places in stats.
 COUNTS = {"num_saturated": ops.SATURATED, "num_non_finite": ops.NON_FINITE, "num_guarded": ops.GUARDED}
@@ -24,14 +26,23 @@ class SiteCounters:
     wire_bytes: int = 0
     num_values: int = 0
     plain_bytes: int = 0
+    clock: Clock | None = None
+
+    def hops(self, hops: Hops) -> Hops:
+        """The codecs of a sum, counting their time if asked for."""
+        return hops if self.clock is None else self.clock.hops(hops)
+
+    def codec(self, codec: Codec) -> Codec:
+        """The codec, counting its time if asked for."""
+        return codec if self.clock is None else self.clock.codec(codec)
+
+    def transport(self, transport: Transport) -> Transport:
+        """The transport, counting its time if asked for."""
+        return transport if self.clock is None else self.clock.transport(transport)
 
     def count(self, num_tokens: int, traffic: Traffic, itemsize: int) -> None:
-        """Add tokens that were processed, with all that was sent for them."""
+        """Add tokens that were processed, and what was sent for them: values of `itemsize` bytes each, coded or not."""
         self.num_tokens += num_tokens
-        self.count_sent(traffic, itemsize)
-
-    def count_sent(self, traffic: Traffic, itemsize: int) -> None:
-        """Add what was handed to the transport: values of `itemsize` bytes each, coded or not."""
         self.wire_bytes += traffic.nbytes
         self.num_values += traffic.num_values
         self.plain_bytes += traffic.num_values * itemsize
@@ -46,6 +57,7 @@ class SiteCounters:
             plain_bytes=self.plain_bytes,
             num_values=self.num_values,
             **{name: stats[place] for name, place in COUNTS.items()},
+            seconds={} if self.clock is None else self.clock.to_json(),
         )
 
 
@@ -55,7 +67,7 @@ class SiteReport:
 
     `plain_bytes`: what the same values take in the model's own dtype, sent by the same algorithm.
     `num_saturated`, `num_non_finite`: values that were clipped, or NaN or infinite; `num_guarded`: tokens that were
-    coded in a safe form (simulated: of all ranks).
+    coded in a safe form (simulated: of all ranks). `seconds`: where time went (`Clock`), empty unless asked for.
     """
 
     coded: bool
@@ -66,6 +78,7 @@ class SiteReport:
     num_saturated: int = 0
     num_non_finite: int = 0
     num_guarded: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bits_per_value(self) -> float | None:
@@ -146,16 +159,18 @@ class Report:
 
 
 @dataclass
-class Monitor:
-    """Counters by site. Saturation is counted on the tensors' device and read only in `report`."""
+class Counters:
+    """All counters by site. Saturation is counted on the tensors' device and read only in `report`."""
 
     device: torch.device
+    timed: bool = False
     sites: dict[str, SiteCounters] = field(default_factory=dict)
 
     def site(self, name: str, *, coded: bool) -> SiteCounters:
         """The counters of a site, made at first use."""
         if name not in self.sites:
-            self.sites[name] = SiteCounters(coded, torch.zeros(3, dtype=torch.int64, device=self.device))
+            stats = torch.zeros(3, dtype=torch.int64, device=self.device)
+            self.sites[name] = SiteCounters(coded, stats, clock=Clock() if self.timed else None)
         return self.sites[name]
 
     def report(self) -> Report:
