@@ -32,7 +32,7 @@ class Handle:
         setattr(model, _ATTACHED, self)
 
     def report(self) -> Report:
-        """What this rank has sent since `attach`."""
+        """The figures of what this rank has sent since `attach`."""
         return self._sites.report()
 
     def remove(self) -> None:
@@ -136,7 +136,7 @@ def _check_arguments(plan: Plan, algorithm: str, transport: str) -> None:
 def _check_on_all_ranks(
     engine: Engine, model: nn.Module, plan: Plan, connected: Sequence[Transport], mine: Mapping[str, str]
 ) -> None:
-    """What any rank refuses all refuse, and they take the same plan with the same options."""
+    """Refuse on all ranks what any of them refuses, and other plans or options than those of the rest."""
     refusal = None
     try:
         _check_attachable(engine, model, plan, whole=False)

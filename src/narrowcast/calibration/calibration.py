@@ -143,7 +143,7 @@ def observe(
 def _moments(
     model: nn.Module, seen: MomentObserver, found: Sequence[Tensor], sites: Mapping[str, str]
 ) -> dict[str, Moments]:
-    """What was seen of sums, and how much the loss minds errors in them, for which the model must be whole."""
+    """Moments of sums, and of the loss's gradient in them, for which the model must be whole."""
     engine = engine_of(model)
     if engine.split_of(model) != Split():
         raise InvalidInputError(
@@ -169,7 +169,7 @@ def _check_options(first_tokens: str, num_first: int) -> None:
 
 
 def _split(engine: Engine, model: nn.Module, tp_size: int | None, pp_size: int, experts: Experts) -> Split:
-    """What was asked for, which a model that is split already must be."""
+    """The split that was asked for, by which a model that is split already must be."""
     found = engine.split_of(model)
     asked = Split(tp_size=1 if tp_size is None else tp_size, pp_size=pp_size, experts=experts)
     if found == Split():

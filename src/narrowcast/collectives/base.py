@@ -28,7 +28,7 @@ class Exchange(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What one rank sends: payload bytes, and the values coded in them."""
+    """The bytes of payloads that one rank sends, and the values coded in them."""
 
     nbytes: int
     num_values: int
@@ -55,7 +55,7 @@ class Deferred:
 
     @classmethod
     def of(cls, x_TE: Tensor) -> Self:
-        """What is there already."""
+        """A tensor that is there already."""
         return cls(x_TE.shape[0], x_TE.shape[1], x_TE.__getitem__)
 
 
@@ -108,7 +108,7 @@ class Algorithm:
 
 
 def share_of(total: int, rank: int, world_size: int) -> slice:
-    """What `rank` owns of `total` tokens or features: shares differ by one at most."""
+    """The share of `rank` in `total` tokens or features: shares differ by one at most."""
     return slice(rank * total // world_size, (rank + 1) * total // world_size)
 
 

@@ -79,7 +79,7 @@ def all_to_all(
 
 
 def broadcast(x_TE: Tensor, *, src: int, world_size: int, codec: Codec, dtype: torch.dtype | None = None) -> Tensor:
-    """What every rank ends with when `src` broadcasts `x_TE`."""
+    """The tensor that every rank ends with when `src` broadcasts `x_TE`."""
     return send(x_TE, src=src, world_size=world_size, codec=codec, dtype=dtype)
 
 
@@ -92,7 +92,7 @@ def send(
     dtype: torch.dtype | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
-    """What a rank receives when `src` sends it `x_TE`, in `dtype` (None: that of `x_TE`)."""
+    """The tensor that a rank receives when `src` sends it `x_TE`, in `dtype` (None: that of `x_TE`)."""
     source = source_of(codec, src, world_size)
     payload_TB = codec.encode(x_TE, source=source, stats=stats)
     return codec.decode(payload_TB, source=source, dtype=dtype or x_TE.dtype, num_features=x_TE.shape[1])

@@ -28,7 +28,7 @@ from narrowcast.collectives.base import (
 
 
 class Share(NamedTuple):
-    """What one rank owns: tokens and features of the sum, with the codecs by hop of just these features."""
+    """A rank's share of the sum: its tokens and features, with the codecs by hop of just these features."""
 
     tokens: slice
     features: slice
@@ -77,7 +77,7 @@ def shares(hops: Hops, num_tokens: int, num_features: int, world_size: int) -> l
 
 
 def twin_shares(hops: Hops, num_tokens: int, num_features: int, num_owners: int) -> list[Share]:
-    """What `shares` gives, with tokens in one piece: each one's bytes depend on it alone, blocks' on where they end."""
+    """As `shares`, with tokens in one piece: each one's bytes depend on it alone, blocks' on where they end."""
     if num_tokens >= num_owners:
         return [Share(slice(0, num_tokens), slice(0, num_features), hops.codecs)]
     owners = shares(hops, num_tokens, num_features, num_owners)

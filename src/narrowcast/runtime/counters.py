@@ -63,7 +63,7 @@ class SiteCounters:
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """What one rank has sent at one site. `coded`: whether the plan has a codec for it.
+    """The figures of one rank at one site. `coded`: the plan has a codec for it.
 
     `plain_bytes`: what the same values take in the model's own dtype, sent by the same algorithm.
     `num_saturated`, `num_non_finite`: values that were clipped, or NaN or infinite; `num_guarded`: tokens that were
@@ -86,7 +86,7 @@ class SiteReport:
         return 8 * self.wire_bytes / self.num_values if self.num_values else None
 
     def __add__(self, other: "SiteReport") -> "SiteReport":
-        """What two ranks have sent at the same site for the same tokens."""
+        """The figures of two ranks at the same site for the same tokens."""
         return SiteReport(
             coded=self.coded,
             num_tokens=max(self.num_tokens, other.num_tokens),
@@ -102,7 +102,7 @@ class SiteReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one rank has sent, or, simulated, the first rank of every stage. Sites that are not coded are kept apart."""
+    """The figures of one rank, or, simulated, of the first rank of every pipeline stage; sites not coded kept apart."""
 
     sites: Mapping[str, SiteReport]
 
@@ -118,7 +118,7 @@ class Report:
 
     @property
     def num_guarded(self) -> int:
-        """How often a token lay so far out of the calibrated range that it was coded in a safe form (the same)."""
+        """Tokens, site by site, so far out of the calibrated range that they were coded in a safe form (the same)."""
         return sum(site.num_guarded for site in self._coded)
 
     @property
@@ -174,5 +174,5 @@ class Counters:
         return self.sites[name]
 
     def report(self) -> Report:
-        """What every site has counted."""
+        """The figures of all sites."""
         return Report(sites={name: site.report() for name, site in self.sites.items()})

@@ -29,7 +29,7 @@ TOLERANCE = 1e-3  # of what a layer adds: FP32 errors are about 1e-6, a layer th
 
 @dataclass
 class Stream:
-    """What was seen of the residual stream, by names of modules.
+    """The residual stream as a short run saw it, by names of modules.
 
     `readers`: those that took a norm's output, by norm. `layers`: the keyword arguments that each was called with.
     `embedded`: what the embedding returned, and what the first layer took.
@@ -80,7 +80,7 @@ def rotate(model: Any, writers: Collection[str], rotation_EE: Tensor) -> None:
 
 
 def _watched(model: Any) -> Stream:
-    """What a few tokens meet on their way."""
+    """The stream that a few tokens take."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         _refuse(model, "decoder layers in a list named layers", "none")
@@ -182,7 +182,7 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _offset(name: str, norm: nn.Module) -> float:
-    """What is added to the norm's weight to give its gain: 1 as in Gemma, or 0. InvalidInputError for no RMS norm."""
+    """The constant that makes a norm's weight its gain: 1 as in Gemma, or 0. InvalidInputError for no RMS norm."""
     tried: Any = copy.deepcopy(norm).float()
     if [each for each, _ in tried.named_parameters()] == ["weight"]:
         x_TE = _random(2, tried.weight) + 1  # with a mean, which LayerNorm subtracts

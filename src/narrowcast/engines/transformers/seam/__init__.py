@@ -25,7 +25,7 @@ SILENT = {"colwise", "replicate", "replicated_with_grad_allreduce", "local_param
 
 @dataclass(frozen=True)
 class Style:
-    """How modules of one parallel style are served.
+    """One parallel style of modules.
 
     `supports`: tells modules that we know from others. `forward(name, module, wires)`: the new forward, on this rank's
     part of a split model or, for all ranks, on a whole one. `sites(name)`: the kinds of its sites.
