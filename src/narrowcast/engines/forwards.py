@@ -86,7 +86,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def chunk(size: int, rank: int, tp_size: int) -> slice:
-    """The part of a dimension that `rank` holds by DTensor's rule (torch.chunk): the last ones may hold less, or none."""
+    """The part of a dimension that `rank` holds by DTensor's rule (torch.chunk): the last may hold less, or none."""
     width = -(-size // tp_size)
     return slice(min(rank * width, size), min((rank + 1) * width, size))
 
