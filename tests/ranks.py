@@ -1,6 +1,7 @@
 """Rank processes: a world of 1, 2, 3, ... is started once and lives as long as the session."""
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import tempfile
@@ -84,3 +85,11 @@ def _serve(pipe: Connection, rank: int, world_size: int, store: str) -> None:
             pipe.send((False, function(*arguments)))
         except Exception:
             pipe.send((True, traceback.format_exc()))
+        _destroy_groups()
+
+
+def _destroy_groups() -> None:
+    """End the groups that a function has made, as engines do for every model: each has threads that poll."""
+    gc.collect()
+    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
+        dist.destroy_process_group(group)
