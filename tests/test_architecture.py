@@ -13,6 +13,7 @@ SOURCE = Path(narrowcast.__file__).parent
 ORDER = [
     "errors",
     "_native",
+    "_emulator",
     "files",
     "codecs",
     "transport",
