@@ -14,7 +14,7 @@ lint: .venv/ready
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $@

@@ -22,8 +22,7 @@ from narrowcast import PRESETS
 from narrowcast.codecs import Ranges
 from narrowcast.collectives import Hops, Pending, all_reduce_steps
 from narrowcast.files import check_report, write_report
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
+from narrowcast.launch import Link, run
 from narrowcast.perf.timing import Case, interleaved, over_ranks, rounds_within, spread
 from narrowcast.perf.tune import tune
 from narrowcast.plan import ModelFingerprint, Plan, Site
@@ -73,7 +72,7 @@ def on_rank(codec: str, seconds: float) -> dict[int, Any]:
 
 def rows(links: list[Link | None], codec: str, seconds: float) -> Iterator[dict[str, Any]]:
     for link in links:
-        by_rank = run(on_rank, 2, link, codec, seconds)
+        by_rank = run(on_rank, 2, codec, seconds, link=link)
         for size in SIZES:
             choice, _ = by_rank[0][size]
             times = {name: over_ranks([each[size][1][name] for each in by_rank]) for name in ("native", "chosen")}

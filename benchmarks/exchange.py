@@ -23,7 +23,7 @@ from narrowcast import PRESETS
 from narrowcast.codecs import Ranges
 from narrowcast.collectives import Hops, Pending, all_reduce_steps
 from narrowcast.files import check_report, write_report
-from narrowcast.launch.ranks import run
+from narrowcast.launch import run
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99
 from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
 
@@ -69,7 +69,7 @@ def coded(x_TE: Tensor, stages: Hops, transport: Transport) -> Callable[[], Tens
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    by_rank = run(on_rank, 2, None)
+    by_rank = run(on_rank, 2)
     for key in by_rank[0]:
         times = over_ranks([found[key] for found in by_rank])
         yield {"case": key, "median_us": 1e6 * statistics.median(times), "p99_us": 1e6 * p99(times)}

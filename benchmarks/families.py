@@ -33,10 +33,11 @@ from models import CONFIGS, SMALL, random_ids, save_random
 from narrowcast import NarrowcastError, Plan
 from narrowcast.calibration import Observations, observe
 from narrowcast.engines import load_engine
+from narrowcast.errors import NarrowcastError
 from narrowcast.files import check_report, write_report
 from narrowcast.plan.split import KINDS, Split
 from narrowcast.runtime.counters import Report
-from ranks import RankError, Ranks
+from ranks import Ranks
 
 CODECS = [
     "bf16",
@@ -177,7 +178,7 @@ def cell(pools: Pools, folder: Path, split: Split, codecs: Sequence[str]) -> dic
         try:
             plan = seen.plan(dict.fromkeys(KINDS, codec))
             wire_bytes[codec], lines = run(pools[split.world_size], folder, seen, plan)
-        except (RankError, TimeoutError) as error:
+        except (NarrowcastError, TimeoutError) as error:
             pools.close(split.world_size)
             lines = [str(error)]
         except Exception:

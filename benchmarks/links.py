@@ -21,8 +21,7 @@ import torch.distributed as dist
 
 from narrowcast.cli.bench import machine
 from narrowcast.files import check_report, write_report
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
+from narrowcast.launch import Link, run
 from narrowcast.perf import emulation
 
 LINKS = "100Mbps,1ms", "100Mbps,10ms", "1Gbps,100us", "1Gbps,1ms", "10Gbps,50us"
@@ -82,7 +81,7 @@ def _cpu_s(process: Path) -> float:
 
 def row(link: Link, seconds: float) -> dict[str, Any]:
     num_bytes = max(int(link.rate_bps / 8 * seconds) // CHUNK, 1) * CHUNK
-    trip, took, cpu = run(measure, 2, link, num_bytes)[0]
+    trip, took, cpu = run(measure, 2, num_bytes, link=link)[0]
     mtu = emulation.mtu_of(link)
     return {
         "link": str(link),

@@ -30,8 +30,7 @@ from narrowcast.codecs.kernels.cpu import Kernel
 from narrowcast.collectives.base import Deferred
 from narrowcast.engines import load_engine
 from narrowcast.files import check_report, write_report
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
+from narrowcast.launch import Link, run
 from narrowcast.perf.model import WEIGHTS, Job, prepared
 from narrowcast.perf.shapes import VOCAB_SIZE, shape_of
 from narrowcast.plan import Plan
@@ -154,7 +153,7 @@ def rows(links: list[Link | None], codec: str, num_parameters: int) -> Iterator[
     )
     with prepared(job) as folder:
         for link in links:
-            first, *_ = run(on_rank, 2, link, job, folder, codec, link)
+            first, *_ = run(on_rank, 2, job, folder, codec, link, link=link)
             for phase, rounds in first.items():
                 figures = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
                 yield {"link": None if link is None else str(link), "phase": phase, "codec": codec, **figures}

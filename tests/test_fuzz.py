@@ -1,4 +1,4 @@
-"""Random bytes through every C++ kernel, built with address and undefined-behaviour sanitizers (csrc/fuzz.cpp)."""
+"""Random bytes through every C++ kernel, built with sanitizers (csrc/kernels/fuzz.cpp)."""
 
 import shutil
 import subprocess

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "tests" / "sanitized_mesh.cpp", ROOT / "csrc" / "mesh.cpp", ROOT / "csrc" / "connection.cpp"]
+SOURCES = [ROOT / "tests" / "sanitized_mesh.cpp", *(ROOT / "csrc" / "mesh").glob("*.cpp")]
 
 
 @pytest.mark.parametrize(("sanitizers", "what"), [("address,undefined", "fuzz 5000"), ("thread", "threads 150")])

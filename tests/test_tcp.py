@@ -430,7 +430,8 @@ def test_a_rank_lost_while_connecting_is_named(fresh: Pools, how: str) -> None:
 
 
 def be_interrupted() -> str:
-    """Ctrl-C reaches a rank that waits."""
+    """Ctrl-C reaches a rank that waits, and does not leave it to whoever started it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     transport = TcpTransport(timeout_s=60)
     dist.barrier()
     if transport.rank == 1:

@@ -36,7 +36,7 @@ from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.progress import Options, observe_with_bar
 from narrowcast.files import check_writable
-from narrowcast.launch.torchrun import is_first_rank, on_ranks
+from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
@@ -100,7 +100,7 @@ def calibrate(
     _check_fittable(options, real)
     found = sequences(load_engine().load_tokenizer(model), text, length=length, limit=num_sequences)
     if real:
-        plan = on_ranks(_on_rank, split.world_size, timeout, model, split, found, chosen, options)
+        plan = run(_on_rank, split.world_size, model, split, found, chosen, options, timeout_s=timeout)[0]
     else:
         whole = load_engine().load(model, device=device)
         plan = observe_with_bar(whole, found, split, options).plan(chosen, within=within)

@@ -29,7 +29,7 @@ from narrowcast.evaluation.job import Job, run_on_ranks
 from narrowcast.evaluation.report import page
 from narrowcast.evaluation.task_run import Limit, TasksData, TasksOption, chosen_tasks, print_tasks
 from narrowcast.files import check_report, write_report, write_whole
-from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.launch import is_first_rank
 from narrowcast.perf.plots import check_possible
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split

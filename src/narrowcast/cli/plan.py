@@ -17,7 +17,7 @@ from narrowcast.codecs import Codec, FeatureCodec
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import drawings
 from narrowcast.files import check_writable
-from narrowcast.launch.torchrun import is_first_rank, on_ranks
+from narrowcast.launch import is_first_rank, run
 from narrowcast.perf.tune import Tuning
 from narrowcast.perf.tune import tune as tune_plan
 from narrowcast.plan import Plan, Site
@@ -98,7 +98,7 @@ def tune(
     plan = Plan.load(path)
     check_transport(transport)
     data, world_size = plan.to_bytes(), plan.split.world_size
-    tuning = on_ranks(_tune_on_rank, world_size, timeout, data, path, transport, seconds, timeout)
+    tuning = run(_tune_on_rank, world_size, data, path, transport, seconds, timeout, timeout_s=timeout)[0]
     if is_first_rank():
         tuned = replace(plan, decisions=tuning.decisions)
         tuned.save(output or path, overwrite=overwrite or output is None)

@@ -18,7 +18,7 @@ from narrowcast.evaluation.sites import SiteError, score_simulated, site_errors
 from narrowcast.evaluation.task_run import AnsweredTasks, answers
 from narrowcast.evaluation.tasks import TaskSet
 from narrowcast.files import read_report
-from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.launch import is_first_rank
 from narrowcast.plan import Plan
 from narrowcast.runtime.counters import Report
 from narrowcast.scores import Score

@@ -20,7 +20,7 @@ from narrowcast.attach import Handle, attach
 from narrowcast.engines import device_of, load_engine
 from narrowcast.evaluation.task_run import Answers, answers
 from narrowcast.evaluation.tasks import TaskSet
-from narrowcast.launch.torchrun import is_first_rank, on_ranks
+from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.split import Split
@@ -71,7 +71,7 @@ class Outcome:
 
 def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
     """One outcome a plan, from rank 0 of processes that hold a part of the model each."""
-    return on_ranks(_on_rank, split.world_size, job.timeout_s, job, split)
+    return run(_on_rank, split.world_size, job, split, timeout_s=job.timeout_s)[0]
 
 
 def run_simulated(job: Job, model: nn.Module) -> list[Outcome]:

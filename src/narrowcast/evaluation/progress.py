@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from narrowcast.calibration import DEFAULT_FIRST_TOKENS, DEFAULT_NUM_FIRST, Observations, observe
 from narrowcast.calibration.moments import MomentsNeeded
 from narrowcast.calibration.observers import FirstTokens
-from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.launch import is_first_rank
 from narrowcast.plan.split import Split
 
 

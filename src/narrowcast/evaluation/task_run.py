@@ -24,7 +24,7 @@ from narrowcast.evaluation.tasks import (
     load_tasks,
     task_items,
 )
-from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.launch import is_first_rank
 
 MOST_ITEMS = 2000  # in all, up to which a report lists every answer
 

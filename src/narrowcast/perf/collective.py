@@ -14,8 +14,7 @@ from narrowcast.collectives import Hops, Pending, all_reduce_steps, checked_hops
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import chunks_of
 from narrowcast.errors import NarrowcastError
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
+from narrowcast.launch import Link, run
 from narrowcast.perf.sockets import SocketMesh
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99, rounds_within
 from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
@@ -59,7 +58,7 @@ Measured = dict[Key, list[Span]]
 
 def rows(sweep: Sweep, world_size: int, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for each case, of rank 0: baselines first, each size's cases in interleaved rounds."""
-    by_rank = run(_on_rank, world_size, link, sweep)
+    by_rank = run(_on_rank, world_size, sweep, link=link)
     keys = (list(measured) for measured in by_rank)
     for key, *others in zip(*keys, strict=True):
         spans = [by_rank[rank][own] for rank, own in enumerate([key, *others])]

@@ -16,8 +16,7 @@ from narrowcast.attach import attach
 from narrowcast.calibration import observe
 from narrowcast.engines import load_engine
 from narrowcast.errors import NarrowcastError
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
+from narrowcast.launch import Link, run
 from narrowcast.perf.shapes import VOCAB_SIZE, Shape
 from narrowcast.perf.timing import Case, Span, over_ranks
 from narrowcast.plan import Plan
@@ -73,7 +72,7 @@ def _whole(shape: Shape, folder: Path) -> nn.Module:
 
 def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for the engine's own sums in BF16, then one for each codec: medians of interleaved rounds."""
-    by_rank = run(_on_rank, job.tp_size, link, job, folder)
+    by_rank = run(_on_rank, job.tp_size, job, folder, link=link)
     for codec, transport in by_rank[0]:
         answers = [measured[codec, transport] for measured in by_rank]
         prefill = over_ranks([[each.prefill for each in own] for own in answers])

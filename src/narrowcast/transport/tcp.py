@@ -1,6 +1,6 @@
 """A full mesh of TCP connections of our own, for CPU tensors: a message costs a fraction of what gloo takes.
 
-Its data path is compiled (csrc/mesh.h); who may join it is decided here and in `handshake`.
+Its data path is compiled (csrc/mesh/mesh.h); who may join it is decided here and in `handshake`.
 """
 
 import json

@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <tuple>
 
-#include "mesh.h"
+#include "mesh/mesh.h"
 
 namespace nb = nanobind;
 

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "kernels.h"
-#include "paths.h"
-#include "threads.h"
+#include "kernels/kernels.h"
+#include "kernels/paths.h"
+#include "kernels/threads.h"
 
 namespace nb = nanobind;
 
