@@ -187,7 +187,7 @@ def test_links_without_root_are_refused_before_anything_starts(monkeypatch: pyte
 
 
 def stream(num_bytes: int) -> tuple[str, float, float]:
-    """Rank 0 sends each other rank as many bytes at once: their digest, when it began or they came, a round trip in s."""
+    """Rank 0 sends each other rank as many bytes at once: their digest, when they left or came, a round trip in s."""
     rank, data = dist.get_rank(), torch.arange(num_bytes).to(torch.uint8).numpy().tobytes()
     with socket.create_server((emulation.address_of(rank), PORT)) as server:
         dist.barrier()
