@@ -34,6 +34,14 @@ class Traffic(NamedTuple):
     num_values: int
 
 
+class CodingWork(NamedTuple):
+    """The work of one rank in a sum, for the cost model: latencies in a row, and values encoded and decoded."""
+
+    num_latencies: int
+    num_encoded: float
+    num_decoded: float
+
+
 class Begin(NamedTuple):
     """An exchange to start, and not to wait for: the step's value is its Work, to be yielded when it is wanted."""
 
@@ -79,16 +87,24 @@ class Stages:
 
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """One way to all-reduce.
+    """One way to all-reduce, and all that others need to know of it.
 
+    `num_hops`: codecs that it needs, one for each kind of transfer (`Stages`).
+    `recodes`: the sum is coded again and travels again, along the axes of `Stages.mix` where these are others.
+    `needs_groups`: it must be told the ranks of each node.
     `steps(x_TE, y_TE, stages, rank, world_size, stats)` runs on a rank and fills `y_TE` with the sum, reading nothing
     of `x_TE` once it writes; `twin(partials, stages, stats)` is its specification in one process;
-    `sent(stages, T, E, rank, world_size)` is what the rank sends, None where the algorithm cannot run.
+    `sent(stages, T, E, rank, world_size)` is the traffic of a rank, None where the algorithm cannot run;
+    `work(num_values, world_size)` is what `perf.estimate` predicts its time from, None where that is unknown.
     """
 
+    num_hops: int
+    recodes: bool
+    needs_groups: bool = False
     steps: Callable[[Tensor, Tensor, Stages, int, int, Tensor | None], Filling]
     twin: Callable[[Sequence[Tensor], Stages, Tensor | None], Tensor]
     sent: Callable[[Stages, int, int, int, int], Traffic | None]
+    work: Callable[[int, int], CodingWork | None] = lambda num_values, world_size: None
 
 
 def share_of(total: int, rank: int, world_size: int) -> slice:

@@ -137,4 +137,4 @@ def _traffic(codec: Codec, share: Share, peers: int) -> Traffic:
     return Traffic(peers * codec.payload_nbytes(*share.shape), peers * share.num_values)
 
 
-HIERARCHICAL = Algorithm(steps=_steps, twin=_twin, sent=_sent)
+HIERARCHICAL = Algorithm(num_hops=3, recodes=True, needs_groups=True, steps=_steps, twin=_twin, sent=_sent)

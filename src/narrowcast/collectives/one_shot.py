@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from narrowcast.collectives.base import Algorithm, Filling, Stages, Traffic, to_all
+from narrowcast.collectives.base import Algorithm, CodingWork, Filling, Stages, Traffic, to_all
 
 
 def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Filling:
@@ -33,4 +33,8 @@ def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_s
     return Traffic(peers * stages.codecs[0].payload_nbytes(num_tokens, num_features), peers * num_tokens * num_features)
 
 
-ONE_SHOT = Algorithm(steps=_steps, twin=_twin, sent=_sent)
+def _work(num_values: int, world_size: int) -> CodingWork:
+    return CodingWork(1, num_values, world_size * num_values)
+
+
+ONE_SHOT = Algorithm(num_hops=1, recodes=False, steps=_steps, twin=_twin, sent=_sent, work=_work)

@@ -15,6 +15,7 @@ from torch import Tensor
 from narrowcast.codecs import Codec
 from narrowcast.collectives.base import (
     Algorithm,
+    CodingWork,
     Exchange,
     Filling,
     Stages,
@@ -152,4 +153,8 @@ def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_s
     return Traffic(nbytes, sum(owner.num_values for owner in peers) + len(peers) * own.num_values)
 
 
-TWO_SHOT = Algorithm(steps=_steps, twin=_twin, sent=_sent)
+def _work(num_values: int, world_size: int) -> CodingWork:
+    return CodingWork(2, num_values + num_values / world_size, 2 * num_values)
+
+
+TWO_SHOT = Algorithm(num_hops=2, recodes=True, steps=_steps, twin=_twin, sent=_sent, work=_work)
