@@ -1,41 +1,37 @@
-"""Where a forward's time goes on a rank: the model's own arithmetic, coding, the link, waiting, and our own Python.
+"""The time of a forward on a rank by what it is spent on: the model, coding, the link, waiting, our own Python.
 
-usage: python benchmarks/where_time_goes.py [--link RATE,DELAY ...] [--codec PRESET] [--parameters 380M]
-                                            [--json FILE] [--plot FILE.png]
+usage: python benchmarks/where_time_goes.py [--link RATE,DELAY ...] [--codec CODEC]
+       [--json FILE] [--plot FILE.png]
 
-Two ranks of a random Llama, each link in turn (root only; without --link, loopback). Rank 0 times what its thread does
-in a prefill of 512 tokens and in decoding; of the time in which it waits for bytes, the link's share is what they take
-there (delay of each exchange, payload over rate) at most, the rest is waiting: for the other rank, or for the kernel.
-What travels while the rank computes is not waited for, and does not show.
+Two ranks of a random Llama of 380 M parameters, each link in turn (root only; without --link, loopback). Rank 0 times
+what its thread does in a prefill of 512 tokens and in decoding; of the time in which it waits for bytes, the link's
+share is what they take there (delay of each exchange, payload over rate) at most, the rest is waiting: for the other
+rank, or for the kernel. What travels while the rank computes is not waited for, and does not show.
 Medians over rounds. The engine's own sums over gloo are timed as a whole, in the same rounds.
 """
 
-import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 import narrowcast
-from narrowcast import communicator
 from narrowcast.codecs.kernels.cpu import Kernel
 from narrowcast.collectives.base import Deferred
 from narrowcast.engines import load_engine
-from narrowcast.files import check_report, write_report
 from narrowcast.launch.link import Link
 from narrowcast.launch.ranks import run
-from narrowcast.perf.model import WEIGHTS, Job, prepared
-from narrowcast.perf.shapes import VOCAB_SIZE, shape_of
+from narrowcast.perf.model import VOCAB_SIZE, WEIGHTS, Job, prepared
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
+from narrowcast.runtime import communicator
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.transport.tcp import TcpTransport, TcpWork
 
@@ -44,7 +40,7 @@ PREFILL, DECODE, ROUNDS = 512, 16, 5
 
 
 class Clock:
-    """Seconds by what the thread does, from functions that were replaced by timed ones; and bytes handed over."""
+    """Seconds by occupation of the thread, from functions that were replaced by timed ones; and bytes handed over."""
 
     def __init__(self, link: Link | None) -> None:
         self.seconds: Counter[str] = Counter()
@@ -81,7 +77,7 @@ class Clock:
         return timed
 
     def _noted(self, exchange: Callable[..., Any]) -> Callable[..., Any]:
-        """What the link needs for an exchange: it starts where the one before has left the rank."""
+        """Note what the link needs for an exchange: it starts where the one before has left the rank."""
 
         def noted(transport: Any, sends: Any, recvs: Any, *, tag: int) -> Any:
             nbytes = sum(buffer.nbytes for buffer in sends if buffer is not None)
@@ -141,17 +137,8 @@ def answer(model: nn.Module, clock: Clock | None = None) -> dict[str, dict[str, 
     return found
 
 
-def rows(links: list[Link | None], codec: str, num_parameters: int) -> Iterator[dict[str, Any]]:
-    job = Job(
-        shape=shape_of(num_parameters),
-        codecs=[codec],
-        transports=["tcp"],
-        tp_size=2,
-        prefill=PREFILL,
-        decode=DECODE,
-        rounds=ROUNDS,
-        replicate_vocabulary=False,
-    )
+def rows(links: list[Link | None], codec: str) -> Iterator[dict[str, Any]]:
+    job = Job(codecs=[codec])
     with prepared(job) as folder:
         for link in links:
             first, *_ = run(on_rank, 2, link, job, folder, codec, link)
@@ -184,24 +171,20 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__)
     parser.add_argument("--link", action="append", type=Link.parse, default=[])
     parser.add_argument("--codec", default="int4-feature")
-    parser.add_argument("--parameters", type=float, default=380, help="millions")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    check_report(arguments.json)
     table = []
     print("| link | phase | native ms | total ms | " + " | ".join(PARTS) + " |\n" + "| --- " * (4 + len(PARTS)) + "|")
-    for row in rows([None, *arguments.link], arguments.codec, round(arguments.parameters * 1e6)):
+    for row in rows([None, *arguments.link], arguments.codec):
         table.append(row)
         cells = [f"{row[name]:.2f}" for name in ("native_ms", "total_ms", *(f"{part}_ms" for part in PARTS))]
         print(f"| {row['link']} | {row['phase']} | {' | '.join(cells)} |", flush=True)
     if arguments.plot:
         draw(table, arguments.plot)
-    if arguments.json:
-        write_report(arguments.json, {"command": shlex.join(["python", *sys.argv]), "rows": table})
+    reporting.write(arguments.json, rows=table)
 
 
 if __name__ == "__main__":

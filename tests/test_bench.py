@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -290,10 +291,10 @@ OPTIONS: dict[str, list[object]] = {
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands measure little, and a small model."""
-    monkeypatch.setattr(collective, "Sweep", partial(collective.Sweep, seconds=0))
     monkeypatch.setattr(codec, "rows", partial(codec.rows, seconds_each=0))
+    monkeypatch.setattr(collective, "DEFAULT", replace(collective.DEFAULT, seconds=0))
     shape = model.Shape(hidden_size=256, num_layers=1, intermediate_size=384)
-    monkeypatch.setattr(model, "Job", partial(model.Job, shape=shape, prefill=8, decode=2, rounds=1))
+    monkeypatch.setattr(model, "DEFAULT", replace(model.DEFAULT, shape=shape, prefill=8, decode=2, rounds=1))
 
 
 def report_of(command: str, folder: Path, *options: object) -> dict[str, object]:

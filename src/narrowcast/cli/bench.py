@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,14 +102,15 @@ def _codecs(codec: Sequence[str] | None, size: Sequence[str] | None) -> Iterator
 def _collectives(
     codec: Sequence[str] | None, size: Sequence[str] | None, tp: int, links: Sequence[Link | None], over: Sequence[str]
 ) -> Iterator[Part]:
-    sizes = parse_sizes(size or collectives.SIZES)
-    sweep = collectives.Sweep(codecs=_recipes(codec, collectives.CODECS), transports=over, sizes=sizes)
+    usual = collectives.DEFAULT
+    sizes = parse_sizes(size) if size else usual.sizes
+    sweep = replace(usual, codecs=_recipes(codec, usual.codecs), transports=over, sizes=sizes)
     for link in links:
         yield f"{tp} ranks on {link or plots.NO_LINK}", collectives.rows(sweep, tp, link)
 
 
 def _models(codec: Sequence[str] | None, tp: int, links: Sequence[Link | None], over: Sequence[str]) -> Iterator[Part]:
-    job = models.Job(codecs=_recipes(codec, models.CODECS), transports=over, tp_size=tp)
+    job = replace(models.DEFAULT, codecs=_recipes(codec, models.DEFAULT.codecs), transports=over, tp_size=tp)
     with models.prepared(job) as folder:
         for link in links:
             yield f"{job.shape}, {tp} ranks on {link or plots.NO_LINK}", models.rows(job, folder, link)

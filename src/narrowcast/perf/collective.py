@@ -16,26 +16,26 @@ from narrowcast.collectives.reduce import chunks_of
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch.link import Link
 from narrowcast.launch.ranks import run
-from narrowcast.perf.sizes import DTYPE, shape_of
+from narrowcast.perf.sizes import DTYPE, parse_sizes, shape_of
 from narrowcast.perf.sockets import SocketMesh
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99, rounds_within
 from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
 
 TRANSPORTS: dict[str, Callable[[], Transport]] = {"torch": TorchDistributedTransport, "tcp": TcpTransport}
-CODECS = "bf16", "int4-feature"
-SIZES = ("1K..64M",)
-SECONDS = 1.0  # a size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
     """Measurements: every codec with every algorithm, transport and size in bytes, about `seconds` a size."""
 
-    codecs: Sequence[str] = CODECS
+    codecs: Sequence[str] = ("bf16", "int4-feature")
     algorithms: Sequence[str] = tuple(ALGORITHMS)
-    transports: Sequence[str]
-    sizes: Sequence[int]
-    seconds: float = SECONDS
+    transports: Sequence[str] = ("tcp",)
+    sizes: Sequence[int] = tuple(parse_sizes(["1K..64M"]))
+    seconds: float = 1.0
+
+
+DEFAULT = Sweep()
 
 
 class Cost(NamedTuple):

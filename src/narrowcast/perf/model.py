@@ -23,7 +23,6 @@ from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 
 NATIVE = "native", "torch"  # the engine's own sums, over the group that it makes
-CODECS = ("int4-feature",)
 VOCAB_SIZE, HEAD_SIZE = 32_000, 128
 NUM_CALIBRATION_TOKENS = 64
 WEIGHTS = "weights"
@@ -54,15 +53,16 @@ class Job:
     """
 
     shape: Shape = Shape()
-    codecs: Sequence[str] = CODECS
+    codecs: Sequence[str] = ("int4-feature",)
     transports: Sequence[str] = ("auto",)
-    tp_size: int
+    tp_size: int = 2
     prefill: int = 512
     decode: int = 24
     rounds: int = 3
     replicate_vocabulary: bool = False
 
 
+DEFAULT = Job()
 Way = tuple[str, str]  # a codec over a transport
 
 
