@@ -2,7 +2,7 @@
 
 usage: python benchmarks/first_tokens.py [--json FILE] [--plot FILE.png] [MODEL...]
 
-Each model, by default the bundled one, is calibrated and scored on text sampled from itself (temperature 1, fixed seeds),
+Each model (the bundled one) is calibrated and scored on text sampled from itself (temperature 1, a fixed seed each),
 at TP 2 and 8, for every way of counting; so is a Llama with random weights, whose first tokens stick out most.
 Prints KL in nats from the uncompressed model, with its standard error over sequences, and how much larger the first
 token's partial sums are than those of tokens from 64 on (mean over ranks of the largest magnitude; the site where it is
