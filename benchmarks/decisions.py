@@ -16,14 +16,14 @@ import torch
 import torch.distributed as dist
 
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import Pending, Stages, all_reduce_steps
+from narrowcast.collectives import Hops, Pending, all_reduce_steps
 from narrowcast.launch.link import Link
 from narrowcast.launch.ranks import run
 from narrowcast.perf.timing import Case, interleaved, over_ranks, rounds_within, spread
 from narrowcast.perf.tune import tune
 from narrowcast.plan import ModelFingerprint, Plan, Site
 from narrowcast.plan.split import Split
-from narrowcast.runtime.communicator import plain
+from narrowcast.runtime.sites import plain
 from narrowcast.transport import TcpTransport
 
 NUM_FEATURES = 4096
@@ -52,12 +52,12 @@ def on_rank(codec: str, seconds: float) -> dict[int, Any]:
         choice = tuned[num_features].choice(len(x_TE), num_features, coded=True)
         assert choice is not None
         codecs = plans[num_features].sites["sum"].codecs
-        stages = Stages(codecs) if choice.form == "coded" else plain(x_TE.dtype)
+        hops = Hops(codecs) if choice.form == "coded" else plain(x_TE.dtype)
 
-        def chosen(x=x_TE, stages=stages, choice=choice) -> object:  # type: ignore[no-untyped-def]
+        def chosen(x=x_TE, hops=hops, choice=choice) -> object:  # type: ignore[no-untyped-def]
             if choice.form == "native":
                 return transport.native_all_reduce(x)
-            return Pending(all_reduce_steps(x, stages, transport, choice.algorithm, out=x), transport).wait()
+            return Pending(all_reduce_steps(x, hops, transport, choice.algorithm, out=x), transport).wait()
 
         cases = {"native": Case(lambda x=x_TE: transport.native_all_reduce(x)), "chosen": Case(chosen)}  # type: ignore[misc]
         num_rounds = torch.tensor(rounds_within(seconds, cases))

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import Pending, Stages, all_reduce_steps
+from narrowcast.collectives import Hops, Pending, all_reduce_steps
 from narrowcast.launch.ranks import run
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99
 from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
@@ -39,12 +39,12 @@ def on_rank() -> dict[str, list[Span]]:
                 for key, spans in interleaved(cases, IN_A_BLOCK).items():
                     found.setdefault(key, []).extend(spans if block else [])
     x_RTE = torch.randn(2, *SUM, generator=torch.Generator().manual_seed(0)).bfloat16()
-    stages = Stages((recipe("int4-feature").codec(Ranges.of(x_RTE)),))
+    hops = Hops((recipe("int4-feature").codec(Ranges.of(x_RTE)),))
     x_TE, buffer = x_RTE[dist.get_rank()].clone(), x_RTE[0].clone()
     del x_RTE
     sums = {
         "sum native": Case(lambda: dist.all_reduce(buffer)),
-        "sum tcp": Case(coded(x_TE, stages, transports["tcp"])),
+        "sum tcp": Case(coded(x_TE, hops, transports["tcp"])),
     }
     interleaved(sums, 2)
     return found | interleaved(sums, SUMS)
@@ -58,9 +58,9 @@ def exchange(transport: Transport, nbytes: int, tag: int) -> Callable[[], None]:
     return lambda: transport.exchange(sends, recvs, tag=next(tags)).wait()
 
 
-def coded(x_TE: Tensor, stages: Stages, transport: Transport) -> Callable[[], Tensor]:
+def coded(x_TE: Tensor, hops: Hops, transport: Transport) -> Callable[[], Tensor]:
     y_TE = torch.empty_like(x_TE)
-    return lambda: Pending(all_reduce_steps(x_TE, stages, transport, "one_shot", out=y_TE), transport).wait()
+    return lambda: Pending(all_reduce_steps(x_TE, hops, transport, "one_shot", out=y_TE), transport).wait()
 
 
 def rows() -> Iterator[dict[str, Any]]:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import narrowcast
-from narrowcast.calibration.observers import FirstTokens, RangeObserver
-from narrowcast.calibration.running import travelling_over
+from narrowcast.calibration.observers import FirstTokens
+from narrowcast.calibration.observing import observed
 from narrowcast.engines import load_engine
 from narrowcast.evaluation.sites import score_simulated
 from narrowcast.plan.split import Split
@@ -52,23 +52,29 @@ def sample(model: nn.Module, start: Tensor, seed: int, num_sequences: int) -> Te
     return model.generate(ids, max_length=length, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0)
 
 
-class Magnitudes(RangeObserver):
+class Magnitudes:
     """Ratios by site of the first token's magnitude over the median of tokens from 64 on."""
 
-    def __init__(self) -> None:
-        super().__init__("count", 0)
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape  # sequences, tokens
         self.ratios: dict[str, float] = {}
 
-    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
-        magnitude_T = torch.stack(list(partials)).float().abs().amax(-1).mean((0, 1))
+    def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
+        magnitude_T = torch.stack(list(partials)).view(len(partials), *self.shape, -1).float().abs().amax(-1)
+        magnitude_T = magnitude_T.mean((0, 1))
         self.ratios[site] = (magnitude_T[0] / magnitude_T[64:].median()).item()
-        return super().all_reduce(partials, site)
+
+    def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
+        """Columns are no sum."""
+
+    def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
+        """Nor is what travels once."""
 
 
 def first_token_ratio(model: nn.Module, ids: Tensor, tp_size: int) -> float:
     """The largest ratio over the sums."""
-    split, seen = Split(tp_size=tp_size), Magnitudes()
-    with travelling_over(seen, model, split), torch.no_grad():
+    split, seen = Split(tp_size=tp_size), Magnitudes(ids.shape)
+    with observed([seen], model, split), torch.no_grad():
         model(input_ids=ids, use_cache=False)
     kinds = load_engine().sites(model, split)
     return max(ratio for site, ratio in seen.ratios.items() if kinds[site] == "sum")

@@ -15,7 +15,7 @@ import reporting
 import torch
 
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import Stages
+from narrowcast.collectives import Hops
 from narrowcast.launch.link import Link
 from narrowcast.perf.cost import CostModel, measure_coding, plain_coding
 from narrowcast.plan.decisions import Choice
@@ -26,14 +26,14 @@ def predicted_us(row: dict[str, Any]) -> float:
     num_tokens, name = row["nbytes"] // 2 // num_features, "bf16" if row["codec"] == "native" else row["codec"]
     made = recipe(name)
     ranges = (Ranges.of(torch.ones(sources, 1, num_features)) for sources in (row["world_size"], 1))
-    stages = Stages(tuple(made.codec(each) for each in ranges))
+    hops = Hops(tuple(made.codec(each) for each in ranges))
     cost = CostModel(
-        stages=stages,
+        hops=hops,
         num_features=num_features,
         world_size=row["world_size"],
         link=Link.parse(row["link"]),
         transport=row["transport"],
-        coded=measure_coding(stages.codecs[0], num_features),
+        coded=measure_coding(hops.codecs[0], num_features),
         plain=plain_coding(num_features),
     )
     native = row["codec"] == "native"

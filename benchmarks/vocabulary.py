@@ -32,10 +32,10 @@ from narrowcast import Plan
 from narrowcast.calibration import Observations, observe
 from narrowcast.codecs import FeatureCodec, Ranges, recipe
 from narrowcast.engines import load_engine
-from narrowcast.engines.transformers.weights import local
+from narrowcast.engines.transformers.sharding import local
 from narrowcast.plan.split import UNCODED, Split
-from narrowcast.runtime.communicator import SiteCodecs
 from narrowcast.runtime.simulator import Simulator
+from narrowcast.runtime.sites import Sites
 from narrowcast.scores import Score, compare, log_probs
 
 SUM = "int4-feature"
@@ -174,18 +174,21 @@ def summed(shape: Shape, preset: str, tp_size: int, num_tokens: int) -> float:
     """Bytes a token of one sum."""
     partials = torch.rand(tp_size, num_tokens, shape.hidden_size, dtype=torch.bfloat16)
     ranges = Ranges.of(partials), Ranges.of(partials[:1])
-    sites = SiteCodecs({"": [recipe(preset).codec(seen) for seen in ranges]}, (), "auto", torch.device("cpu"))
-    Simulator(sites).all_reduce(list(partials), "")
-    return sites.monitor.sites[""].wire_bytes / num_tokens
+    sites = Sites({"": [recipe(preset).codec(seen) for seen in ranges]}, (), "auto", torch.device("cpu"))
+    Simulator(sites, tp_size).sum(list(partials), "")
+    return sites.report().sites[""].wire_bytes / num_tokens
 
 
 def gathered(shape: Shape, preset: str, tp_size: int) -> float:
     """Bytes of one token's logits."""
     logits = torch.rand(1, shape.vocab_size, dtype=torch.bfloat16)
     codec = recipe(preset).codec(Ranges.of(logits[None]))
-    sites = SiteCodecs({"": [codec]}, (), "auto", torch.device("cpu"))
-    Simulator(sites).all_gather_features(list(logits.chunk(tp_size, dim=1)), "")
-    return float(sites.monitor.sites[""].wire_bytes)
+    sites = Sites({"": [codec]}, (), "auto", torch.device("cpu"))
+    parts = logits.chunk(tp_size, dim=1)
+    simulator = Simulator(sites, tp_size)
+    simulator.column_parallel("", [part.shape[1] for part in parts])
+    simulator.gather_features(parts, "")
+    return float(sites.report().sites[""].wire_bytes)
 
 
 def print_measured(row: dict[str, Any]) -> None:

@@ -20,51 +20,39 @@ from typing import Any
 import reporting
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import narrowcast
-from narrowcast.codecs.kernels.cpu import Kernel
-from narrowcast.collectives.base import Deferred
+from narrowcast.attach import Handle
 from narrowcast.engines import load_engine
+from narrowcast.engines.transformers.seam.embedding import Lookup
 from narrowcast.launch.link import Link
 from narrowcast.launch.ranks import run
 from narrowcast.perf.model import VOCAB_SIZE, WEIGHTS, Job, prepared
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
-from narrowcast.runtime import communicator
-from narrowcast.runtime.communicator import Communicator
-from narrowcast.transport.tcp import TcpTransport, TcpWork
+from narrowcast.runtime.planned import PlannedWires
+from narrowcast.runtime.products import Dense
+from narrowcast.transport.tcp import TcpTransport
 
 PARTS = "compute", "encode", "decode", "link", "waiting", "overhead"
 PREFILL, DECODE, ROUNDS = 512, 16, 5
 
 
 class Clock:
-    """Seconds by occupation of the thread, from functions that were replaced by timed ones; and bytes handed over."""
+    """Seconds of the thread in our sums and in products there; and those of the link for what is handed over."""
 
     def __init__(self, link: Link | None) -> None:
         self.seconds: Counter[str] = Counter()
         self._link, self._arrival = link, 0.0
         for owner, name, part in (
-            (Kernel, "encode", "encode"),
-            (Kernel, "recode", "encode"),
-            (Kernel, "decode_sum", "decode"),
-            (TcpWork, "wait", "wire"),
-            (Communicator, "_sum", "ours"),
-            (Communicator, "all_gather_features", "ours"),
+            (PlannedWires, "sum_products", "ours"),
+            (PlannedWires, "gather_features", "ours"),
+            (Dense, "__call__", "product"),  # the model's, though they are computed inside of our sum
+            (Lookup, "__call__", "product"),
         ):
             setattr(owner, name, self._timed(getattr(owner, name), part))
-        communicator.Deferred = self._deferred()  # type: ignore[assignment, misc]
-        TcpTransport.exchange = self._timed(self._noted(TcpTransport.exchange), "wire")  # type: ignore[method-assign]
-
-    def _deferred(self) -> Callable[..., Deferred]:
-        """Products are the model's, though they are computed inside of our sum."""
-
-        def deferred(num_tokens: int, num_features: int, tokens: Callable[[slice], Tensor]) -> Deferred:
-            return Deferred(num_tokens, num_features, self._timed(tokens, "product"))
-
-        deferred.of = Deferred.of  # type: ignore[attr-defined]
-        return deferred
+        TcpTransport.exchange = self._noted(TcpTransport.exchange)  # type: ignore[method-assign]
 
     def _timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -91,20 +79,26 @@ class Clock:
 
         return noted
 
-    def parts(self, total_s: float) -> dict[str, float]:
-        """Milliseconds of PARTS, which add up to the total."""
-        found = self.seconds
-        link_s = min(found["link"], found["wire"])
+    def parts(self, total_s: float, report: Counter[str]) -> dict[str, float]:
+        """Milliseconds of PARTS, which add up to the total: by what was noted here and by the plan's own counters."""
+        found, wire_s = self.seconds, report["exchange_s"] + report["waiting_s"]
+        coding_s = report["encode_s"] + report["recode_s"], report["decode_s"]
+        link_s = min(found["link"], wire_s)
         parts = {
             "compute": total_s - found["ours"] + found["product"],
-            "encode": found["encode"],
-            "decode": found["decode"],
+            "encode": coding_s[0],
+            "decode": coding_s[1],
             "link": link_s,
-            "waiting": found["wire"] - link_s,
-            "overhead": found["ours"] - found["product"] - found["encode"] - found["decode"] - found["wire"],
+            "waiting": wire_s - link_s,
+            "overhead": found["ours"] - found["product"] - sum(coding_s) - wire_s,
         }
         self.seconds.clear()
         return {f"{part}_ms": 1e3 * seconds for part, seconds in parts.items()}
+
+
+def counted(handle: Handle) -> Counter[str]:
+    """Seconds over all sites, since the plan was attached."""
+    return sum((Counter(dict(site.seconds)) for site in handle.report().sites.values()), Counter())
 
 
 def on_rank(job: Job, folder: Path, codec: str, link: Link | None) -> dict[str, list[dict[str, float]]]:
@@ -113,26 +107,29 @@ def on_rank(job: Job, folder: Path, codec: str, link: Link | None) -> dict[str, 
     found: dict[str, list[dict[str, float]]] = {"prefill": [], "decode": []}
     for round_ in range(-1, ROUNDS):
         native = answer(model)
-        with narrowcast.attach(model, plan, transport="tcp"):
+        with narrowcast.attach(model, plan, transport="tcp", timed=True) as handle:
             clock.seconds.clear()
-            coded = answer(model, clock)
+            coded = answer(model, clock, handle)
         for phase in found if round_ >= 0 else ():
             found[phase].append({"native_ms": native[phase]["total_ms"], **coded[phase]})
     return found
 
 
 @torch.no_grad()
-def answer(model: nn.Module, clock: Clock | None = None) -> dict[str, dict[str, float]]:
+def answer(model: nn.Module, clock: Clock | None = None, handle: Handle | None = None) -> dict[str, dict[str, float]]:
     ids, state = torch.randint(VOCAB_SIZE, (1, PREFILL), generator=torch.Generator().manual_seed(0)), None
     found = {}
     for phase, num_forwards in (("prefill", 1), ("decode", DECODE)):
+        before = counted(handle) if handle else Counter()
         dist.barrier()
         start = time.perf_counter()
         for _ in range(num_forwards):
             outputs = model(input_ids=ids, past_key_values=state, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
             ids, state = outputs.logits[:, -1:].argmax(-1), outputs.past_key_values
         total_s = time.perf_counter() - start
-        figures = {"total_ms": 1e3 * total_s} | (clock.parts(total_s) if clock else {})
+        figures = {"total_ms": 1e3 * total_s} | (
+            clock.parts(total_s, counted(handle) - before) if clock and handle else {}
+        )
         found[phase] = {name: value / num_forwards for name, value in figures.items()}
     return found
 

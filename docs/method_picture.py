@@ -10,17 +10,17 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from narrowcast.cli.files import sequences
+from torch import Tensor
+
 from narrowcast.calibration import ModelRecipe, Observations, observe
 from narrowcast.calibration.fit import Form
 from narrowcast.calibration.moments import Moments
-from narrowcast.scores import log_probs
-from narrowcast.evaluation.sites import score_simulated
-from narrowcast.engines import load_engine
-from torch import Tensor
-
-from narrowcast.cli.files import sequences
 from narrowcast.codecs import lloyd_max
 from narrowcast.codecs.allocation import AS_BF16, BLOCK, Entry, allocate, in_blocks
+from narrowcast.engines import load_engine
+from narrowcast.evaluation.sites import score_simulated
+from narrowcast.scores import log_probs
 
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 TP_SIZE, BITS = 8, 1.5

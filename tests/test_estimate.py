@@ -15,7 +15,7 @@ from conftest import MODEL
 from models import save_random
 from narrowcast import PRESETS, attach, calibrate
 from narrowcast.codecs import Ranges
-from narrowcast.collectives import ALGORITHMS, Stages
+from narrowcast.collectives import ALGORITHMS, Hops
 from narrowcast.collectives.base import Algorithm, CodingWork
 from narrowcast.engines import load_engine
 from narrowcast.launch.link import Link
@@ -31,9 +31,9 @@ ONE, TWO, NATIVE = Choice("coded", "one_shot"), Choice("coded", "two_shot"), Cho
 
 def model_of(link: str, world_size: int, coding: Coding = NO_CODING, preset: str = "int4-feature") -> CostModel:
     recipe = PRESETS[preset]
-    stages = Stages(tuple(recipe.codec(Ranges.of(torch.ones(sources, 1, 4096))) for sources in (world_size, 1)))
+    hops = Hops(tuple(recipe.codec(Ranges.of(torch.ones(sources, 1, 4096))) for sources in (world_size, 1)))
     return CostModel(
-        stages=stages,
+        hops=hops,
         num_features=4096,
         world_size=world_size,
         link=Link.parse(link),
@@ -52,7 +52,7 @@ def seconds(model: CostModel, choice: Choice, num_tokens: int) -> float:
 def test_on_a_slow_link_payload_bytes_decide() -> None:
     """4.19 of 16 bits: two ranks swap payloads, whose bytes over the rate are the limit, and the time."""
     model = model_of("100Mbps,0ms", 2)
-    nbytes = model.stages.codecs[0].payload_nbytes(512, 4096)
+    nbytes = model.hops.codecs[0].payload_nbytes(512, 4096)
     limit_s = model.link.transfer_s(nbytes)
     assert limit_s < seconds(model, ONE, 512) < 1.06 * limit_s
     assert seconds(model, NATIVE, 512) / seconds(model, ONE, 512) == pytest.approx(16 / 4.1875, rel=0.03)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import ALGORITHMS, Pending, Stages, all_reduce_steps, checked_stages, choose, simulate
+from narrowcast.collectives import ALGORITHMS, Hops, Pending, all_reduce_steps, checked_hops, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import chunks_of
 from narrowcast.errors import NarrowcastError
@@ -106,14 +106,12 @@ def _cases(sweep: Sweep, transports: dict[str, Transport], mesh: SocketMesh, sha
     nbytes = x_RTE[0].nbytes
     for preset in sweep.codecs:
         codecs = recipe(preset).codec(Ranges.of(x_RTE)), recipe(preset).codec(Ranges.of(x_RTE.float().sum(0, True)))
-        stages = checked_stages(codecs, world_size)
-        for algorithm in dict.fromkeys(choose(each, stages, *shape, world_size) for each in sweep.algorithms):
+        hops = checked_hops(codecs, world_size)
+        for algorithm in dict.fromkeys(choose(each, hops, *shape, world_size) for each in sweep.algorithms):
             expected = simulate.all_reduce(x_RTE.unbind(), codec=codecs, algorithm=algorithm)
             for name, transport in transports.items():
-                cost = _checked(x_RTE[rank], stages, transport, algorithm, expected)
-                cases[Key(name, preset, algorithm, nbytes, *cost)] = Case(
-                    _sum(x_RTE[rank], stages, transport, algorithm)
-                )
+                cost = _checked(x_RTE[rank], hops, transport, algorithm, expected)
+                cases[Key(name, preset, algorithm, nbytes, *cost)] = Case(_sum(x_RTE[rank], hops, transport, algorithm))
     return _raw(cases, mesh, nbytes) | cases
 
 
@@ -138,20 +136,20 @@ def _native(x_RTE: Tensor, rank: int) -> dict[Key, Case]:
 
 
 def _sum(
-    x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, sent: list[Traffic] | None = None
+    x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, sent: list[Traffic] | None = None
 ) -> Callable[[], Tensor]:
     """A sum into a buffer that is there already, as the native one has it."""
     count, y_TE = None if sent is None else sent.append, torch.empty_like(x_TE)
-    return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm, out=y_TE), transport, count).wait()
+    return lambda: Pending(all_reduce_steps(x_TE, hops, transport, algorithm, out=y_TE), transport, count).wait()
 
 
-def _checked(x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, expected: Tensor) -> Cost:
+def _checked(x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, expected: Tensor) -> Cost:
     """The sum's cost on the wire; NarrowcastError if its bits are not those of the twin."""
     sent: list[Traffic] = []
-    found = _sum(x_TE, stages, transport, algorithm, sent)()
+    found = _sum(x_TE, hops, transport, algorithm, sent)()
     if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
         raise NarrowcastError(f"{algorithm} differs from its twin on rank {transport.rank}; please report it")
-    num_chunks = len(chunks_of(stages, len(x_TE), x_TE.shape[1], transport.world_size, transport.chunk_nbytes))
+    num_chunks = len(chunks_of(hops, len(x_TE), x_TE.shape[1], transport.world_size, transport.chunk_nbytes))
     return Cost(sum(each.nbytes for each in sent), len(sent) // num_chunks)
 
 

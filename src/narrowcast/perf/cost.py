@@ -16,11 +16,11 @@ from dataclasses import dataclass
 import torch
 
 from narrowcast.codecs import CastCodec, Codec
-from narrowcast.collectives import Stages, named
+from narrowcast.collectives import Hops, named
 from narrowcast.collectives.reduce import chunks_of
 from narrowcast.launch.link import Link
 from narrowcast.plan.decisions import Choice
-from narrowcast.runtime.communicator import plain
+from narrowcast.runtime.sites import plain
 from narrowcast.transport import TcpTransport, TorchDistributedTransport
 
 TCP_SHARE = 0.96  # of a link's bits that are payload: 1,448 of 1,500 bytes, and acknowledgements
@@ -77,7 +77,7 @@ def _least_seconds(call: Callable[[], object], seconds: float) -> float:
 class CostModel:
     """Sums of `num_features` BF16 values a token over `world_size` ranks that a link joins, each with its own."""
 
-    stages: Stages
+    hops: Hops
     num_features: int
     world_size: int
     link: Link
@@ -89,10 +89,10 @@ class CostModel:
         """Seconds of a sum of `num_tokens` tokens; None where the algorithm cannot run, or its work is unknown."""
         if choice.form == "native":
             return self._ring_s(num_tokens)
-        stages = self.stages if choice.form == "coded" else plain(torch.bfloat16)
+        hops = self.hops if choice.form == "coded" else plain(torch.bfloat16)
         coding = self.coded if choice.form == "coded" else self.plain
         algorithm = named(choice.algorithm)
-        sent = algorithm.sent(stages, num_tokens, self.num_features, 0, self.world_size)
+        sent = algorithm.sent(hops, num_tokens, self.num_features, 0, self.world_size)
         work = algorithm.work(num_tokens * self.num_features, self.world_size)
         if sent is None or work is None:
             return None
@@ -100,7 +100,7 @@ class CostModel:
         coding_s = num_encoded * coding.encode_s + num_decoded * coding.decode_s
         wire_s = self._wire_s(sent.nbytes)
         chunk_nbytes = self._software.chunk_nbytes
-        num_chunks = len(chunks_of(stages, num_tokens, self.num_features, self.world_size, chunk_nbytes))
+        num_chunks = len(chunks_of(hops, num_tokens, self.num_features, self.world_size, chunk_nbytes))
         overlapped_s = max(coding_s, wire_s) + min(coding_s, wire_s) / num_chunks
         return num_latencies * (self.link.delay_s + self._software.message_s) + overlapped_s
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from narrowcast.codecs import recipe
-from narrowcast.collectives import Stages
+from narrowcast.collectives import Hops
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.launch.link import Link
@@ -133,7 +133,7 @@ def _times(
     sums = [(flow, codecs) for flow, codecs, _ in prompt.parts if flow.kind == "sum"]
     flow, codecs = sums[0] if sums else prompt.parts[0][:2]
     cost = CostModel(
-        stages=Stages(codecs),
+        hops=Hops(codecs),
         num_features=flow.num_features,
         world_size=world_size,
         link=link,

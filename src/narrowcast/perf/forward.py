@@ -34,7 +34,10 @@ class Forward:
     def of(cls, flows: Sequence[Flow], recipe: Recipe, split: Split, num_tokens: int) -> "Forward":
         """These flows by the codecs of `recipe`."""
         coded = [(flow, _codecs(recipe, flow, split)) for flow in flows]
-        return cls(num_tokens=num_tokens, parts=[Coded(flow, codecs, flow.sent(codecs)) for flow, codecs in coded])
+        return cls(
+            num_tokens=num_tokens,
+            parts=[Coded(flow, codecs, flow.sent(codecs, split.tp_size)) for flow, codecs in coded],
+        )
 
     def nbytes(self, site: str) -> int:
         """Payload bytes of a site."""
@@ -60,7 +63,7 @@ class Forward:
         if not part.codecs:  # by whichever algorithm is faster
             found = [cost.sum_s(way, self.num_tokens) for way in ways("plain")]
             return min((each for each in found if each is not None), default=None)
-        runs = choose(choice.algorithm, cost.stages, self.num_tokens, cost.num_features, cost.world_size)
+        runs = choose(choice.algorithm, cost.hops, self.num_tokens, cost.num_features, cost.world_size)
         return cost.sum_s(choice._replace(algorithm=runs), self.num_tokens)
 
 

@@ -86,7 +86,7 @@ def prepared(job: Job) -> Iterator[Path]:
 
 def _whole(shape: Shape, folder: Path) -> nn.Module:
     engine = load_engine()
-    from narrowcast.engines.transformers.random_llama import save_random_llama
+    from narrowcast.engines.transformers.files.random_llama import save_random_llama
 
     save_random_llama(folder, vocab_size=VOCAB_SIZE, num_heads=shape.num_heads, **asdict(shape))
     return engine.load(folder)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowcast.collectives import Pending, Stages, all_reduce_steps, deferred_all_reduce_steps, named
+from narrowcast.collectives import Hops, Pending, all_reduce_steps, deferred_all_reduce_steps, named
 from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.collectives.base import Deferred
 from narrowcast.errors import InvalidInputError
@@ -18,7 +18,7 @@ from narrowcast.launch.torchrun import on_ranks
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
 from narrowcast.plan.transform import Transform
-from narrowcast.runtime.communicator import plain
+from narrowcast.runtime.sites import plain
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
@@ -126,29 +126,29 @@ def _ways(
     """Sums of `x_TE`, and coded ones of as many components of it as travel."""
     ways: dict[Choice, Callable[[], Tensor]] = {Choice("native"): lambda: transport.native_all_reduce(x_TE)}
     transform, num_tokens = site.transform, len(x_TE)
-    coded = Stages(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
+    coded = Hops(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
     z_TK = x_TE if transform is None else x_TE.new_zeros(num_tokens, transform.num_components)
-    for form, stages, given in (("plain", plain(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
+    for form, hops, given in (("plain", plain(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
         for name, algorithm in (ALGORITHMS | NODE_ALGORITHMS).items():
             if algorithm.recodes and transport.world_size == 2:
                 continue  # two ranks send as many bytes in one hop
-            if algorithm.sent(stages, len(given), given.shape[1], transport.rank, transport.world_size) is None:
+            if algorithm.sent(hops, len(given), given.shape[1], transport.rank, transport.world_size) is None:
                 continue
-            ways[Choice(form, name)] = _way(given, stages, transport, name, transform if form == "coded" else None)
+            ways[Choice(form, name)] = _way(given, hops, transport, name, transform if form == "coded" else None)
     return ways
 
 
 def _way(
-    x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, transform: Transform | None
+    x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, transform: Transform | None
 ) -> Callable[[], Tensor]:
     """A sum, and the synthesis of its features."""
     if transform is None:
-        return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm, out=x_TE), transport).wait()
+        return lambda: Pending(all_reduce_steps(x_TE, hops, transport, algorithm, out=x_TE), transport).wait()
     remixed = named(algorithm).recodes
     y_TJ = x_TE.new_empty(len(x_TE), transform.num_reduced if remixed else transform.num_components)
 
     def run() -> Tensor:
-        steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, stages, transport, algorithm)
+        steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, hops, transport, algorithm)
         return transform.synthesize(Pending(steps, transport).wait(), remixed=remixed)
 
     return run

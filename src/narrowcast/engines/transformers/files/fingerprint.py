@@ -1,13 +1,13 @@
-"""Weights of whole and of split models: what this rank holds, and what tells one model from another."""
+"""The fingerprint of a model: the same for the whole model and for any split of it."""
 
 import hashlib
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
 
-from narrowcast.engines.forwards import chunk
+from narrowcast.engines.transformers.seam import summed
+from narrowcast.engines.transformers.sharding import is_experts, is_linear, local, own_chunk, summed_weight
 from narrowcast.plan import ModelFingerprint
 
 CONFIG_FIELDS = (
@@ -34,10 +34,11 @@ CONFIG_FIELDS = (
 NUM_SAMPLES = 16  # of each weight: a rank of 16 or fewer holds at least one
 
 
-def fingerprint(model: nn.Module, summed: dict[str, nn.Module]) -> ModelFingerprint:
+def fingerprint(model: nn.Module) -> ModelFingerprint:
     """Config fields; digests of columns of the weights whose outputs are summed and of rows of the embedding."""
     config = cast(Any, model).config.get_text_config()
-    samples = {name: _digests(_sampled(module), dim=-1) for name, module in summed.items()}
+    known = {name: module for name, module in summed(model).items() if is_linear(module) or is_experts(module)}
+    samples = {name: _digests(summed_weight(module), dim=-1) for name, module in known.items()}
     embedding = cast(Any, model).get_input_embeddings()
     if isinstance(embedding, nn.Embedding):  # not on every stage of a pipeline
         samples["embedding"] = _digests(embedding.weight, dim=0)
@@ -46,19 +47,9 @@ def fingerprint(model: nn.Module, summed: dict[str, nn.Module]) -> ModelFingerpr
     return ModelFingerprint(config=fields, samples=samples)
 
 
-def local(weight: Tensor) -> Tensor:
-    """What this rank holds of `weight`."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
-
-
-def _sampled(module: nn.Module) -> Tensor:
-    """The weight [E, I], or of experts [X, E, I], whose columns are sampled."""
-    return cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.down_proj)
-
-
 def _digests(weight: Tensor, dim: int) -> list[str | None]:
     """Digests in BF16 of slices at fixed places along `dim` (of experts: each from one expert)."""
-    held = [_own_chunk(weight, axis) for axis in range(weight.ndim)]
+    held = [own_chunk(weight, axis) for axis in range(weight.ndim)]
     digests: list[str | None] = []
     for sample in range(NUM_SAMPLES):
         places = {dim % weight.ndim: (2 * sample + 1) * weight.shape[dim] // (2 * NUM_SAMPLES)}
@@ -79,12 +70,3 @@ def _slice(held_part: Tensor, held: list[slice], places: dict[int, int]) -> Tens
 def _digest(values: Tensor) -> str:
     raw = values.bfloat16().contiguous().view(torch.uint8).cpu().numpy().tobytes()
     return hashlib.blake2b(raw, digest_size=4).hexdigest()
-
-
-def _own_chunk(weight: Tensor, axis: int) -> slice:
-    """What this rank holds of a weight's `axis`: all of it unless the weight is split there."""
-    if isinstance(weight, DTensor):
-        (placement,) = weight.placements
-        if isinstance(placement, Shard) and placement.dim % weight.ndim == axis:
-            return chunk(weight.shape[axis], weight.device_mesh.get_local_rank(), weight.device_mesh.size())
-    return slice(0, weight.shape[axis])

@@ -80,7 +80,7 @@ def _check_device(device: str | None) -> None:
 
 
 def _check_version(split: Split, replicate_vocabulary: bool) -> None:
-    """What was tried from 5.23 on only: 5.20 has other interfaces for it, or none."""
+    """Refuse older releases where 5.20 has other interfaces, or none: only 5.23 was tried."""
     import transformers
 
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from narrowcast.engines.forwards import evaluating
-from narrowcast.engines.transformers import experts, linear
+from narrowcast.engines.transformers.sharding import is_experts, is_linear
 from narrowcast.errors import InvalidInputError
 
 NUM_TRIED = 8  # tokens of the short run
@@ -29,7 +29,7 @@ TOLERANCE = 1e-3  # of what a layer adds: FP32 errors are about 1e-6, a layer th
 
 @dataclass
 class Stream:
-    """What was seen of the residual stream, by names of modules.
+    """The residual stream as a short run saw it, by names of modules.
 
     `readers`: those that took a norm's output, by norm. `layers`: the keyword arguments that each was called with.
     `embedded`: what the embedding returned, and what the first layer took.
@@ -80,7 +80,7 @@ def rotate(model: Any, writers: Collection[str], rotation_EE: Tensor) -> None:
 
 
 def _watched(model: Any) -> Stream:
-    """What a few tokens meet on their way."""
+    """The stream that a few tokens take."""
     layers = getattr(model.base_model, "layers", None)
     if not isinstance(layers, nn.ModuleList):
         _refuse(model, "decoder layers in a list named layers", "none")
@@ -134,7 +134,7 @@ def _is_norm(module: nn.Module) -> bool:
 def _may_read(module: nn.Module) -> bool:
     """Experts, and whatever has weights and no parts."""
     is_leaf = not list(module.children()) and any(weight.ndim > 1 for weight in module.parameters())
-    return is_leaf or experts.is_supported(module)
+    return is_leaf or is_experts(module)
 
 
 def _check_ends(model: Any, stream: Stream) -> None:
@@ -175,14 +175,14 @@ def _check_weights(model: nn.Module, stream: Stream, writers: Collection[str]) -
 def _is_plain(module: nn.Module) -> bool:
     """A linear layer or experts as they should be, or a router: one weight [X, E] besides what is added behind it."""
     if isinstance(module, nn.Linear):
-        return linear.is_plain(module)
-    if experts.is_supported(module):
+        return is_linear(module)
+    if is_experts(module):
         return True
     return [name for name, weight in module.named_parameters() if weight.ndim > 1] == ["weight"]
 
 
 def _offset(name: str, norm: nn.Module) -> float:
-    """What is added to the norm's weight to give its gain: 1 as in Gemma, or 0. InvalidInputError for no RMS norm."""
+    """The constant that makes a norm's weight its gain: 1 as in Gemma, or 0. InvalidInputError for no RMS norm."""
     tried: Any = copy.deepcopy(norm).float()
     if [each for each, _ in tried.named_parameters()] == ["weight"]:
         x_TE = _random(2, tried.weight) + 1  # with a mean, which LayerNorm subtracts
@@ -272,7 +272,7 @@ def _fold(root: nn.Module, readers: Mapping[str, Sequence[str]], writers: Collec
 
 
 def _weight(module: Any, of_experts: str) -> Tensor:
-    return cast(Tensor, getattr(module, of_experts) if experts.is_supported(module) else module.weight)
+    return cast(Tensor, getattr(module, of_experts) if is_experts(module) else module.weight)
 
 
 def _precise(weight: Tensor) -> Tensor:

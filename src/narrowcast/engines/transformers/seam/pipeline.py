@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from narrowcast.engines.forwards import Forward, Forwards
 from narrowcast.errors import InvalidInputError
 from narrowcast.runtime.communicator import Communicator
-from narrowcast.runtime.wires import Wires
+from narrowcast.runtime.wires import VirtualWires, Wires
 
 LOGITS = "logits"
 
@@ -42,8 +42,16 @@ def sites(model: nn.Module, pp_size: int) -> dict[str, str]:
     return dict.fromkeys(names, "boundary") | {LOGITS: LOGITS}
 
 
-def split_virtually(model: nn.Module, pp_size: int, wires: Wires, forwards: Forwards) -> None:
-    """Let hidden states and logits of a whole model travel over `wires`."""
+def take_over(model: nn.Module, pp_size: int, wires: Wires, forwards: Forwards) -> None:
+    """Let hidden states and logits travel over `wires`: those of this rank's stage, or of a whole model."""
+    if isinstance(wires, Communicator):
+        _take_over_stage(model, wires, forwards)
+    else:
+        assert isinstance(wires, VirtualWires), "who runs no stage runs all of them"
+        _take_over_whole(model, pp_size, wires, forwards)
+
+
+def _take_over_whole(model: nn.Module, pp_size: int, wires: VirtualWires, forwards: Forwards) -> None:
     for name in boundaries(model, pp_size):
         layer = model.get_submodule(name)
         forwards.replace(layer, _moved(name, layer, wires))
@@ -52,22 +60,21 @@ def split_virtually(model: nn.Module, pp_size: int, wires: Wires, forwards: Forw
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         outputs = whole(*args, **kwargs)
-        num_tokens = outputs.logits[..., 0].numel()
-        outputs.logits = wires.move(outputs.logits, LOGITS, (pp_size - 1) * num_tokens)
+        outputs.logits = wires.move(outputs.logits, LOGITS, pp_size - 1)
         return outputs
 
     forwards.replace(model, forward)
 
 
-def _moved(name: str, layer: nn.Module, wires: Wires) -> Forward:
+def _moved(name: str, layer: nn.Module, wires: VirtualWires) -> Forward:
     def forward(*args: Any, **kwargs: Any) -> Tensor:
         x: Tensor = type(layer).forward(layer, *args, **kwargs)
-        return wires.move(x, name, x[..., 0].numel())
+        return wires.move(x, name, 1)
 
     return forward
 
 
-def take_over(model: nn.Module, communicator: Communicator, forwards: Forwards) -> None:
+def _take_over_stage(model: nn.Module, communicator: Communicator, forwards: Forwards) -> None:
     """Give the model a stage that sends through `communicator`. The engine's own forward goes on driving it."""
     stage = _coded_stage(model, communicator)
     forwards.set(model, "_pp_stage", stage)
