@@ -71,31 +71,6 @@ def test_evaluate_real_equals_simulated(plan: Path, tmp_path: Path) -> None:
     assert real["uncompressed_bytes_per_token"] == {"model.embed_tokens": 512.0, "lm_head": 4096.0}
 
 
-def test_count_shows_what_would_travel_before_there_is_a_plan(tmp_path: Path) -> None:
-    """Per token of two ranks: 134 of 512 bytes at each sum; an embedding row and half of the logits as they are."""
-    path = tmp_path / "report.json"
-    shown = narrowcast("count", MODEL, "--tp", 2, "--tokens", 10, "--json", path).stdout
-    report = json.loads(path.read_text(encoding="utf8"))
-    rows = {row.pop("site"): row for row in report["sites"]}
-    coded = {
-        "kind": "sum",
-        "number": 8,
-        "prompt": 80 * 134,
-        "prompt_plain": 80 * 512,
-        "token": 1072,
-        "token_plain": 4096,
-    }
-    assert rows["model.layers.*.mlp.down_proj"] == rows["model.layers.*.self_attn.o_proj"] == coded
-    assert (rows["model.embed_tokens"]["prompt"], rows["lm_head"]["prompt"]) == (10 * 512, 4096)
-    assert "1.90 times fewer for a token" in shown
-    assert "--tp or --pp above 1, found one rank" in refused("count", MODEL)
-    assert "at most 512, the model's context, found 513" in refused("count", MODEL, "--tp", 2, "--tokens", 513)
-    assert "Use KIND=PRESET, once a kind" in refused(
-        "count", MODEL, "--tp", 2, "--codec", "sum=bf16", "--codec", "sum=int4"
-    )
-    assert "one that this PyTorch can use" in refused("count", MODEL, "--tp", 2, "--device", "no-such-device")
-
-
 def test_calibrate_on_ranks_writes_the_plan_of_one_process(plan: Path, tmp_path: Path) -> None:
     """At 1 thread a rank, matrix products may round differently: the same sites, and ranges within a rounding."""
     path = tmp_path / "real"

@@ -279,7 +279,7 @@ def run_cli(*arguments: str) -> Any:
 
 
 def run_tune(*arguments: str) -> Any:
-    return run_cli("plan", "tune", *arguments)
+    return run_cli("tune", *arguments)
 
 
 def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.Monk
     a_plan(2).save(plan)
     before = plan.read_bytes()
     assert "not tuned: every sum is coded" in run_cli("plan", "inspect", str(plan)).output
-    done = run_tune(str(plan), "--seconds", "0.2", "--output", str(new))
+    done = run_tune(str(plan), "--output", str(new))
     assert done.exit_code == 0, done.output
     assert not list(temporary.glob("narrowcast-*")), "the launcher's logs are gone"
     assert f"sums of {NUM_FEATURES} features" in run_cli("plan", "inspect", str(new)).output

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli import bench, calibrate, count, demo, doctor, gate, model, plan, predict, rotate
+from narrowcast.cli import bench, calibrate, demo, doctor, estimate, gate, model, plan, rotate, tune
 from narrowcast.files import versions
 
 app = typer.Typer(
@@ -26,15 +26,15 @@ def version(
 
 
 app.command()(demo.demo)
-app.command()(count.count)
-app.command()(predict.predict)
+app.command()(estimate.estimate)
 app.command()(calibrate.calibrate)
 app.command()(model.evaluate)
 app.command()(gate.gate)
 app.command()(model.generate)
 app.command()(rotate.rotate)
 app.add_typer(plan.app, name="plan")
-app.add_typer(bench.app, name="bench")
+app.command()(tune.tune)
+app.command()(bench.bench)
 app.command()(doctor.doctor)
 
 __all__ = ["app"]

@@ -1,4 +1,4 @@
-"""How long a sum over ranks takes, by codec, algorithm, transport, size and link."""
+"""The time of a sum over ranks, by codec, algorithm, transport, size and link."""
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,40 +10,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import Hops, Pending, all_reduce_steps, checked_hops, choose, simulate
+from narrowcast.collectives import ALGORITHMS, Hops, Pending, all_reduce_steps, checked_hops, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import chunks_of
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import Link, run
+from narrowcast.perf.sizes import DTYPE, parse_sizes, shape_of
 from narrowcast.perf.sockets import SocketMesh
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99, rounds_within
 from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
 
 TRANSPORTS: dict[str, Callable[[], Transport]] = {"torch": TorchDistributedTransport, "tcp": TcpTransport}
-NUM_FEATURES = 4096
-DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What to measure: everything with everything, about `seconds` a size."""
+    """Measurements: every codec with every algorithm, transport and size in bytes, about `seconds` a size."""
 
-    codecs: Sequence[str]
-    algorithms: Sequence[str]
-    transports: Sequence[str]
-    sizes: Sequence[int]
-    seconds: float
+    codecs: Sequence[str] = ("bf16", "int4-feature")
+    algorithms: Sequence[str] = tuple(ALGORITHMS)
+    transports: Sequence[str] = ("tcp",)
+    sizes: Sequence[int] = tuple(parse_sizes(["1K..64M"]))
+    seconds: float = 1.0
+
+
+DEFAULT = Sweep()
 
 
 class Cost(NamedTuple):
-    """What one rank sends, and how many exchanges wait for the one before, itself included."""
+    """Bytes that one rank sends, and exchanges that wait for the one before, the first included."""
 
     wire_bytes: int
     num_latencies: int
 
 
 class Key(NamedTuple):
-    """What a row is of."""
+    """The case of a row."""
 
     transport: str
     codec: str
@@ -78,14 +80,8 @@ def rows(sweep: Sweep, world_size: int, link: Link | None) -> Iterator[dict[str,
 
 
 def limit_s(link: Link, key: Key) -> float:
-    """What the link alone takes: a delay for each exchange that waits for the one before, and the bytes."""
+    """Seconds that the link alone takes: a delay for each exchange that waits for the one before, and the bytes."""
     return link.transfer_s(key.wire_bytes) + (key.num_latencies - 1) * link.delay_s
-
-
-def shape_of(nbytes: int) -> tuple[int, int]:
-    """Tokens and features of a BF16 tensor of about `nbytes`."""
-    row_nbytes = NUM_FEATURES * DTYPE.itemsize
-    return (1, max(nbytes // DTYPE.itemsize, 1)) if nbytes < row_nbytes else (nbytes // row_nbytes, NUM_FEATURES)
 
 
 def _on_rank(sweep: Sweep) -> Measured:
@@ -147,7 +143,7 @@ def _sum(
 
 
 def _checked(x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, expected: Tensor) -> Cost:
-    """What the sum costs on the wire; NarrowcastError if its bits are not those of the twin."""
+    """The sum's cost on the wire; NarrowcastError if its bits are not those of the twin."""
     sent: list[Traffic] = []
     found = _sum(x_TE, hops, transport, algorithm, sent)()
     if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):

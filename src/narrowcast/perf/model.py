@@ -1,4 +1,4 @@
-"""How fast a split model answers, by codec and link, against the same model as its engine splits it."""
+"""The speed at which a split model answers, by codec and link, against the same model as its engine splits it."""
 
 import statistics
 import tempfile
@@ -17,30 +17,51 @@ from narrowcast.calibration import observe
 from narrowcast.engines import load_engine
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import Link, run
-from narrowcast.perf.shapes import VOCAB_SIZE, Shape
 from narrowcast.perf.timing import Case, Span, over_ranks
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 
 NATIVE = "native", "torch"  # the engine's own sums, over the group that it makes
+VOCAB_SIZE, HEAD_SIZE = 32_000, 128
 NUM_CALIBRATION_TOKENS = 64
 WEIGHTS = "weights"
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama's layers, by default of 380 M parameters in all."""
+
+    hidden_size: int = 2048
+    num_layers: int = 8
+    intermediate_size: int = 4992
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of HEAD_SIZE features."""
+        return self.hidden_size // HEAD_SIZE
+
+    def __str__(self) -> str:
+        return f"a Llama of {self.num_layers} layers of {self.hidden_size} and {self.intermediate_size}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to measure: prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each."""
+    """Answers to measure: prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each.
 
-    shape: Shape
-    codecs: Sequence[str]
+    `replicate_vocabulary`: each rank keeps all of the embedding and the output layer, and nothing of them travels.
+    """
+
+    shape: Shape = Shape()
+    codecs: Sequence[str] = ("int4-feature",)
     transports: Sequence[str] = ("auto",)
-    tp_size: int
-    prefill: int
-    decode: int
-    rounds: int
-    replicate_vocabulary: bool
+    tp_size: int = 2
+    prefill: int = 512
+    decode: int = 24
+    rounds: int = 3
+    replicate_vocabulary: bool = False
 
 
+DEFAULT = Job()
 Way = tuple[str, str]  # a codec over a transport
 
 

@@ -14,11 +14,12 @@ from narrowcast.collectives import Hops, Pending, all_reduce_steps, deferred_all
 from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.collectives.base import Deferred
 from narrowcast.errors import InvalidInputError
+from narrowcast.launch import run
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
 from narrowcast.plan.transform import Transform
 from narrowcast.runtime.sites import plain
-from narrowcast.transport import Transport
+from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
 GAIN = 0.95  # a coded sum costs accuracy: it must take no more than this share of an uncompressed one's time
@@ -73,6 +74,20 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
     return _of_first_rank_all(transport, timings, num_features)
 
 
+def tune_on_ranks(plan: Plan, *, transport: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) -> Tuning:
+    """The tuning of `plan` on ranks of its own, started on this machine; under torchrun, on those that it started.
+
+    Raises what `tune` raises, and InvalidInputError under torchrun with another number of ranks.
+    """
+    check_transport(transport)
+    return run(_tune_on_rank, plan.split.world_size, plan.to_bytes(), transport, timeout_s, timeout_s=timeout_s)[0]
+
+
+def _tune_on_rank(data: bytes, transport: str, timeout_s: float) -> Tuning:
+    ranks = connect_group(None, transport=transport, device=torch.device("cpu"), timeout_s=timeout_s)
+    return tune(Plan.from_bytes(data, "memory"), ranks)
+
+
 def _site_of_sums(plan: Plan) -> Site:
     """The one that stands for all: where they have transforms, that of most components."""
     if sums := [site for site in plan.sites.values() if site.kind == "sum"]:
@@ -114,13 +129,12 @@ def _ways(
     coded = Hops(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
     z_TK = x_TE if transform is None else x_TE.new_zeros(num_tokens, transform.num_components)
     for form, hops, given in (("plain", plain(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
-        for algorithm in (*ALGORITHMS, *NODE_ALGORITHMS):
-            if not named(algorithm).sent(hops, len(given), given.shape[1], transport.rank, transport.world_size):
+        for name, algorithm in (ALGORITHMS | NODE_ALGORITHMS).items():
+            if algorithm.recodes and transport.world_size == 2:
+                continue  # two ranks send as many bytes in one hop
+            if algorithm.sent(hops, len(given), given.shape[1], transport.rank, transport.world_size) is None:
                 continue
-            if algorithm != "one_shot" and transport.world_size == 2:
-                continue  # as many bytes as one_shot, in two steps
-            synthesis = transform if form == "coded" else None
-            ways[Choice(form, algorithm)] = _way(given, hops, transport, algorithm, synthesis)
+            ways[Choice(form, name)] = _way(given, hops, transport, name, transform if form == "coded" else None)
     return ways
 
 
