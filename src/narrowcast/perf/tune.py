@@ -112,9 +112,9 @@ def _measured(
     ways = _ways(site, groups, x_TE, transport)
     samples: dict[Choice, list[float]] = {choice: [] for choice in ways}
     for round_ in range(rounds + 1):
-        for choice, run in ways.items():
+        for choice, add_up in ways.items():
             start = time.perf_counter()
-            run()
+            add_up()
             if round_:
                 samples[choice].append(time.perf_counter() - start)
     return {choice: statistics.median(each) for choice, each in samples.items()}
@@ -147,11 +147,11 @@ def _way(
     remixed = named(algorithm).recodes
     y_TJ = x_TE.new_empty(len(x_TE), transform.num_reduced if remixed else transform.num_components)
 
-    def run() -> Tensor:
+    def add_up() -> Tensor:
         steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, hops, transport, algorithm)
         return transform.synthesize(Pending(steps, transport).wait(), remixed=remixed)
 
-    return run
+    return add_up
 
 
 def _extrapolated(timings: Sequence[Timing], num_tokens: int) -> dict[Choice, float]:
