@@ -33,7 +33,6 @@ from models import CONFIGS, SMALL, random_ids, save_random
 from narrowcast import NarrowcastError, Plan
 from narrowcast.calibration import Observations, observe
 from narrowcast.engines import load_engine
-from narrowcast.errors import NarrowcastError
 from narrowcast.files import check_report, write_report
 from narrowcast.plan.split import KINDS, Split
 from narrowcast.runtime.counters import Report
