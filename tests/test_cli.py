@@ -1,4 +1,4 @@
-"""The command line as its user meets it: separate processes, exit codes, one sentence an error."""
+"""The command line as its user meets it: what it prints, exit codes, one sentence an error."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from commands import typed
 from conftest import MODEL
 from models import save_random
 from narrowcast import Plan
@@ -21,13 +22,17 @@ TEXT = str(MODEL / "scoring.txt")
 
 
 def narrowcast(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "narrowcast", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=150, env={**os.environ, "COLUMNS": "80", **environment}
-    )
+    """What a command prints: in this process, or in one of its own if that has another environment."""
+    done = in_a_process(*arguments, **environment) if environment else typed(*arguments)
     assert not check or done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def in_a_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "narrowcast", *map(str, arguments)]
+    settings = {**os.environ, "COLUMNS": "80", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=settings)
 
 
 def refused(*arguments: object) -> str:

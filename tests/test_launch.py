@@ -27,7 +27,7 @@ PATIENCE_S = 60  # on a busy machine
 
 
 def eventually(true: Callable[[], object]) -> bool:
-    """Whether `true()` becomes true in time."""
+    """True if `true()` becomes true in time."""
     deadline = time.monotonic() + PATIENCE_S
     while not true():
         if time.monotonic() > deadline:
@@ -99,7 +99,7 @@ def miss_rank_1(how: str) -> None:
 
 
 def add_up_in_a_group() -> int:
-    """How many threads this process has, once there is a group of its own."""
+    """Number of threads of this process, once there is a group of its own."""
     dist.all_reduce(torch.ones(1), group=dist.new_group([0, 1]))
     return len(list(Path("/proc/self/task").iterdir()))
 
@@ -224,6 +224,7 @@ def stream(num_bytes: int) -> tuple[str, float, float]:
     return (digest.hexdigest(), came, trip) if rank else (hashlib.sha256(data).hexdigest(), start, trip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["50Mbps,2ms", "1Gbps,100us", "10Gbps,50us"])
 def test_streams_arrive_whole_and_not_before_their_time(emulator: None, text: str) -> None:
     link = Link.parse(text)
@@ -255,6 +256,7 @@ def flood(num_datagrams: int, size: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_full_queue_drops_its_tail(emulator: None) -> None:
     size, num_datagrams = 1400, 12_000  # 16.8 MB, of which 4 MB may wait
     _, found = run(flood, 2, num_datagrams, size, link=Link.parse("100Mbps,1ms"))
@@ -280,7 +282,7 @@ def descendants(process: int) -> set[int]:
 
 
 def runs(process: int) -> bool:
-    """Whether there is such a process that has not ended: whoever inherits it may be slow to take note of its end."""
+    """True if there is such a process that has not ended: whoever inherits it may be slow to take note of its end."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -311,6 +313,7 @@ if __name__ == "__main__":
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_who_started_it(staying: subprocess.Popen[str], how: signal.Signals) -> None:
     """Neither ranks nor emulator, nor their namespaces, which are others than ours."""

@@ -28,7 +28,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class Outcome(IntEnum):
-    """How a rank's work came out, the cause of others first: whoever misses a rank fails because of it."""
+    """Outcome of a rank's work, the cause of others first: whoever misses a rank fails because of it."""
 
     ENDED = 0
     REFUSED = 1
@@ -69,7 +69,7 @@ class Place:
 
 
 def as_rank(function: Callable[[*Ts], T], timeout_s: float, *args: *Ts) -> T:
-    """What `function` returns on this rank of torchrun's, which has met the others within `timeout_s`."""
+    """Run `function` on this rank of torchrun's, which meets the others within `timeout_s`; returns its result."""
     end_with_parent()
     with _joined(timeout_s):
         return function(*args)
