@@ -17,7 +17,7 @@ class Ranks(narrowcast.launch.Ranks):
         super().__init__(world_size, num_threads=1)
 
     def result(self, rank: int) -> Any:
-        """What `rank` returned from what was started; its error if it raised."""
+        """The result of what was started, from `rank`; its error if it raised."""
         if not self.pipes[rank].poll(LIMIT_S):
             self.close()
             raise TimeoutError(f"rank {rank} gave no answer in {LIMIT_S} s")

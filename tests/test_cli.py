@@ -1,4 +1,4 @@
-"""The command line as its user meets it: separate processes, exit codes, one sentence an error."""
+"""The command line as its user meets it: what it prints, exit codes, one sentence an error."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from commands import typed
 from conftest import MODEL
 from models import save_random
 from narrowcast import Plan
@@ -21,13 +22,17 @@ TEXT = str(MODEL / "scoring.txt")
 
 
 def narrowcast(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "narrowcast", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=150, env={**os.environ, "COLUMNS": "80", **environment}
-    )
+    """What a command prints: in this process, or in one of its own if that has another environment."""
+    done = in_a_process(*arguments, **environment) if environment else typed(*arguments)
     assert not check or done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def in_a_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "narrowcast", *map(str, arguments)]
+    settings = {**os.environ, "COLUMNS": "80", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=settings)
 
 
 def refused(*arguments: object) -> str:
@@ -248,13 +253,19 @@ def started(*arguments: object) -> subprocess.Popen[str]:
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of its ranks, once all have been started for a while."""
-    for _ in range(100):
-        found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
-        if len(found.stdout.split()) == 2:
+    for _ in range(200):
+        server = children_of(process.pid, "forkserver")
+        ranks = children_of(*server) if server else []
+        if len(ranks) == 2:
             time.sleep(6)
-            return [int(pid) for pid in found.stdout.split()]
+            return ranks
         time.sleep(0.2)
     raise AssertionError("no ranks were started")
+
+
+def children_of(pid: int, command: str = "") -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", command], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def running(pid: int) -> bool:
@@ -314,6 +325,6 @@ def test_a_killed_rank_ends_all_and_is_named(plan: Path) -> None:
     os.kill(max(ranks), signal.SIGKILL)
     _, errors = generating.communicate(timeout=60)
     assert generating.returncode == 1
-    assert "narrowcast: error: rank 1: Signal 9 (SIGKILL)" in errors
+    assert "narrowcast: error: rank 1 was ended by SIGKILL" in errors
     assert "Traceback" not in errors
     assert not any(running(pid) for pid in ranks)

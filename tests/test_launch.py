@@ -27,7 +27,7 @@ PATIENCE_S = 60  # on a busy machine
 
 
 def eventually(true: Callable[[], object]) -> bool:
-    """Whether `true()` becomes true in time."""
+    """True if `true()` becomes true in time."""
     deadline = time.monotonic() + PATIENCE_S
     while not true():
         if time.monotonic() > deadline:
@@ -98,6 +98,12 @@ def miss_rank_1(how: str) -> None:
     raise PeerLostError([1], "adding up")
 
 
+def add_up_in_a_group() -> int:
+    """Number of threads of this process, once there is a group of its own."""
+    dist.all_reduce(torch.ones(1), group=dist.new_group([0, 1]))
+    return len(list(Path("/proc/self/task").iterdir()))
+
+
 def where_this_runs() -> tuple[bool, str | None, int, int]:
     """First rank or not, a variable, threads of the process that this one was forked from, threads to compute with."""
     parents = len(list(Path(f"/proc/{os.getppid()}/task").iterdir()))
@@ -115,6 +121,12 @@ def test_ranks_run_one_function_after_another() -> None:
         with pytest.raises(InvalidInputError, match="rank 1: x: expected y"):
             ranks.run(fail_on_rank_1, "refused")
         assert not ranks.alive
+
+
+def test_groups_of_one_function_are_gone_with_the_next() -> None:
+    with Ranks(2) as ranks:
+        first, *others = [ranks.run(add_up_in_a_group) for _ in range(4)]
+        assert others == [first] * 3
 
 
 def test_ranks_have_the_environment_of_now_and_no_threads_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +199,7 @@ def test_links_without_root_are_refused_before_anything_starts(monkeypatch: pyte
 
 
 def stream(num_bytes: int) -> tuple[str, float, float]:
-    """Rank 0 sends each other rank as many bytes at once: their digest, when they left or came, a round trip in s."""
+    """Rank 0 sends each other rank as many bytes at once: digest, time of start or end, a round trip's seconds."""
     rank, data = dist.get_rank(), torch.arange(num_bytes).to(torch.uint8).numpy().tobytes()
     with socket.create_server((emulation.address_of(rank), PORT)) as server:
         dist.barrier()
@@ -212,6 +224,7 @@ def stream(num_bytes: int) -> tuple[str, float, float]:
     return (digest.hexdigest(), came, trip) if rank else (hashlib.sha256(data).hexdigest(), start, trip)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["50Mbps,2ms", "1Gbps,100us", "10Gbps,50us"])
 def test_streams_arrive_whole_and_not_before_their_time(emulator: None, text: str) -> None:
     link = Link.parse(text)
@@ -243,6 +256,7 @@ def flood(num_datagrams: int, size: int) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 def test_a_full_queue_drops_its_tail(emulator: None) -> None:
     size, num_datagrams = 1400, 12_000  # 16.8 MB, of which 4 MB may wait
     _, found = run(flood, 2, num_datagrams, size, link=Link.parse("100Mbps,1ms"))
@@ -268,7 +282,7 @@ def descendants(process: int) -> set[int]:
 
 
 def runs(process: int) -> bool:
-    """Whether there is such a process that has not ended: whoever inherits it may be slow to take note of its end."""
+    """True if there is such a process that has not ended: whoever inherits it may be slow to take note of its end."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
@@ -299,6 +313,7 @@ if __name__ == "__main__":
         process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nothing_outlives_who_started_it(staying: subprocess.Popen[str], how: signal.Signals) -> None:
     """Neither ranks nor emulator, nor their namespaces, which are others than ours."""

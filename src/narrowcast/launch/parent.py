@@ -1,8 +1,9 @@
-"""A process that does not outlive whoever started it."""
+"""A process that does not outlive whoever started it, not even one that is killed (Linux)."""
 
-import contextlib
 import ctypes
+import fcntl
 import multiprocessing
+import os
 import signal
 import sys
 
@@ -10,9 +11,16 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent() -> None:
-    """Even a parent that is killed does not leave this process behind (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    """Have the kernel kill this process when the one that started it ends: torchrun, or whoever holds our pipe.
+
+    A process that was forked from a server is not a child of whoever asked for it, so their pipe tells.
+    """
     parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # killed before
+    if parent is None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        return
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(parent.sentinel, fcntl.F_SETFL, fcntl.fcntl(parent.sentinel, fcntl.F_GETFL) | os.O_ASYNC)
+    if not parent.is_alive():  # ended before
         sys.exit(1)

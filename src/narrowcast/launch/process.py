@@ -15,6 +15,7 @@ from typing import Any, TypeVar, TypeVarTuple
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store
+from torch.distributed.distributed_c10d import _world
 
 from narrowcast.errors import NarrowcastError, PeerLostError
 from narrowcast.launch import emulation
@@ -27,7 +28,7 @@ Ts = TypeVarTuple("Ts")
 
 
 class Outcome(IntEnum):
-    """The outcome of a rank's work, the cause of others first: whoever misses a rank fails because of it."""
+    """Outcome of a rank's work, the cause of others first: whoever misses a rank fails because of it."""
 
     ENDED = 0
     REFUSED = 1
@@ -41,7 +42,7 @@ Answer = tuple[Outcome, Any]  # and the result or the error
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """The place of a rank, with the environment that whoever starts it has; `wire` leads to the emulator of `link`."""
+    """Where a rank runs, with the environment that whoever starts it has; `wire` leads to the emulator of `link`."""
 
     rank: int
     world_size: int
@@ -68,7 +69,7 @@ class Place:
 
 
 def as_rank(function: Callable[[*Ts], T], timeout_s: float, *args: *Ts) -> T:
-    """The result of `function` on this rank of torchrun's, which has met the others within `timeout_s`."""
+    """Run `function` on this rank of torchrun's, which meets the others within `timeout_s`; returns its result."""
     end_with_parent()
     with _joined(timeout_s):
         return function(*args)
@@ -80,9 +81,11 @@ def serve(pipe: Connection, place: Place) -> None:
     try:
         place.enter()
         with _joined(place.timeout_s, FileStore(place.store, place.world_size), place.num_threads):
+            gc.freeze()
             while True:
-                pipe.send_bytes(_answer(pipe.recv_bytes(), place.rank))
-                _destroy_other_groups()
+                message = pipe.recv_bytes()
+                _destroy_groups()
+                pipe.send_bytes(_answer(message, place.rank))
     except EOFError:
         pass
     except Exception as error:  # before there was anything to run
@@ -103,11 +106,12 @@ def _joined(timeout_s: float, store: Store | None = None, num_threads: int | Non
         dist.destroy_process_group()
 
 
-def _destroy_other_groups() -> None:
-    """End the groups that a function has made, as engines do for every model: each has threads that poll."""
+def _destroy_groups() -> None:
+    """The groups of the function before, with which all ranks are done: each of gloo's wakes up 100 times a second."""
+    for group in list(_world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
     gc.collect()
-    for group in [group for group in dist.distributed_c10d._world.pg_map if group is not dist.group.WORLD]:
-        dist.destroy_process_group(group)
 
 
 def _answer(message: bytes, rank: int) -> bytes:

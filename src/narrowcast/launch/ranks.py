@@ -92,7 +92,7 @@ class Ranks:
         return bool(self.processes) and all(process.is_alive() for process in self.processes)
 
     def run(self, function: Callable[[*Ts], T], *args: *Ts) -> list[T]:
-        """What `function(*args)` returns on each rank, in their order; function, arguments and results are pickled.
+        """Results of `function(*args)` on each rank, in their order; function, arguments and results are pickled.
 
         Raises what the first rank to fail raised, naming it, and ends all; NarrowcastError if that was no
         NarrowcastError, with the rank's traceback as a note, or if a rank has ended. So does Ctrl-C end all.
@@ -109,7 +109,7 @@ class Ranks:
                 pipe.send_bytes(message)
 
     def answer(self, rank: int) -> Answer:
-        """What `rank` says to what was started; waits for it."""
+        """Wait for the answer of `rank` to what was started."""
         try:
             return cast(Answer, pickle.loads(self.pipes[rank].recv_bytes()))
         except (EOFError, ConnectionResetError):
@@ -160,7 +160,7 @@ def run(
     timeout_s: float = DEFAULT_TIMEOUT_S,
     link: Link | None = None,
 ) -> list[T]:
-    """What `function(*args)` returns on each of `world_size` ranks, which are started for it, on `link`.
+    """Results of `function(*args)` on each of `world_size` ranks, which are started for it, on `link`.
 
     Under torchrun the ranks are those that it started, all of which call this, and only this rank's result is known: a
     list of one. Ranks meet within `timeout_s` seconds; PeerLostError names who does not come. Else as `Ranks.run`.
