@@ -29,7 +29,7 @@ NUMBERS = "sites", "prompt", "a token"
 
 def estimate(
     model: ModelArgument,
-    tp: TensorParallel = 1,
+    tp: TensorParallel = 2,
     pp: PipelineParallel = 1,
     experts: ExpertsOption = "slices",
     codec: Annotated[list[str], typer.Option(metavar="CODEC", help="Again and again for several.")] = [  # noqa: B006
