@@ -20,7 +20,7 @@ from typing import Any
 
 from narrowcast.calibration import Observations, observe
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
-from narrowcast.codecs import PRESETS
+from narrowcast.codecs import PRESETS, recipe
 from narrowcast.engines import load_engine
 from narrowcast.evaluation.sites import score_simulated
 from narrowcast.files import check_report, write_report
@@ -49,15 +49,23 @@ def rows(seen: Observations, text: Sequence[Any], presets: Sequence[str]) -> Ite
             }
 
 
-# Formats by the end of their presets' names: each is a curve over its widths.
+# Formats with their widths: each is a curve.
 CURVES = {
-    "the paper: static, outliers in BF16": "-feature",
-    "groups of 128 (Flash Communication)": "-group128",
-    "groups of 32 (Flash Communication)": "-group32",
-    "groups of 32, symmetric (QuickReduce)": "-group32-sym",
-    "groups of 128, spikes (FlashCommunication V2)": "-group128-spike",
+    "the paper: static, outliers in BF16": ("feature(bits={})", range(2, 9)),
+    "groups of 128 (Flash Communication)": ("group(bits={}, size=128)", range(2, 9)),
+    "groups of 32 (Flash Communication)": ("group(bits={}, size=32)", range(2, 9)),
+    "groups of 32, symmetric (QuickReduce)": ("group(bits={}, size=32, symmetric=true)", range(2, 9)),
+    "groups of 128, spikes (FlashCommunication V2)": ("group(bits={}, size=128, spikes=true)", range(2, 5)),
 }
-POINTS = "fp8-e4m3-token", "mxfp8", "mxfp6-e2m3", "mxfp4", "nvfp4"
+POINTS = (
+    "fp8",
+    "minifloat(element=e4m3, scale=e8m0, size=32)",
+    "minifloat(element=e2m3, scale=e8m0, size=32)",
+    "mxfp4",
+    "nvfp4",
+)
+SPELT = (form.format(bits) for form, widths in CURVES.values() for bits in widths)
+CODECS = list(dict.fromkeys([*(PRESETS.keys() - {"transform"}), *(str(recipe(each)) for each in SPELT), *POINTS]))
 
 
 def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
@@ -68,8 +76,8 @@ def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
     panels = figure.subplots(1, 2, sharey=True)
     for axes, algorithm in zip(panels, ("one_shot", "two_shot"), strict=True):
         found = {row["preset"]: row for row in table if row["algorithm"] == algorithm}
-        for label, end in CURVES.items():
-            names = [f"int{bits}{end}" for bits in range(2, 9) if f"int{bits}{end}" in found]
+        for label, (form, widths) in CURVES.items():
+            names = [name for name in (str(recipe(form.format(bits))) for bits in widths) if name in found]
             spots = [(found[name]["bits_per_value"], found[name]["kl_nats"]) for name in names]
             axes.plot(*zip(*spots, strict=True), "o-", markersize=4, linewidth=1.2, label=label)
         for name in POINTS:
@@ -90,7 +98,7 @@ def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="*", metavar="PRESET", default=list(PRESETS))
+    parser.add_argument("presets", nargs="*", metavar="PRESET", default=CODECS)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--text", type=Path, default=MODEL / "scoring.txt")
     parser.add_argument("--sequences", type=int, default=16)

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from narrowcast import PRESETS
-from narrowcast.codecs import Ranges
+from narrowcast.codecs import Ranges, recipe
 from narrowcast.collectives import Pending, Stages, all_reduce_steps
 from narrowcast.files import check_report, write_report
 from narrowcast.launch.link import Link
@@ -38,7 +37,7 @@ SIZES = [1 << exponent for exponent in range(10, 27)]
 
 def plan_of(codec: str, num_features: int) -> Plan:
     ranges = (Ranges.of(torch.ones(sources, 1, num_features)) for sources in (2, 1))
-    codecs = tuple(PRESETS[codec].codec(each) for each in ranges)
+    codecs = tuple(recipe(codec).codec(each) for each in ranges)
     return Plan(
         split=Split(tp_size=2),
         model=ModelFingerprint(config={"hidden_size": num_features}, samples={}),

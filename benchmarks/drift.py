@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import narrowcast
 from narrowcast import Plan
-from narrowcast.codecs import PRESETS, Codec, Ranges, feature
+from narrowcast.codecs import Codec, Ranges, feature, recipe
 from narrowcast.engines import load_engine
 from narrowcast.files import check_report, write_report
 from narrowcast.scores import compare, log_probs
@@ -92,14 +92,14 @@ def relative_error(codec: Codec, x_TE: Tensor, which_E: Tensor) -> float:
 
 
 def rows_of_planted() -> Iterator[dict[str, Any]]:
-    for preset, times in itertools.product(("int2-feature", "int4-feature", "int8-feature"), (1, 20, 400)):
+    for preset, times in itertools.product(("feature(bits=2)", "int4-feature", "int8-feature"), (1, 20, 400)):
         generator = torch.Generator().manual_seed(0)
         spread_E = torch.ones(NUM_FEATURES)
         spread_E[torch.randperm(NUM_FEATURES, generator=generator)[:8]] = times
         ranges = Ranges.of(torch.randn(1, 400, NUM_FEATURES, generator=generator) * spread_E)
         for what, on in itertools.product((*FAR, LARGER), (False, True)):
             with guarded(on):
-                codec = PRESETS[preset].codec(ranges)
+                codec = recipe(preset).codec(ranges)
                 which_E = torch.ones(NUM_FEATURES, dtype=torch.bool).index_fill_(0, codec.outliers, False)
                 error = relative_error(codec, planted(codec, spread_E, what), which_E)
             yield {"preset": preset, "outliers_times": times, "far": what, "guard": on, "relative_error": error}

@@ -19,8 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from narrowcast import PRESETS
-from narrowcast.codecs import Ranges
+from narrowcast.codecs import Ranges, recipe
 from narrowcast.collectives import Pending, Stages, all_reduce_steps
 from narrowcast.files import check_report, write_report
 from narrowcast.launch.ranks import run
@@ -44,7 +43,7 @@ def on_rank() -> dict[str, list[Span]]:
                 for key, spans in interleaved(cases, IN_A_BLOCK).items():
                     found.setdefault(key, []).extend(spans if block else [])
     x_RTE = torch.randn(2, *SUM, generator=torch.Generator().manual_seed(0)).bfloat16()
-    stages = Stages((PRESETS["int4-feature"].codec(Ranges.of(x_RTE)),))
+    stages = Stages((recipe("int4-feature").codec(Ranges.of(x_RTE)),))
     x_TE, buffer = x_RTE[dist.get_rank()].clone(), x_RTE[0].clone()
     del x_RTE
     sums = {

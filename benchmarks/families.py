@@ -43,7 +43,7 @@ CODECS = [
     "int4-feature",
     "int4-group32-sym",
     "int4-group128",
-    "fp8-e4m3-token",
+    "fp8",
     "mxfp4",
     "nvfp4",
     "int2-group32-spike",

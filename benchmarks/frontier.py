@@ -21,6 +21,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from scoring import MODEL
 from torch import Tensor, nn
 
 from narrowcast import Plan
-from narrowcast.calibration import CodecByKind, ModelRecipe, observe
-from narrowcast.calibration.fit import Budgeted, Form, stage_axes
+from narrowcast.calibration import CodecByKind, observe
+from narrowcast.calibration.fit import hop_axes
 from narrowcast.calibration.moments import Moments
-from narrowcast.codecs import AllocatedCodec, lloyd_max, token_scale
+from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, FittedRecipe, TransformRecipe, lloyd_max, token_scale
 from narrowcast.codecs.allocation import BLOCK
 from narrowcast.engines import load_engine
 from narrowcast.evaluation.sites import score_simulated
@@ -43,22 +44,31 @@ from narrowcast.scores import log_probs
 
 SHARED = Path(__file__).parents[2] / "shared"
 LENGTH, SEED = 256, 5
-ALGORITHMS: tuple[Budgeted, ...] = ("one_shot", "two_shot")
+ALGORITHMS = ("one_shot", "two_shot")
 
 PEERS = {
-    "the paper: static, outliers in BF16": ("int3-feature", "int4-feature", "int6-feature", "int8-feature"),
-    "Flash Communication: groups of 128": ("int2-group128", "int3-group128", "int4-group128", "int6-group128"),
-    "QuickReduce: groups of 32": ("int2-group32-sym", "int3-group32-sym", "int4-group32-sym"),
+    "the paper: static, outliers in BF16": ("feature(bits=3)", "int4-feature", "int6-feature", "int8-feature"),
+    "Flash Communication: groups of 128": (
+        "group(bits=2, size=128)",
+        "group(bits=3, size=128)",
+        "int4-group128",
+        "group(bits=6, size=128)",
+    ),
+    "QuickReduce: groups of 32": (
+        "group(bits=2, size=32, symmetric=true)",
+        "group(bits=3, size=32, symmetric=true)",
+        "int4-group32-sym",
+    ),
     "MXFP4": ("mxfp4",),
-    "FP8": ("fp8-e4m3-token",),
+    "FP8": ("fp8",),
     "BF16": ("bf16",),
 }
 UNGUARDED = "the paper, no guard"
-FITTED: dict[str, tuple[Form, tuple[float, ...]]] = {
-    "allocated": ("features", (1.5, 2.0, 2.5, 3.0, 3.4, 4.0)),
-    "transform, blocks of 64": ("blocks", (1.3, 2.0)),
-    "transform, axes of the site": ("site", (1.0, 1.3, 2.0, 2.4)),
-    "transform, each rank's axes": ("ranks", (0.5, 0.75, 1.0, 1.3, 2.0, 2.4)),
+FITTED: dict[str, tuple[FittedRecipe, tuple[float, ...]]] = {
+    "allocated": (AllocatedRecipe(), (1.5, 2.0, 2.5, 3.0, 3.4, 4.0)),
+    "transform, blocks of 64": (TransformRecipe(axes="blocks"), (1.3, 2.0)),
+    "transform, axes of the site": (TransformRecipe(axes="site"), (1.0, 1.3, 2.0, 2.4)),
+    "transform, each rank's axes": (TransformRecipe(), (0.5, 0.75, 1.0, 1.3, 2.0, 2.4)),
 }
 ROTATED = {"joint": (1.5, 2.0, 2.2, 2.4, 3.0, 3.2, 3.4, 4.0), "principal": (2.0, 3.0), "hadamard": (2.0, 3.0)}
 
@@ -97,7 +107,7 @@ class Frontier:
         self.batches = sequences(tokenizer, score, "score", numbers[1])
         self.reference = [log_probs(self.model, ids) for ids in self.batches]
 
-    def row(self, family: str, name: str, plan: Plan, algorithm: Budgeted, model: nn.Module) -> dict[str, Any]:
+    def row(self, family: str, name: str, plan: Plan, algorithm: str, model: nn.Module) -> dict[str, Any]:
         score, report = score_simulated(model, plan, self.reference, self.batches, algorithm=algorithm)
         num_features = plan.model.config["hidden_size"]
         sites = [site.codecs for site in plan.sites.values()]
@@ -135,18 +145,18 @@ class Frontier:
             with _no_guard():
                 row = self.row(UNGUARDED, "int4-feature", seen.plan("int4-feature"), algorithm, self.model)
             yield row
-        for family, (form, budgets) in FITTED.items():
+        for family, (recipe, budgets) in FITTED.items():
             for bits in budgets:
                 for algorithm in ALGORITHMS:
-                    recipe = ModelRecipe(bits=bits, form=form, budgeted=algorithm)
-                    yield self.row(family, f"{form} {bits:g}", seen.plan(recipe), algorithm, self.model)
+                    codec = replace(recipe, bits=bits, algorithm=algorithm)
+                    yield self.row(family, str(codec), seen.plan(codec), algorithm, self.model)
         for name, rotation in rotations(seen.moments).items():
             model = load_engine().load(self.folder)
             rotate(model, rotation)
             rotated = observe(model, self.calibration, tp_size=tp_size, moments="diagonal")
             for bits in ROTATED[name]:
                 for algorithm in ALGORITHMS:
-                    plan = rotated.plan(ModelRecipe(bits=bits, budgeted=algorithm))
+                    plan = rotated.plan(AllocatedRecipe(bits=bits, algorithm=algorithm))
                     yield self.row(f"rotated ({name}) and allocated", f"{name} {bits:g}", plan, algorithm, model)
         for algorithm in ALGORITHMS:
             for bits in (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0):
@@ -159,7 +169,7 @@ class Frontier:
                     "kl_nats": kl,
                 }
 
-    def quick(self, codec: CodecByKind, algorithm: Budgeted, tp_size: int, number: int) -> dict[str, Any]:
+    def quick(self, codec: CodecByKind, algorithm: str, tp_size: int, number: int) -> dict[str, Any]:
         """One plan from the first `number` sequences, none of which is held out."""
         plan = observe(self.model, self.calibration[:number], tp_size=tp_size, moments="full").plan(codec)
         return self.row("", str(codec), plan, algorithm, self.model)
@@ -191,11 +201,11 @@ def rotations(moments: Mapping[str, Moments]) -> dict[str, Tensor]:
     }
 
 
-def bound(moments: Mapping[str, Moments], bits: float, algorithm: Budgeted) -> float:
+def bound(moments: Mapping[str, Moments], bits: float, algorithm: str) -> float:
     """Reverse water-filling (Cover & Thomas, 10.3.3) over all components: KL of half the energy that is left."""
     energies, weights, num_values = [], [], 0.0
     for each in moments.values():
-        partial, total = stage_axes(each, "ranks", 0, algorithm)
+        partial, total = hop_axes(each, TransformRecipe(), recoded=algorithm == "two_shot")
         num_ranks = len(partial.energy)
         stages = [(partial.energy, 1 / num_ranks), (total.energy, 1.0)][: 1 if algorithm == "one_shot" else 2]
         for energy, weight in stages:  # a bit of each rank's values is one bit a value
@@ -213,24 +223,23 @@ def bound(moments: Mapping[str, Moments], bits: float, algorithm: Budgeted) -> f
 
 
 def tokens(frontier: Frontier, calibrate: str) -> Iterator[dict[str, Any]]:
-    cases: tuple[tuple[CodecByKind, Budgeted], ...] = (
+    cases: tuple[tuple[str, str], ...] = (
         ("int4-feature", "one_shot"),
-        (ModelRecipe(bits=3.0, budgeted="one_shot"), "one_shot"),
-        (ModelRecipe(bits=2.0, form="site", budgeted="one_shot"), "one_shot"),
-        (ModelRecipe(bits=1.0, form="ranks", budgeted="one_shot"), "one_shot"),
-        (ModelRecipe(bits=1.3, form="ranks", budgeted="two_shot"), "two_shot"),
+        ("allocated(bits=3, algorithm=one_shot)", "one_shot"),
+        ("transform(axes=site, bits=2, algorithm=one_shot)", "one_shot"),
+        ("transform(bits=1, algorithm=one_shot)", "one_shot"),
+        ("transform(bits=1.3, algorithm=two_shot)", "two_shot"),
     )
     for number in (1, 2, 4, 8, 16, 32, 64):
         for codec, algorithm in cases:
             row = frontier.quick(codec, algorithm, 8, number)
-            name = codec if isinstance(codec, str) else f"{codec.form} {codec.bits:g}"
-            yield {**row, "codec": name, "calibrated_on": calibrate, "num_tokens": number * LENGTH}
+            yield {**row, "calibrated_on": calibrate, "num_tokens": number * LENGTH}
 
 
 def codebooks(frontier: Frontier) -> Iterator[dict[str, Any]]:
     """Mean square error of a coded value, relative to its variance, by width: of blocks that are given that width."""
     seen = observe(frontier.model, frontier.calibration, tp_size=8, moments="diagonal")
-    plan = seen.plan(ModelRecipe(bits=3.0, budgeted="one_shot"))
+    plan = seen.plan("allocated(bits=3, algorithm=one_shot)")
     values = _scaled_values(frontier, plan)
     for width in range(1, 9):
         u = torch.cat(values.get(width, [torch.empty(0)]))
@@ -252,12 +261,12 @@ def codebooks(frontier: Frontier) -> Iterator[dict[str, Any]]:
 
 def _scaled_values(frontier: Frontier, plan: Plan) -> dict[int, list[Tensor]]:
     found: dict[int, list[Tensor]] = {}
-    encode = AllocatedCodec.encode
+    encode, scales = AllocatedCodec.encode, token_scale.TOKEN_SCALES.on(torch.device("cpu")).scales
 
     def watch(codec: Any, x_TE: Tensor, *, source: int, **options: Any) -> Tensor:
         order, u_TE = codec.order[source].long(), x_TE.float() / codec.scale[source].float()
         coded = order[: BLOCK * int((codec.widths[source] > 0).sum())]
-        scale = token_scale.TOKEN_SCALES[token_scale.scale_code(token_scale.mean_square(u_TE[:, coded]))][:, None]
+        scale = scales[token_scale.scale_code(token_scale.mean_square(u_TE[:, coded]))][:, None]
         for place, width in enumerate(codec.widths[source].tolist()):
             own = order[BLOCK * place : BLOCK * (place + 1)]
             if width:

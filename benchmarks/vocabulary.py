@@ -41,7 +41,7 @@ from narrowcast.runtime.simulator import Simulator
 from narrowcast.scores import Score, compare, log_probs
 
 SUM = "int4-feature"
-PRESETS = ["int8-feature", "int4-feature", "int8-group128", "int4-group128", "fp8-e4m3-token"]
+PRESETS = ["int8-feature", "int4-feature", "int8-group128", "int4-group128", "fp8"]
 NUM_CALIBRATION = 64
 PROMPT = 1024  # tokens of a prompt, in the arithmetic
 

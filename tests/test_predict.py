@@ -10,9 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from conftest import MODEL
-from narrowcast import PRESETS
 from narrowcast.cli import app
-from narrowcast.codecs import Ranges
+from narrowcast.codecs import Ranges, recipe
 from narrowcast.collectives import Stages
 from narrowcast.errors import InvalidInputError
 from narrowcast.launch.link import Link
@@ -24,8 +23,8 @@ ONE, TWO, NATIVE = Choice("coded", "one_shot"), Choice("coded", "two_shot"), Cho
 
 
 def model_of(link: str, world_size: int, coding: Coding = NO_CODING, preset: str = "int4-feature") -> CostModel:
-    recipe = PRESETS[preset]
-    stages = Stages(tuple(recipe.codec(Ranges.of(torch.ones(sources, 1, 4096))) for sources in (world_size, 1)))
+    made = recipe(preset)
+    stages = Stages(tuple(made.codec(Ranges.of(torch.ones(sources, 1, 4096))) for sources in (world_size, 1)))
     return CostModel(
         stages=stages,
         num_features=4096,

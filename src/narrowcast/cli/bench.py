@@ -40,7 +40,7 @@ FAMILIES = (
     "int8-feature",
     "int4-group128",
     "int2-group32-spike",
-    "fp8-e4m3-token",
+    "fp8",
     "mxfp4",
     "nvfp4",
 )

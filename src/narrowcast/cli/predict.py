@@ -24,7 +24,7 @@ from narrowcast.perf.estimate import SOFTWARE, CostModel, measure_coding, plain_
 from narrowcast.plan.decisions import Choice
 from narrowcast.plan.split import Split
 
-PRESETS = "int8-feature", "int4-feature", "int4-group128", "int2-feature"
+PRESETS = "int8-feature", "int4-feature", "int4-group128", "feature(bits=2)"
 ITEMSIZE = 2  # bytes of a BF16 value, in which models compute
 
 

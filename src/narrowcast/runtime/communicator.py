@@ -57,10 +57,7 @@ class SiteCodecs:
         nodes = tuple(tuple(group) for group in groups)
         self._transforms = {name: transform.to(device) for name, transform in transforms.items()}
         mixes = {name: each.remix.mix for name, each in self._transforms.items() if each.remix is not None}
-        self._coded = {
-            name: Stages(tuple(codec.to(device) for codec in stages), nodes, mixes.get(name))
-            for name, stages in codecs.items()
-        }
+        self._coded = {name: Stages(tuple(stages), nodes, mixes.get(name)) for name, stages in codecs.items()}
         self._folded: dict[tuple[str, int], Tensor] = {}
         self._algorithm, self._deterministic = algorithm, deterministic
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
