@@ -253,7 +253,7 @@ def _links(texts: Sequence[str] | None, world_size: int) -> list[Link | None]:
 
 def _presets(chosen: Sequence[str] | None, otherwise: Sequence[str]) -> list[str]:
     if chosen and "all" in chosen:
-        return list(PRESETS)
+        return [name for name in PRESETS if name != "transform"]  # which no single site's ranges make
     for preset in chosen or ():
         recipe(preset)
     return list(dict.fromkeys(chosen or otherwise))
