@@ -19,7 +19,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from narrowcast.codecs import PRESETS, Codec, Ranges
+from narrowcast.codecs import Codec, Ranges, recipe
 
 SMALL: dict[str, Any] = {
     "vocab_size": 101,
@@ -69,7 +69,7 @@ def random_ids(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(2, 100, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def calibrated(preset: str, x_RTE: Tensor) -> tuple[Codec, Codec]:
-    """The preset's codecs for partial sums and for their sum, calibrated on `x_RTE` itself."""
-    recipe = PRESETS[preset]
-    return recipe.codec(Ranges.of(x_RTE)), recipe.codec(Ranges.of(x_RTE.float().sum(dim=0, keepdim=True)))
+def calibrated(codec: str, x_RTE: Tensor) -> tuple[Codec, Codec]:
+    """The codecs for partial sums and for their sum, calibrated on `x_RTE` itself."""
+    made = recipe(codec)
+    return made.codec(Ranges.of(x_RTE)), made.codec(Ranges.of(x_RTE.float().sum(dim=0, keepdim=True)))

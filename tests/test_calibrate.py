@@ -125,7 +125,7 @@ def test_any_number_of_outliers_by_recipe(model: nn.Module) -> None:
     for site in plan.sites.values():
         assert isinstance(site.codecs[0], FeatureCodec)
         assert (site.codecs[0].num_bits, len(site.codecs[0].outliers)) == (5, 7)
-    assert plan.calibration["codec"] == "FeatureRecipe(num_bits=5, num_outliers=7, choose='range')"
+    assert plan.calibration["codec"] == "feature(bits=5, outliers=7)"
 
 
 def test_calibration_leaves_the_model_as_it_was(model: nn.Module) -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from narrowcast import PRESETS, InvalidInputError, all_reduce
-from narrowcast.codecs import Ranges
-from narrowcast.collectives import Hops, Pending, all_reduce_steps, simulate
+from narrowcast import InvalidInputError, all_reduce
+from narrowcast.codecs import Ranges, recipe
+from narrowcast.collectives import Pending, Hops, all_reduce_steps, simulate
 from narrowcast.collectives.algorithms import named
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import MAX_CHUNKS, chunks_of
@@ -29,7 +29,7 @@ def inputs(world_size: int, num_tokens: int) -> Tensor:
 def hops_of(world_size: int, algorithm: str) -> Hops:
     seen = torch.randn(world_size, 64, NUM_FEATURES, generator=torch.Generator().manual_seed(4))
     groups = tuple((rank, rank + 1) for rank in range(0, world_size, 2)) if algorithm == "hierarchical" else ()
-    codec = PRESETS["int4-feature"].codec
+    codec = recipe("int4-feature").codec
     sums = torch.stack([seen[list(group)].sum(0) for group in groups]) if groups else seen[:1]
     return Hops(tuple(codec(Ranges.of(each)) for each in (seen, seen.sum(0)[None], sums)), groups)
 
@@ -134,7 +134,7 @@ def wrong_out() -> None:
     x_TE = torch.zeros(4, 8)
     for out in (torch.zeros(4, 9), torch.zeros(4, 8).bfloat16(), torch.zeros(8, 4).T):
         with pytest.raises(InvalidInputError, match="out: expected a contiguous tensor"):
-            all_reduce(x_TE, codec=PRESETS["bf16"].codec(Ranges.of(x_TE[None])), out=out)
+            all_reduce(x_TE, codec=recipe("bf16").codec(Ranges.of(x_TE[None])), out=out)
 
 
 def test_out_must_be_like_the_input(ranks: Callable[[int], Ranks]) -> None:

@@ -154,9 +154,9 @@ def test_plan_inspect_of_codecs_that_calibrate_nothing(tmp_path: Path) -> None:
 def test_plan_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> None:
     """Components stand for 256 features: bits are of these, on average over stages those that were asked for."""
     path = tmp_path / "plan"
-    arguments = "--tp", 4, "--text", TEXT, "--sequences", 4, "--length", 64, "--bits", 2
-    chosen = ("--codec", "transform", "--axes", axes) if axes else ("--codec", "allocated")
-    narrowcast("calibrate", MODEL, *arguments, "-o", path, *chosen)
+    arguments = "--tp", 4, "--text", TEXT, "--sequences", 4, "--length", 64
+    codec = f"transform(axes={axes}, bits=2)" if axes else "allocated(bits=2)"
+    narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", codec)
     shown = narrowcast("plan", "inspect", path).stdout
     rows = [line.split() for line in shown.splitlines() if "self_attn.o_proj" in line or "mlp.down_proj" in line]
     assert len(rows) == 32 and "…" not in shown
@@ -193,7 +193,7 @@ def test_wrong_paths_and_values_are_one_sentence(plan: Path, tmp_path: Path) -> 
     assert "a file that exists" in refused(*calibrate, TEXT, "-o", plan)
     assert "no such file" in refused(*calibrate, tmp_path / "none.txt", "-o", out)
     assert "Create it first" in refused(*calibrate, TEXT, "-o", tmp_path / "no" / "plan")
-    assert "one of bf16, fp16" in refused(*calibrate, TEXT, "-o", out, "--codec", "int99")
+    assert "a known name, found int99" in refused(*calibrate, TEXT, "-o", out, "--codec", "int99")
     (tmp_path / "empty.txt").write_text("")
     assert "at least two tokens" in refused(*calibrate, tmp_path / "empty.txt", "-o", out)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import narrowcast
+from formats import FORMATS
 from models import calibrated
-from narrowcast.codecs import PRESETS, CastCodec
-from narrowcast.collectives import ALGORITHMS, Hops, Pending, choose, simulate
+from narrowcast.codecs import CastCodec, recipe
+from narrowcast.collectives import ALGORITHMS, Pending, Hops, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.two_shot import shares
 from narrowcast.errors import InvalidInputError
@@ -52,7 +53,7 @@ def check_all_reduce(shape: tuple[int, int], preset: str, kind: Kind = GLOO) -> 
 @every_world
 @pytest.mark.parametrize(
     ("preset", "kind"),
-    [(preset, GLOO) for preset in ("bf16", "fp32", "int4-feature", "int3-feature", "int4")]
+    [(preset, GLOO) for preset in ("bf16", "cast(dtype=fp32)", "int4-feature", "feature(bits=3)", "int4")]
     + [pytest.param("int4-feature", TCP, marks=needs_mesh)],
 )
 def test_all_reduce_equals_its_twin(ranks: Pools, world_size: int, preset: str, kind: Kind) -> None:
@@ -61,7 +62,15 @@ def test_all_reduce_equals_its_twin(ranks: Pools, world_size: int, preset: str, 
 
 
 # Blocks of whole groups for each rank, the last one short; too few groups; a scale for the whole token.
-GROUPED = ["int4-group128", "int3-group32-sym", "int2-group32-spike", "mxfp4", "mxfp8", "nvfp4", "fp8-e4m3-token"]
+GROUPED = [
+    "int4-group128",
+    "group(bits=3, size=32, symmetric=true)",
+    "int2-group32-spike",
+    "mxfp4",
+    "minifloat(element=e4m3, scale=e8m0, size=32)",
+    "nvfp4",
+    "fp8",
+]
 GROUPED_SHAPES = [(1, 5), (1, 165), (2, 290), (3, 64), (4, 650), (7, 129)]
 
 
@@ -79,10 +88,10 @@ def test_codecs_with_groups_equal_their_twins(ranks: Pools, world_size: int, pre
 def check_mixed_stages() -> None:
     """Groups of 32 and of 128, and calibrated features: cut where all of them may be cut."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    fine, coarse = PRESETS["int4-group32"], PRESETS["int8-group128"]
+    fine, coarse = recipe("group(bits=4, size=32)"), recipe("int8-group128")
     _, feature = calibrated("int6-feature", torch.stack(partials(world_size, 30, 700, seed=1)))
     inputs = partials(world_size, 1, 700)
-    for codecs in ((fine, coarse), (coarse, fine), (fine, feature), (coarse, feature), (PRESETS["bf16"], fine)):
+    for codecs in ((fine, coarse), (coarse, fine), (fine, feature), (coarse, feature), (recipe("bf16"), fine)):
         found = narrowcast.all_reduce(inputs[rank], codec=codecs, algorithm="two_shot")
         assert same_bits(found, simulate.all_reduce(inputs, codec=codecs, algorithm="two_shot"))
 
@@ -97,12 +106,12 @@ def test_stages_of_different_granularity(ranks: Pools, world_size: int) -> None:
     num_tokens=st.integers(0, 8),
     num_features=st.integers(1, 2000),
     world_size=st.integers(1, 8),
-    presets=st.tuples(*[st.sampled_from(["bf16", "int4-group32", "int4-group128", "nvfp4"])] * 2),
+    presets=st.tuples(*[st.sampled_from(["bf16", "group(bits=4, size=32)", "int4-group128", "nvfp4"])] * 2),
 )
 def test_shares_are_whole_groups_and_cover_all(
     num_tokens: int, num_features: int, world_size: int, presets: tuple[str, str]
 ) -> None:
-    hops = Hops(tuple(PRESETS[preset] for preset in presets))
+    hops = Hops(tuple(recipe(preset) for preset in presets))
     owners = shares(hops, num_tokens, num_features, world_size)
     grains = [codec.granularity for codec in hops.codecs]
     if owners is None:
@@ -118,13 +127,13 @@ def test_shares_are_whole_groups_and_cover_all(
 
 
 def test_with_fewer_groups_than_ranks_one_shot_runs() -> None:
-    codec = PRESETS["int4-group128"]
+    codec = recipe("int4-group128")
     hops = Hops((codec, codec))
     assert choose("two_shot", hops, 1, 4096, 8) == "two_shot"
     assert choose("two_shot", hops, 1, 7 * 128, 8) == "one_shot"
     assert choose("two_shot", hops, 1, 7 * 128 + 1, 8) == "two_shot"
-    assert choose("auto", Hops((PRESETS["nvfp4"],) * 2), 7, 4096, 8) == "one_shot"
-    assert choose("auto", Hops((PRESETS["nvfp4"],) * 2), 8, 4096, 8) == "two_shot"
+    assert choose("auto", Hops((recipe("nvfp4"),) * 2), 7, 4096, 8) == "one_shot"
+    assert choose("auto", Hops((recipe("nvfp4"),) * 2), 8, 4096, 8) == "two_shot"
 
 
 def check_scatter_and_gather(preset: str) -> None:
@@ -142,7 +151,7 @@ def check_scatter_and_gather(preset: str) -> None:
 
 
 @every_world
-@pytest.mark.parametrize("preset", ["fp16", "int4-feature", "int4-group32", "nvfp4"])
+@pytest.mark.parametrize("preset", ["cast(dtype=fp16)", "int4-feature", "group(bits=4, size=32)", "nvfp4"])
 def test_reduce_scatter_and_all_gather_equal_their_twins(ranks: Pools, world_size: int, preset: str) -> None:
     ranks(world_size).run(check_scatter_and_gather, preset)
 
@@ -248,7 +257,7 @@ def test_a_group_of_some_ranks(ranks: Pools) -> None:
     world_size=st.integers(1, 16),
     num_tokens=st.integers(0, 40),
     num_features=st.integers(1, 300),
-    preset=st.sampled_from(["bf16", "int4-feature", "int3-feature"]),
+    preset=st.sampled_from(["bf16", "int4-feature", "feature(bits=3)"]),
 )
 def test_auto_sends_the_fewest_bytes(world_size: int, num_tokens: int, num_features: int, preset: str) -> None:
     codecs = Hops(calibrated(preset, torch.ones(world_size, 1, num_features)))
@@ -300,7 +309,7 @@ def test_what_does_not_fit_is_refused() -> None:
         simulate.all_reduce(inputs[:2], codec=(partial, reduced), algorithm="ring")
     with pytest.raises(InvalidInputError, match="calibrated for 3 ranks, or for the sum"):
         simulate.all_gather(inputs, codec=partial)
-    for wrong in ("int4-feature", PRESETS["int4-feature"]):
+    for wrong in ("int4-feature", recipe("int4-feature")):
         with pytest.raises(InvalidInputError, match=r"a codec, or several by hop"):
             simulate.all_reduce(inputs, codec=wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"torch.distributed to be initialised"):
@@ -324,7 +333,7 @@ def test_counts_that_do_not_fit_are_refused(ranks: Pools) -> None:
 
 
 def test_every_preset_has_a_recipe_that_serves_both_stages() -> None:
-    for preset in PRESETS:
+    for preset in FORMATS:
         partial, reduced = calibrated(preset, torch.ones(2, 1, 70))
         assert reduced.num_sources in (None, 1)
         assert partial.num_sources in (None, 2)

@@ -17,10 +17,9 @@ from typer.testing import CliRunner
 import narrowcast
 from conftest import MODEL
 from models import random_ids, save_random
-from narrowcast import PRESETS, InvalidInputError, Plan
+from narrowcast import InvalidInputError, Plan
 from narrowcast.cli import app
-from narrowcast.codecs import Ranges
-from narrowcast.codecs.allocated_recipe import AllocatedRecipe
+from narrowcast.codecs import AllocatedRecipe, Ranges, recipe
 from narrowcast.collectives import simulate
 from narrowcast.engines import load_engine
 from narrowcast.perf.tune import GROWTH, LARGEST_NBYTES, Timing, tune
@@ -45,7 +44,7 @@ TABLE = Decisions(
 
 def codecs(world_size: int, preset: str = "int4-feature") -> tuple[Any, ...]:
     x_RTE = torch.randn(world_size, 32, NUM_FEATURES, generator=torch.Generator().manual_seed(1))
-    return PRESETS[preset].codec(Ranges.of(x_RTE)), PRESETS[preset].codec(Ranges.of(x_RTE.sum(0)[None]))
+    return recipe(preset).codec(Ranges.of(x_RTE)), recipe(preset).codec(Ranges.of(x_RTE.sum(0)[None]))
 
 
 def inputs(num_tokens: int, world_size: int) -> list[Tensor]:
@@ -115,14 +114,14 @@ def test_a_named_algorithm_and_deterministic_ignore_the_table() -> None:
     for num_tokens in (1, 5, 16, 1000):
         assert named.choice("s", num_tokens, NUM_FEATURES, 3) == ONE
         assert fixed.choice("s", num_tokens, NUM_FEATURES, 3) == TWO
-    per_token_scales = PRESETS["fp8-e4m3-token"].codec(Ranges.of(torch.ones(1, 1, 1)))
+    per_token_scales = recipe("fp8").codec(Ranges.of(torch.ones(1, 1, 1)))
     fixed = Sites({"s": (per_token_scales,) * 2}, (), "auto", CPU, deterministic=True)
     assert {str(fixed.choice("s", num_tokens, NUM_FEATURES, 3)) for num_tokens in (1, 5, 1000)} == {"coded one_shot"}
 
 
 def test_deterministic_results_do_not_depend_on_the_batch() -> None:
     """A token's sum has the same bits alone and among others."""
-    sites = Sites({"s": codecs(3, "int4-group32")}, (), "auto", CPU, decisions=TABLE, deterministic=True)
+    sites = Sites({"s": codecs(3, "group(bits=4, size=32)")}, (), "auto", CPU, decisions=TABLE, deterministic=True)
     given = inputs(20, 3)
     whole = Simulator(sites, 3).sum(given, "s")
     for token in range(20):

@@ -15,8 +15,10 @@ import pytest
 import torch
 
 import narrowcast
-from models import calibrated, save_random
-from narrowcast.codecs import PRESETS, lloyd_max
+from formats import FORMATS
+from models import save_random
+from narrowcast.codecs import PRESETS, FeatureCodec, GroupCodec, MinifloatCodec, Ranges, lloyd_max, recipe
+from narrowcast.codecs.catalogue import catalogue
 from narrowcast.engines import load_engine
 from narrowcast.plan.split import KINDS, Split
 
@@ -60,17 +62,38 @@ def test_examples_in_the_formats_are_right() -> None:
 
 def test_the_table_of_presets_is_complete_and_right() -> None:
     rows = re.findall(
-        r"^\|[^|]*\| (`.*`) \| ([\d., ]+) \|$", (ROOT / "docs" / "formats.md").read_text("utf8"), re.MULTILINE
+        r"^\|[^|]*\| `(.*)` \| `(.*)` \| ([\d.]+) \|$", (ROOT / "docs" / "formats.md").read_text("utf8"), re.MULTILINE
     )
-    told = [
-        (name, float(bits))
-        for names, values in rows
-        for name, bits in zip(re.findall("`(.*?)`", names), values.split(", "), strict=True)
-    ]
-    assert len(told) == len(dict(told)) and dict(told).keys() == PRESETS.keys()
-    for name, bits in told:
-        codec, _ = calibrated(name, torch.ones(1, 1, 4096))
-        assert bits == float(f"{8 * codec.row_nbytes(4096) / 4096:.5g}"), name
+    listed = list(catalogue())
+    assert [name for name, _, _ in rows] == [entry.name for entry in listed] == list(PRESETS)
+    for (name, spelling, bits), entry in zip(rows, listed, strict=True):
+        assert str(recipe(spelling)) == name and spelling == entry.spelling
+        assert float(bits) == float(f"{entry.bits_per_value:.5g}"), name
+
+
+@pytest.mark.parametrize("spelt", FORMATS)
+def test_bits_a_value_are_those_that_the_formats_tell(spelt: str) -> None:
+    codec = recipe(spelt).codec(Ranges.of(torch.ones(1, 1, 4096)))
+    found = 8 * codec.row_nbytes(4096) / 4096
+    if isinstance(codec, FeatureCodec):
+        assert found == codec.num_bits + (16 - codec.num_bits) * len(codec.outliers) / 4096
+    elif isinstance(codec, GroupCodec):
+        assert found == codec.num_bits + (16 if codec.symmetric else 80 if codec.spikes else 32) / codec.group_size
+    elif isinstance(codec, MinifloatCodec):
+        a_scale = 16 if codec.scale == "bf16" else 8
+        of_token = 16 / 4096 if codec.scale == "e4m3" else 0
+        assert found == codec.form.num_bits + a_scale / (codec.block_size or 4096) + of_token
+
+
+def test_the_catalogue_tells_what_a_choice_turns_on() -> None:
+    listed = {entry.name: entry for entry in catalogue()}
+    needs = {name: entry.needs for name, entry in listed.items()}
+    assert needs["int4-group128"] == needs["bf16"] == needs["nvfp4"] == "nothing"
+    assert needs["int4-feature"] == needs["int4-random"] == "ranges"
+    assert needs["allocated"] == needs["transform"] == "the whole model"
+    assert listed["int4-feature"].plan_nbytes == 2 * 4096 + 8 * 64  # scales in BF16, places of outliers
+    assert listed["bf16"].plan_nbytes == 0 and listed["transform"].plan_nbytes is None
+    assert [name for name, entry in listed.items() if entry.product] == ["transform"]
 
 
 def test_the_table_of_distortions_is_right() -> None:

@@ -10,10 +10,22 @@ from torch import Tensor
 
 import narrowcast
 from conftest import MODEL
+from formats import FORMATS
 from models import calibrated
 from narrowcast.calibration.text import sequences
 from narrowcast.cli.model import summary
-from narrowcast.codecs import PRESETS, Codec, FeatureCodec, GroupCodec, feature, kernels, ops
+from narrowcast.codecs import (
+    Codec,
+    FeatureCodec,
+    FeatureRecipe,
+    GroupCodec,
+    arithmetic,
+    feature,
+    kernels,
+    packing,
+    recipe,
+)
+from narrowcast.codecs.base import GUARDED
 from narrowcast.collectives import all_reduce_steps, checked_hops, choose, simulate
 from narrowcast.collectives.pending import Pending
 from narrowcast.engines import load_engine
@@ -26,7 +38,9 @@ from ranks import Ranks
 from test_collectives import partials, same_bits
 
 Pools = Callable[[int], Ranks]
-with_outliers = pytest.mark.parametrize("preset", [name for name in PRESETS if name.endswith("-feature")])
+with_outliers = pytest.mark.parametrize(
+    "preset", [name for name in FORMATS if recipe(name) in [FeatureRecipe(num_bits=bits) for bits in range(2, 9)]]
+)
 
 
 @pytest.fixture
@@ -52,7 +66,7 @@ def guarded(codec: Codec, x_TE: Tensor, source: int = 0) -> list[bool]:
         stats = torch.zeros(3, dtype=torch.int64)
         row = codec.encode(x_E[None], source=source, stats=stats)[0]
         marks.append(row[:2].tolist() == [0xC1, 0xFF])
-        counts.append(bool(stats[ops.GUARDED]))
+        counts.append(bool(stats[GUARDED]))
     assert marks == counts
     return marks
 
@@ -83,7 +97,7 @@ def test_a_guarded_token_takes_no_more_bytes(
     guard = feature.guard_for(num_features, num_outliers, num_bits)
     assert guard == expected
     if guard is not None:
-        row_nbytes = 2 * num_outliers + ops.packed_nbytes(num_features - num_outliers, num_bits)
+        row_nbytes = 2 * num_outliers + packing.packed_nbytes(num_features - num_outliers, num_bits)
         assert 2 + guard.nbytes(num_features) <= row_nbytes
 
 
@@ -193,7 +207,7 @@ def test_devices_that_would_have_to_be_asked_get_the_same_bits(monkeypatch: pyte
         with kernels.forced("reference"):
             payloads_RTB = torch.stack([codec.encode(x_TE, source=rank) for rank, x_TE in enumerate(x_RTE)])
             found.append((payloads_RTB, codec.decode_sum(payloads_RTB)))
-        monkeypatch.setattr(feature, "_perhaps_any", lambda _: True)
+        monkeypatch.setattr(arithmetic, "perhaps_any", lambda _: True)
     assert all(torch.equal(mine, other) for mine, other in zip(*found, strict=True))
 
 
@@ -232,7 +246,7 @@ def relative_error(codec: Codec, x_TE: Tensor) -> float:
 
 
 @pytest.mark.parametrize("what", FAR)
-@pytest.mark.parametrize(("preset", "most"), [("int3-feature", 0.3), ("int4-feature", 0.15), ("int8-feature", 0.03)])
+@pytest.mark.parametrize(("preset", "most"), [("feature(bits=3)", 0.3), ("int4-feature", 0.15), ("int8-feature", 0.03)])
 def test_drift_of_two_decades_stays_readable(
     preset: str, most: float, what: str, unguarded: Callable[[], None]
 ) -> None:
@@ -317,7 +331,7 @@ def check_drift(algorithm: str, groups: list[list[int]]) -> list[int]:
         assert same_bits(found, expected), (algorithm, shape)
         dist.all_reduce(stats[0])
         assert stats[0].tolist() == stats[1].tolist()
-        num_guarded.append(stats[0, ops.GUARDED].item())
+        num_guarded.append(stats[0, GUARDED].item())
     return num_guarded
 
 

@@ -65,7 +65,7 @@ def test_figures_do_not_depend_on_how_sequences_are_batched() -> None:
 def test_scores_of_a_model_agree_with_other_implementations(model: nn.Module) -> None:
     batches = [random_ids(2, 20), random_ids(1, 9, seed=1)]
     reference = [log_probs(model, ids) for ids in batches]
-    plan = narrowcast.calibrate(model, batches, tp_size=2, codec="int3-feature")
+    plan = narrowcast.calibrate(model, batches, tp_size=2, codec="feature(bits=3)")
     with torch.no_grad(), narrowcast.attach(model, plan, simulate=True):
         score = compare(reference, [log_probs(model, ids) for ids in batches], batches)
         found = [model(ids).logits for ids in batches]
@@ -156,7 +156,7 @@ def scored(model: nn.Module, plan: Plan, batches: Sequence[Tensor]) -> tuple[Sco
 def test_a_plan_of_some_sites_sends_the_others_as_they_are(model: nn.Module) -> None:
     """Without any site the split alone is left, which in FP32 rounds otherwise than the whole model and no more."""
     batches = [random_ids(1, 24)]
-    plan = narrowcast.calibrate(model, batches, tp_size=2, codec="int3-feature")
+    plan = narrowcast.calibrate(model, batches, tp_size=2, codec="feature(bits=3)")
     nothing, _ = scored(model, plan.only(()), batches)
     assert abs(nothing.kl_nats) < 1e-7 < 1e-4 < scored(model, plan, batches)[0].kl_nats
     everything, report = scored(model, plan.only(plan.sites), batches)
@@ -169,7 +169,9 @@ def test_a_plan_of_some_sites_sends_the_others_as_they_are(model: nn.Module) -> 
 def test_errors_by_site_find_the_site_that_is_coded_badly(model: nn.Module) -> None:
     """All sites in 8 bits but one, in 2; and what they add is nearly what all of them together do."""
     batches = [random_ids(1, 24, seed=seed) for seed in range(3)]
-    fine, coarse = (narrowcast.calibrate(model, batches, tp_size=2, codec=f"int{bits}-group32") for bits in (8, 2))
+    fine, coarse = (
+        narrowcast.calibrate(model, batches, tp_size=2, codec=f"group(bits={bits}, size=32)") for bits in (8, 2)
+    )
     bad = "model.layers.1.mlp.down_proj"
     plan = replace(fine, sites={**fine.sites, bad: coarse.sites[bad]})
     reference = [log_probs(model, ids) for ids in batches]

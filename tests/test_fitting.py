@@ -1,6 +1,7 @@
 """Fitting to a whole model: second moments, Fisher information, and the bits that follow from them."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,20 @@ from torch import Tensor, nn
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.calibration import ModelRecipe, asked_for, observe, recipes_by_kind
-from narrowcast.calibration.fit import Form, fit
+from narrowcast.calibration import observe, recipes_by_kind
+from narrowcast.calibration.fit import fit
 from narrowcast.calibration.moments import Moments, fisher_information
 from narrowcast.cli.calibrate import codec_by_kind
-from narrowcast.codecs import PRESETS, AllocatedCodec, Codec
+from narrowcast.codecs import (
+    PRESETS,
+    AllocatedCodec,
+    AllocatedRecipe,
+    Codec,
+    FittedRecipe,
+    Ranges,
+    TransformRecipe,
+    recipe,
+)
 from narrowcast.codecs.allocation import BLOCK, Entry, allocate
 from narrowcast.engines import load_engine
 from narrowcast.engines.forwards import chunk
@@ -133,16 +143,25 @@ def bits_of(codec: Codec) -> float:
     return float(codec.widths.int().sum(dim=1).max()) * BLOCK / codec.scale.shape[1]
 
 
-@pytest.mark.parametrize("budgeted", ["one_shot", "two_shot"])
+RECIPES = {
+    "features": AllocatedRecipe(),
+    "site": TransformRecipe(axes="site"),
+    "blocks": TransformRecipe(axes="blocks"),
+    "ranks": TransformRecipe(axes="ranks"),
+}
+OF_40 = replace(RECIPES["blocks"], block_size=40)  # two blocks and a short one
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
 @pytest.mark.parametrize("form", ["features", "site", "blocks"])
-def test_bits_go_where_variance_times_sensitivity_is_large(form: Form, budgeted: Any) -> None:
+def test_bits_go_where_variance_times_sensitivity_is_large(form: str, algorithm: str) -> None:
     """4^b times the energy is worth b bits more; which of both factors is large is all the same."""
     moments = {"low": a_site(1.0, 1.0), "loud": a_site(16.0, 1.0), "touchy": a_site(1.0, 16.0)}
-    found = fit(moments, bits=4.0, form=form, budgeted=budgeted)
+    found = fit(moments, RECIPES[form], bits=4.0, algorithm=algorithm)
     bits = {site: [bits_of(codec) for codec in each.codecs] for site, each in found.items()}
     assert bits["loud"] == bits["touchy"]
-    for stage in range(2):
-        assert bits["loud"][stage] - bits["low"][stage] == pytest.approx(2, abs=0.5)
+    for hop in range(2):
+        assert bits["loud"][hop] - bits["low"][hop] == pytest.approx(2, abs=0.5)
 
 
 def test_within_a_site_too() -> None:
@@ -150,7 +169,7 @@ def test_within_a_site_too() -> None:
     variance = torch.ones(2, 64)
     variance[0, 10:42], variance[1, 32:] = 256.0, 256.0
     moments = Moments(partial=variance, total=variance.sum(0)[None], fisher=torch.ones(64))
-    codec = fit({"s": moments}, bits=4.0, form="features", budgeted="one_shot")["s"].codecs[0]
+    codec = fit({"s": moments}, AllocatedRecipe(), bits=4.0, algorithm="one_shot")["s"].codecs[0]
     assert isinstance(codec, AllocatedCodec)
     for rank, own in enumerate((range(10, 42), range(32, 64))):
         assert set(codec.order[rank, :32].tolist()) == set(own)
@@ -165,14 +184,14 @@ def total_bits(codecs: Sequence[Codec], num_features: Sequence[int]) -> float:
 
 
 @pytest.mark.parametrize("bits", [0.75, 2.0, 5.0])
-@pytest.mark.parametrize("form", ["features", "site", "blocks", "ranks"])
-def test_budgets_are_kept(model: nn.Module, form: Form, bits: float) -> None:
+@pytest.mark.parametrize("recipe", [*RECIPES.values(), OF_40], ids=str)
+def test_budgets_are_kept(model: nn.Module, recipe: FittedRecipe, bits: float) -> None:
     """One_shot: what the ranks put in; two_shot: the mean of that and of the sum. A unit of bytes may be left over."""
     moments = observe(model, sequences(), tp_size=4, moments="full").moments
     unit = 8 * BLOCK / 8 / (96 * len(moments))
-    for budgeted, stages in (("one_shot", 1), ("two_shot", 2)):
-        found = fit(moments, bits=bits, form=form, budgeted=budgeted, block_size=40)  # type: ignore[arg-type]
-        codecs = [codec for each in found.values() for codec in each.codecs[:stages]]
+    for algorithm, num_hops in (("one_shot", 1), ("two_shot", 2)):
+        found = fit(moments, recipe, bits=bits, algorithm=algorithm)
+        codecs = [codec for each in found.values() for codec in each.codecs[:num_hops]]
         spent = total_bits(codecs, [96] * len(codecs))
         assert bits - unit - 0.05 <= spent <= bits + 1e-9
 
@@ -197,28 +216,28 @@ def held_out_kl(plan: Plan, model: nn.Module) -> float:
 
 
 @pytest.mark.parametrize("form", ["features", "ranks"])
-def test_a_target_is_met_with_the_fewest_bits(model: nn.Module, observed: Any, form: Form) -> None:
+def test_a_target_is_met_with_the_fewest_bits(model: nn.Module, observed: Any, form: str) -> None:
     target = 1e-4
-    plan = observed.plan(ModelRecipe(form=form, target_kl=target))
+    plan = observed.plan(replace(RECIPES[form], target_kl=target))
     bits = plan.calibration["bits"]
     assert 1 < bits < 8
     kl = held_out_kl(plan, model)
     assert kl == pytest.approx(plan.calibration["held_out_kl"], rel=1e-3)
     assert kl <= target
-    fewer = observed.plan(ModelRecipe(form=form, bits=bits - 1 / 16))
+    fewer = observed.plan(replace(RECIPES[form], bits=bits - 1 / 16))
     assert held_out_kl(fewer, model) > target
-    same = observed.plan(ModelRecipe(form=form, bits=bits))
+    same = observed.plan(replace(RECIPES[form], bits=bits))
     assert {name: site.error for name, site in same.sites.items()} == {n: s.error for n, s in plan.sites.items()}
 
 
 def test_impossible_targets_are_refused(observed: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"target KL: expected .* nats or more, which 8 bits a value cost here"):
-        observed.plan(ModelRecipe(target_kl=1e-12))
+        observed.plan("allocated(target_kl=1e-12)")
     for wrong in (0.0, -1.0, 17.0):
         with pytest.raises(InvalidInputError, match="above 0, 16 at most"):
-            ModelRecipe(target_kl=wrong)
-    with pytest.raises(InvalidInputError, match="either bits or a target KL"):
-        ModelRecipe(bits=2.0, target_kl=0.1)
+            AllocatedRecipe(target_kl=wrong)
+    with pytest.raises(InvalidInputError, match="one of them, found both"):
+        TransformRecipe(bits=2.0, target_kl=0.1)
 
 
 def test_what_cannot_be_fitted_is_refused(model: nn.Module) -> None:
@@ -226,18 +245,26 @@ def test_what_cannot_be_fitted_is_refused(model: nn.Module) -> None:
         narrowcast.calibrate(model, sequences(2), tp_size=4, groups=[[0, 1], [2, 3]], codec="transform")
     with pytest.raises(InvalidInputError, match=r"only sums are fitted.*found allocated for logits"):
         narrowcast.calibrate(model, sequences(2), tp_size=2, codec={"logits": "allocated"})
-    with pytest.raises(InvalidInputError, match=r"no second moments were observed.*Pass moments='full'"):
-        observe(model, sequences(2), tp_size=2).plan("allocated")
-    for options in ({"bits": 2.0}, {"target_kl": 0.1}):
-        with pytest.raises(InvalidInputError, match="with a codec that is fitted to the whole model"):
-            narrowcast.calibrate(model, sequences(2), tp_size=2, codec="int4-feature", **options)  # type: ignore[arg-type]
+    for codec, moments in (("allocated", "diagonal"), ("transform", "full")):
+        with pytest.raises(InvalidInputError, match=f"no second moments were observed.*Pass moments='{moments}'"):
+            observe(model, sequences(2), tp_size=2).plan(codec)
+    with pytest.raises(InvalidInputError, match=r"parameters of feature, each once: .*, found target_kl=0\.1"):
+        narrowcast.calibrate(model, sequences(2), tp_size=2, codec="feature(bits=4, target_kl=0.1)")
 
 
-@pytest.mark.parametrize("form", ["site", "blocks", "ranks"])
-def test_partial_sums_that_do_not_span_all_features(observed: Any, form: Form) -> None:
+def test_a_site_alone_makes_what_its_ranges_tell() -> None:
+    ranges = Ranges.of(torch.ones(2, 1, 64))
+    assert AllocatedRecipe(bits=2.0).codec(ranges).row_nbytes(64) == 1 + 64 * 2 // 8
+    for codec in ("allocated(target_kl=0.1)", "transform", "transform(axes=site, bits=2)"):
+        with pytest.raises(InvalidInputError, match=r"expected a whole model, .* found the ranges of a single site"):
+            recipe(codec).codec(ranges)
+
+
+@pytest.mark.parametrize("recipe", [RECIPES["site"], OF_40, RECIPES["ranks"]], ids=str)
+def test_partial_sums_that_do_not_span_all_features(observed: Any, recipe: FittedRecipe) -> None:
     """70 columns a rank make 96 features: components that should be zero are not quite, and their scales know it."""
     assert int(torch.linalg.matrix_rank(observed.moments[SITE].partial[0].double(), rtol=1e-5)) <= 70
-    plan = observed.plan(ModelRecipe(form=form, bits=8.0, block_size=40))
+    plan = observed.plan(replace(recipe, bits=8.0))
     for site in plan.sites.values():
         assert max(site.error.values()) < 0.1
 
@@ -256,35 +283,35 @@ def test_a_split_model_is_refused_on_every_rank(ranks: Any, tmp_path: Path) -> N
 
 def test_what_travels_once_beside_fitted_sums_is_coded_in_groups(tmp_path: Path) -> None:
     model = transformers.load(save_random("phi3", tmp_path / "model"))
-    plan = narrowcast.calibrate(model, sequences(2), tp_size=2, codec="allocated", bits=2.0)
+    plan = narrowcast.calibrate(model, sequences(2), tp_size=2, codec="allocated(bits=2)")
     kinds = {site.kind: site.codecs[0].id for site in plan.sites.values()}
     assert kinds == {"sum": "allocated", "gather": "group"}
 
 
-@pytest.fixture(params=["allocated", "transform"])
+@pytest.fixture(params=["allocated(bits=2)", "transform(bits=2)"])
 def codec(request: pytest.FixtureRequest) -> Iterator[str]:
     yield request.param
 
 
 def test_calibration_is_deterministic(model: nn.Module, codec: str) -> None:
-    plans = [narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec, bits=2.0) for _ in range(2)]
+    plans = [narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec) for _ in range(2)]
     assert plans[0].fingerprint == plans[1].fingerprint
-    other = narrowcast.calibrate(model, sequences()[::-1], tp_size=2, codec=codec, bits=2.0)
+    other = narrowcast.calibrate(model, sequences()[::-1], tp_size=2, codec=codec)
     assert other.fingerprint != plans[0].fingerprint
 
 
 def test_batches_and_padding_do_not_change_the_plan(model: nn.Module, codec: str) -> None:
     ids = sequences()
-    expected = narrowcast.calibrate(model, ids, tp_size=2, codec=codec, bits=2.0).fingerprint
+    expected = narrowcast.calibrate(model, ids, tp_size=2, codec=codec).fingerprint
     for batches in ([batch(ids, left=True)], [batch(ids[:3], left=False), batch(ids[3:], left=True)]):
-        assert narrowcast.calibrate(model, batches, tp_size=2, codec=codec, bits=2.0).fingerprint == expected
+        assert narrowcast.calibrate(model, batches, tp_size=2, codec=codec).fingerprint == expected
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_calibration_needs_no_care_about_gradients(model: nn.Module, codec: str, mode: Any) -> None:
-    expected = narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec, bits=2.0).fingerprint
+    expected = narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec).fingerprint
     with mode():
-        assert narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec, bits=2.0).fingerprint == expected
+        assert narrowcast.calibrate(model, sequences(), tp_size=2, codec=codec).fingerprint == expected
 
 
 def test_a_failure_gives_the_weights_their_gradients_back(model: nn.Module) -> None:
@@ -301,15 +328,13 @@ def test_a_failure_gives_the_weights_their_gradients_back(model: nn.Module) -> N
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_options_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(InvalidInputError, match="one of them, found both"):
-        asked_for("transform", bits=1.0, target_kl=0.1)
-    with pytest.raises(InvalidInputError, match="with axes blocks, found other axes"):
-        asked_for("transform", bits=1.0, form="site", block_size=16)
-    with pytest.raises(InvalidInputError, match="nvfp4, transform, found transfrom"):
-        asked_for("transfrom", bits=1.0)
+def test_what_contradicts_itself_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="with axes blocks, found 16 with axes site"):
+        recipes_by_kind("transform(bits=1, axes=site, block_size=16)")
+    with pytest.raises(InvalidInputError, match=r"one of one_shot, two_shot, found hierarchical"):
+        recipes_by_kind({"sum": "allocated(algorithm=hierarchical)"})
     with pytest.raises(InvalidInputError, match=r"a bit for each of 32 features, found 0\.001"):
-        fit(moments_of_two_features(), bits=0.001, form="features", budgeted="one_shot")
+        fit(moments_of_two_features(), AllocatedRecipe(), bits=0.001, algorithm="one_shot")
 
 
 def moments_of_two_features() -> dict[str, Moments]:
@@ -319,5 +344,5 @@ def moments_of_two_features() -> dict[str, Moments]:
 
 def test_a_preset_for_one_kind_stands_beside_a_fitted_codec() -> None:
     recipes = recipes_by_kind(codec_by_kind(["transform", "boundary=bf16"]))
-    assert recipes["sum"] == ModelRecipe(form="ranks")
+    assert recipes["sum"] == TransformRecipe(axes="ranks")
     assert recipes["boundary"] == PRESETS["bf16"] and recipes["gather"] == PRESETS["int8-group128"]

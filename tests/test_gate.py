@@ -89,7 +89,7 @@ def test_false_alarms_are_as_rare_as_promised_over_all_figures() -> None:
 @pytest.fixture(scope="module")
 def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     folder = tmp_path_factory.mktemp("plans")
-    return {bits: save_plan(folder / f"{bits}.plan", f"int{bits}-group128") for bits in (3, 4)}
+    return {bits: save_plan(folder / f"{bits}.plan", f"group(bits={bits}, size=128)") for bits in (3, 4)}
 
 
 SHORT = "--sequences", 6, "--length", 48

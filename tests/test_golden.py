@@ -1,7 +1,7 @@
-"""Yesterday's payloads: every preset's bytes and what they decode to, as first committed.
+"""Yesterday's payloads: every format's bytes and what they decode to, as first committed.
 
-Every preset has a file. A file here is never written again: another layout is another codec id.
-`python tests/test_golden.py` adds files for presets that have none yet.
+Every codec of `formats.FORMATS` has a file. A file here is never written again: another layout is another codec id.
+`python tests/test_golden.py` adds files for codecs that have none yet.
 """
 
 import json
@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from formats import FORMATS
 from models import calibrated
-from narrowcast.codecs import CODECS, PRESETS
+from narrowcast.codecs import CODECS
 
 FOLDER = Path(__file__).parent / "golden"
 DTYPES = {str(dtype): dtype for dtype in (torch.bfloat16, torch.float32, torch.int32, torch.int64, torch.uint8)}
@@ -29,9 +30,9 @@ def from_json(value: dict[str, Any]) -> Tensor:
     return raw.view(DTYPES[value["dtype"]]).view(value["shape"])
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_payloads_are_those_of_the_first_day(preset: str) -> None:
-    golden = json.loads((FOLDER / f"{preset}.json").read_text(encoding="utf8"))
+@pytest.mark.parametrize("spelt", FORMATS)
+def test_payloads_are_those_of_the_first_day(spelt: str) -> None:
+    golden = json.loads((FOLDER / f"{spelt}.json").read_text(encoding="utf8"))
     tensors = {name: from_json(value) for name, value in golden["tensors"].items()}
     codec = CODECS[golden["codec"]].from_state(golden["config"], tensors)
     x_RTE, payloads_RTB, sum_TE = (from_json(golden[key]) for key in ("values", "payloads", "sum"))
@@ -42,13 +43,13 @@ def test_payloads_are_those_of_the_first_day(preset: str) -> None:
 
 
 def write_missing() -> None:
-    for preset in PRESETS:
-        path = FOLDER / f"{preset}.json"
+    for spelt in FORMATS:
+        path = FOLDER / f"{spelt}.json"
         if path.exists():
             continue
-        generator = torch.Generator().manual_seed(len(preset))
+        generator = torch.Generator().manual_seed(len(spelt))
         x_RTE = torch.randn(2, 2, 130, generator=generator)
-        codec, _ = calibrated(preset, x_RTE * 0.9)
+        codec, _ = calibrated(spelt, x_RTE * 0.9)
         x_RTE[0, 1, 128], x_RTE[1, 1, 4] = torch.inf, torch.nan
         x_RTE[1, 0, :65] = 0.0
         payloads_RTB = torch.stack([codec.encode(x_TE, source=rank) for rank, x_TE in enumerate(x_RTE)])

@@ -16,14 +16,15 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from narrowcast.codecs import PRESETS, Codec, GroupCodec, ops
+from formats import FORMATS
+from narrowcast.codecs import Codec, GroupCodec, packing, recipe
 from narrowcast.errors import InvalidInputError
 
 Array = NDArray[np.float32]
 BF16 = ml_dtypes.bfloat16
 F32 = np.float32
 
-GROUPS = {name: codec for name, codec in PRESETS.items() if isinstance(codec, GroupCodec)}
+GROUPS = {name: codec for name in FORMATS if isinstance(codec := recipe(name), GroupCodec)}
 every_group = pytest.mark.parametrize("codec", GROUPS.values(), ids=GROUPS.keys())
 
 
@@ -95,8 +96,8 @@ def check_against(peer: Peer, codec: GroupCodec, x_E: Tensor) -> None:
     stored = payload_TB[0, : 2 * num_parameters * len(found)].view(torch.int16).view(num_parameters, -1)
     expected = np.array([parameters for parameters, _, _ in found], dtype=BF16).T.copy()
     assert stored.tolist() == expected.view(np.int16).tolist()
-    packed = payload_TB[:, -ops.packed_nbytes(len(parts), codec.num_bits) :]
-    codes = ops.unpack(packed, codec.num_bits, len(parts))
+    packed = payload_TB[:, -packing.packed_nbytes(len(parts), codec.num_bits) :]
+    codes = packing.unpack(packed, codec.num_bits, len(parts))
     assert codes[0].tolist() == np.concatenate([codes for _, codes, _ in found]).tolist()
     values = torch.from_numpy(np.concatenate([values for _, _, values in found]))
     assert torch.equal(codec.decode(payload_TB, source=0, num_features=len(parts))[0], values)
@@ -128,7 +129,7 @@ def test_quick_reduces_own_rounding_differs_by_a_code_at_most_and_is_no_closer()
     x_TE = random(400, 32, seed=7).bfloat16()
     codec = GroupCodec(num_bits=4, group_size=32, symmetric=True)
     payload_TB = codec.encode(x_TE, source=0)
-    codes = ops.unpack(payload_TB[:, 2:], 4, 32).numpy()
+    codes = packing.unpack(payload_TB[:, 2:], 4, 32).numpy()
     theirs = [quick_reduce_in_bf16(group) for group in x_TE.float().numpy()]
     scales = np.array([scale for scale, _ in theirs])
     assert payload_TB[:, :2].contiguous().view(torch.int16)[:, 0].tolist() == scales.view(np.int16).tolist()
@@ -171,7 +172,7 @@ def test_of_equal_extremes_the_first_is_kept() -> None:
     codec = GroupCodec(num_bits=2, group_size=32, spikes=True)
     payload_TB = codec.encode(torch.tensor([[0.0, 4.0, -4.0, 4.0, -4.0, 1.0]]), source=0)
     assert payload_TB[0, 8:10].tolist() == [2, 1]  # places of -4.0 and 4.0
-    codes = ops.unpack(payload_TB[:, 10:], 2, 6)
+    codes = packing.unpack(payload_TB[:, 10:], 2, 6)
     assert codes.tolist() == [[1, 0, 0, 3, 0, 2]]  # in steps of 8 / 3 from -4.0; 0 in the places of the spikes
 
 
@@ -218,18 +219,6 @@ def test_the_code_that_has_no_opposite_clips_and_is_counted() -> None:
 def test_impossible_parameters_are_refused(fields: dict[str, int]) -> None:
     with pytest.raises(InvalidInputError, match="2 to 8 bits, groups of 32, 64 or 128"):
         GroupCodec(**({"num_bits": 4, "group_size": 32} | fields))
-
-
-@pytest.mark.parametrize("preset", ["int4-group32-sym", "int3-group128", "int2-group32-spike"])
-def test_operators_obey_their_schemas(preset: str) -> None:
-    codec = GROUPS[preset]
-    payload = torch.empty(5, codec.row_nbytes(70), dtype=torch.uint8)
-    checks = ("test_schema", "test_faketensor")
-    arguments = random(5, 70), *codec._arguments, payload, torch.zeros(3, dtype=torch.int64)
-    torch.library.opcheck(torch.ops.narrowcast.group_encode, arguments, test_utils=checks)
-    codec.encode(random(5, 70), source=0, out=payload)
-    arguments = payload[None], *codec._arguments, torch.empty(5, 70)
-    torch.library.opcheck(torch.ops.narrowcast.group_decode_sum, arguments, test_utils=checks)
 
 
 def test_places_that_no_encoder_writes_do_no_harm() -> None:

@@ -106,12 +106,18 @@ def test_what_was_asked_for_besides_is_printed_and_stored(evaluated: tuple[Path,
     assert report["site_errors"].keys() == {name for name, site in report["sites"].items() if site["coded"]}
     assert report["point"]["kl_nats"] == report["kl_nats"] and report["point"]["bits_per_value"] == 4.1875
     assert [point["name"] for point in report["curve"]] == [
-        "int3-group128", "int4-group128", "int6-group128", "int8-group128", "int4-feature", "int6-feature",
-        "int8-feature",
+        "group(bits=3, size=128)", "int4-group128", "group(bits=6, size=128)", "int8-group128",
+        "int4-feature", "int6-feature", "int8-feature",
     ]  # fmt: skip
     by_bits = {point["name"]: point["kl_nats"] for point in report["curve"]}
-    assert by_bits["int3-group128"] > by_bits["int4-group128"] > by_bits["int8-group128"]
-    for what in ("95 % interval", "top-5 agreement", "99.9 % of tokens", "each site coded alone", "int6-group128"):
+    assert by_bits["group(bits=3, size=128)"] > by_bits["int4-group128"] > by_bits["int8-group128"]
+    for what in (
+        "95 % interval",
+        "top-5 agreement",
+        "99.9 % of tokens",
+        "each site coded alone",
+        "group(bits=6, size=128)",
+    ):
         assert what in shown
     assert "…" not in shown
 

@@ -14,18 +14,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import test_golden
-from narrowcast.codecs import PRESETS, AllocatedCodec, Codec, Ranges, kernels, ops, token_scale
+from formats import FORMATS
+from narrowcast.codecs import AllocatedCodec, Codec, Ranges, kernels, recipe, token_scale
+from narrowcast.codecs.feature_reference import GUARD_MARK as MARK
 from narrowcast.codecs.kernels import REFERENCE, cpu
 from narrowcast.errors import InvalidInputError
 
 PATHS = [path for path in kernels.available() if path != REFERENCE]
 compiled = pytest.mark.skipif(not PATHS, reason="the compiled module is not installed")
-every_preset = pytest.mark.parametrize("preset", PRESETS)
+every_format = pytest.mark.parametrize("preset", FORMATS)
 dtypes = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
 # Sizes around those of vectors and groups.
 features = st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 128, 129, 255, 256, 500, 1025]))
 
-GUARD_MARK = torch.tensor([ops.GUARD_MARK], dtype=torch.uint16).view(torch.uint8)
+GUARD_MARK = torch.tensor([MARK], dtype=torch.uint16).view(torch.uint8)
 
 # What each kind of values does to [R, T, E] of ordinary ones, given a generator.
 KINDS: dict[str, Callable[[Tensor, torch.Generator], Tensor]] = {
@@ -72,7 +74,7 @@ def outcome(codec: Codec, reduced: Codec, x_RTE: Tensor, noise_RTB: Tensor, dtyp
 
 
 @compiled
-@every_preset
+@every_format
 @settings(max_examples=12, deadline=None)
 @given(
     num_ranks=st.integers(1, 5),
@@ -88,8 +90,8 @@ def test_every_path_gives_the_bits_of_the_reference(
     generator = torch.Generator().manual_seed(seed)
     x_RTE = torch.randn(num_ranks, num_tokens, num_features, generator=generator)
     seen_RTE = x_RTE if num_tokens else torch.ones(num_ranks, 1, num_features)
-    codec = PRESETS[preset].codec(Ranges.of(seen_RTE * 0.8))  # some values clip
-    reduced = PRESETS[preset].codec(Ranges.of(seen_RTE.sum(dim=0, keepdim=True)))
+    codec = recipe(preset).codec(Ranges.of(seen_RTE * 0.8))  # some values clip
+    reduced = recipe(preset).codec(Ranges.of(seen_RTE.sum(dim=0, keepdim=True)))
     x_RTE = KINDS[kind](x_RTE, generator).to(dtype)
     shape = num_ranks, num_tokens, codec.row_nbytes(num_features)
     noise_RTB = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -128,7 +130,7 @@ def mixed(num_sources: int, num_features: int, generator: torch.Generator) -> Al
     kind=st.sampled_from(list(KINDS)),
     far=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]),
     dtype=dtypes,
-    other=st.sampled_from(["allocated", "bf16", "int4-feature", "int3-group32", "mxfp4"]),
+    other=st.sampled_from(["allocated", "bf16", "int4-feature", "group(bits=3, size=32)", "mxfp4"]),
     seed=st.integers(0, 999),
 )
 def test_allocated_blocks_of_all_widths_on_every_path(
@@ -138,11 +140,11 @@ def test_allocated_blocks_of_all_widths_on_every_path(
     generator = torch.Generator().manual_seed(seed)
     codec, reduced = mixed(num_ranks, num_features, generator), mixed(1, num_features, generator)
     x_RTE = torch.randn(num_ranks, num_tokens, num_features, generator=generator)
-    first = PRESETS[other].codec(Ranges.of(x_RTE))
+    first = recipe(other).codec(Ranges.of(x_RTE))
     x_RTE[torch.rand(x_RTE.shape, generator=generator) < far] *= 100
     x_RTE = (KINDS[kind](x_RTE, generator) * codec.scale[:, None]).to(dtype)
     sums = x_RTE.float().nan_to_num(1, 1, 1).sum(dim=0, keepdim=True)
-    second = PRESETS[other].codec(Ranges.of(sums.nan_to_num(1, 1, 1)))  # what is huge may run over, added up
+    second = recipe(other).codec(Ranges.of(sums.nan_to_num(1, 1, 1)))  # what is huge may run over, added up
     noises = []
     for each in (codec, first):
         shape = num_ranks, num_tokens, each.row_nbytes(num_features)
@@ -169,7 +171,7 @@ def test_a_tokens_scale_at_the_edge_between_two_codes_on_every_path() -> None:
     widths_E = codec.widths[0].repeat_interleave(32)[:1025]
     counted = order[(widths_E > 0) & (widths_E < 16)]
     u_TE = torch.randn(20, 1025, generator=generator)
-    edge_T = token_scale.SCALE_EDGES[100:120]
+    edge_T = token_scale.TOKEN_SCALES.on(torch.device("cpu")).edges[100:120]
     near_TE = u_TE * (edge_T / token_scale.mean_square(u_TE[:, counted])).sqrt()[:, None]
     steps = 1 + torch.arange(-8, 9)[:, None, None] * 2.0**-23
     x_TE = (near_TE * steps).flatten(0, 1) * codec.scale[0].float()
@@ -185,17 +187,17 @@ def test_a_tokens_scale_at_the_edge_between_two_codes_on_every_path() -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_golden_bytes_on_every_path(path: str) -> None:
     with kernels.forced(path):
-        for preset in PRESETS:
+        for preset in FORMATS:
             test_golden.test_payloads_are_those_of_the_first_day(preset)
 
 
 @compiled
 @pytest.mark.parametrize("path", PATHS)
-@every_preset
+@every_format
 def test_nothing_beyond_the_buffers_is_written(preset: str, path: str) -> None:
     """Rows lie far apart, and what is between them stays as it was."""
     for num_features in (1, 15, 33, 100, 129):
-        codec = PRESETS[preset].codec(Ranges.of(torch.ones(1, 1, num_features)))
+        codec = recipe(preset).codec(Ranges.of(torch.ones(1, 1, num_features)))
         row_nbytes = codec.row_nbytes(num_features)
         wide_TB = torch.full((4, row_nbytes + 200), 77, dtype=torch.uint8)
         wide_TE = torch.full((4, num_features + 200), 77.0)
@@ -224,11 +226,14 @@ def threads_of_this_process() -> int:
 
 
 @compiled
-@pytest.mark.parametrize("preset", ["bf16", "int4-feature", "int3-group32-spike", "mxfp6-e2m3"])
+@pytest.mark.parametrize(
+    "preset",
+    ["bf16", "int4-feature", "group(bits=3, size=32, spikes=true)", "minifloat(element=e2m3, scale=e8m0, size=32)"],
+)
 def test_several_threads_give_the_same_bits(preset: str, four_threads: None) -> None:
     x_RTE = torch.randn(2, 1031, 1025, generator=torch.Generator().manual_seed(0))
     x_RTE[0, 1030, 3] = torch.nan
-    codec = PRESETS[preset].codec(Ranges.of(x_RTE[:, :100]))
+    codec = recipe(preset).codec(Ranges.of(x_RTE[:, :100]))
     noise_RTB = torch.zeros(2, 1031, codec.row_nbytes(1025), dtype=torch.uint8)
     found = outcome(codec, codec.sources((0,)), x_RTE, noise_RTB, torch.float32)
     torch.set_num_threads(1)
@@ -244,9 +249,9 @@ def test_threads_start_when_a_large_tensor_needs_them() -> None:
 import os, torch
 os.sched_getaffinity = lambda _: range(4)
 from test_kernels import threads_of_this_process as count
-from narrowcast.codecs import PRESETS
+from narrowcast.codecs import recipe
 torch.set_num_threads(3)
-codec, small, large = PRESETS["bf16"], torch.ones(64, 1024), torch.ones(4096, 1024)
+codec, small, large = recipe("bf16"), torch.ones(64, 1024), torch.ones(4096, 1024)
 before = count()
 codec.encode(small, source=0)
 assert count() == before  # small
@@ -266,7 +271,7 @@ assert count() == before + 2  # as PyTorch was told
 @compiled
 def test_python_threads_at_once(four_threads: None) -> None:
     x_TE = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
-    codec = PRESETS["int4-group128"].codec(Ranges.of(x_TE[None]))
+    codec = recipe("int4-group128").codec(Ranges.of(x_TE[None]))
     expected = codec.encode(x_TE, source=0)
     with ThreadPoolExecutor(4) as pool:
         payloads = list(pool.map(lambda _: codec.encode(x_TE, source=0), range(40)))
@@ -290,11 +295,11 @@ def test_the_path_is_chosen_inside_the_context_alone() -> None:
         assert kernels.selected() == before
 
 
-@every_preset
+@every_format
 def test_buffers_that_do_not_fit_are_refused(preset: str) -> None:
     """An address has no shape: what passes here would be read or written beyond its end."""
     x_TE = torch.ones(2, 64)
-    codec = PRESETS[preset].codec(Ranges.of(x_TE[None]))
+    codec = recipe(preset).codec(Ranges.of(x_TE[None]))
     payload_TB = codec.encode(x_TE, source=0)
     row_nbytes = payload_TB.shape[1]
     recode = {"reduced": codec, "num_features": 64}

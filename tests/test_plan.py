@@ -41,7 +41,7 @@ def saved(tmp_path: Path) -> Path:
     return tmp_path / "plan"
 
 
-@pytest.mark.parametrize("preset", ["int4-feature", "int4", "bf16", "int3-feature"])
+@pytest.mark.parametrize("preset", ["int4-feature", "int4", "bf16", "feature(bits=3)"])
 def test_load_gives_back_what_was_saved(tmp_path: Path, preset: str) -> None:
     original = plan(preset=preset)
     original.save(tmp_path / "plan")

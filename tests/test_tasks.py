@@ -375,7 +375,7 @@ def plan() -> Plan:
     model, tokenizer = load_engine().load(MODEL), load_engine().load_tokenizer(MODEL)
     text = (MODEL / "calibration.txt").read_text(encoding="utf8")
     batches = tokenizer(text, return_tensors="pt").input_ids[:, :512].split(64, dim=1)
-    return narrowcast.calibrate(model, [{"input_ids": batch} for batch in batches], tp_size=2, codec="int2-feature")
+    return narrowcast.calibrate(model, [{"input_ids": batch} for batch in batches], tp_size=2, codec="feature(bits=2)")
 
 
 def coded_on_rank(path: Path, tasks: TaskSet) -> Any:

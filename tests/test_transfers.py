@@ -112,7 +112,7 @@ def check_pipeline(preset: str) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5, 8])
-@pytest.mark.parametrize("preset", ["fp16", "int4-feature"])
+@pytest.mark.parametrize("preset", ["cast(dtype=fp16)", "int4-feature"])
 def test_what_is_received_equals_its_twin(ranks: Pools, world_size: int, preset: str) -> None:
     ranks(world_size).run(check_pipeline, preset)
 

@@ -20,8 +20,7 @@ import narrowcast
 from conftest import MODEL
 from models import SMALL, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.calibration import ModelRecipe
-from narrowcast.codecs import AllocatedCodec, CastCodec
+from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, CastCodec, TransformRecipe
 from narrowcast.engines import load_engine
 from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.plan.decisions import Choice, Decisions
@@ -173,8 +172,17 @@ def save_with_heads(num_heads: int, folder: Path) -> Path:
     return folder
 
 
-def a_plan(model: nn.Module, tp_size: int, form: str, bits: float = 2.0, **options: Any) -> Plan:
-    recipe = ModelRecipe(form=form, bits=bits, block_size=40, **options)  # type: ignore[arg-type]
+# How a codec is fitted, by the axes along which it codes.
+RECIPES = {
+    "features": AllocatedRecipe(),
+    "site": TransformRecipe(axes="site"),
+    "blocks": TransformRecipe(axes="blocks", block_size=40),
+    "ranks": TransformRecipe(axes="ranks"),
+}
+
+
+def a_plan(model: nn.Module, tp_size: int, form: str, bits: float = 2.0, algorithm: str | None = None) -> Plan:
+    recipe = replace(RECIPES[form], bits=bits, algorithm=algorithm)
     return narrowcast.calibrate(model, [random_ids(8, 40, seed=1)], tp_size=tp_size, codec=recipe)
 
 
@@ -198,7 +206,8 @@ def test_the_bundled_model_on_four_ranks(ranks: Pools, tmp_path: Path, form: str
     folder = tmp_path / "model"
     folder.symlink_to(MODEL, target_is_directory=True)
     ids = text()
-    plan = narrowcast.calibrate(transformers.load(MODEL), ids, tp_size=4, codec=ModelRecipe(form=form, bits=2.0))  # type: ignore[arg-type]
+    codec = "allocated(bits=2)" if form == "features" else f"transform(axes={form}, bits=2)"
+    plan = narrowcast.calibrate(transformers.load(MODEL), ids, tp_size=4, codec=codec)
     plan.save(tmp_path / "plan")
     expected = simulated_logits(plan, ids[0])
     for logits, bits in ranks(4).run(logits_on_rank, MODEL, tmp_path / "plan", ids[0]):
@@ -239,13 +248,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random("llama", tmp_path_factory.mktemp("random") / "model")
 
 
-@pytest.mark.parametrize(("budgeted", "tp_size"), [("one_shot", 2), ("one_shot", 4), ("two_shot", 4)])
+@pytest.mark.parametrize(("algorithm", "tp_size"), [("one_shot", 2), ("one_shot", 4), ("two_shot", 4)])
 @pytest.mark.parametrize("form", FORMS)
-def test_bits_are_what_was_asked_for(folder: Path, form: str, budgeted: str, tp_size: int) -> None:
+def test_bits_are_what_was_asked_for(folder: Path, form: str, algorithm: str, tp_size: int) -> None:
     """Of the features that the components stand for, scales included."""
     model = transformers.load(folder)
-    plan = a_plan(model, tp_size, form, 3.0, budgeted=budgeted)
-    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, algorithm=budgeted) as handle:
+    plan = a_plan(model, tp_size, form, 3.0, algorithm=algorithm)
+    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, algorithm=algorithm) as handle:
         model(random_ids(3, 16))
     assert handle.report().bits_per_value == pytest.approx(3.0, abs=0.1)
 
@@ -380,7 +389,7 @@ def of_sizes(folder: Path, plan: Path, sizes: list[int], deterministic: bool) ->
 def test_only_the_sums_are_of_components(folder: Path) -> None:
     """Embedding and logits of the same model travel as asked: as they are, or coded by a preset."""
     model = transformers.load(folder)
-    recipe = {"sum": ModelRecipe(form="ranks", bits=2.0), "embedding": "int8-group128", "logits": "bf16"}
+    recipe = {"sum": "transform(bits=2)", "embedding": "int8-group128", "logits": "bf16"}
     plan = narrowcast.calibrate(model, [random_ids(8, 40, seed=1)], tp_size=2, codec=recipe)
     for site in plan.sites.values():
         assert (site.transform is not None) == (site.kind == "sum") == isinstance(site.codecs[0], AllocatedCodec)

@@ -11,12 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from narrowcast.attach import attach
-from narrowcast.calibration.fit import DEFAULT_BITS, Fitted, ModelRecipe, fit, least_bits
+from narrowcast.calibration.fit import fit, least_bits
 from narrowcast.calibration.moments import Moments
 from narrowcast.calibration.observers import ErrorObserver
 from narrowcast.calibration.observing import observed, run
-from narrowcast.calibration.recipes import CodecByKind, described, recipes_by_kind
-from narrowcast.codecs import Codec, Ranges, Recipe
+from narrowcast.calibration.recipes import CodecByKind, recipes_by_kind, spelt
+from narrowcast.codecs import Codec, FittedRecipe, Ranges, Recipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.engines import engine_of
 from narrowcast.engines.forwards import evaluating
@@ -32,9 +32,9 @@ BITS_STEP, MOST_BITS = 1 / 16, 8.0
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """What calibration saw.
+    """Everything that calibration saw.
 
-    `ranges` by site and stage; second `moments` of sums, where they were asked for. `head`: the sequences that errors
+    `ranges` by site and hop; second `moments` of sums, where they were asked for. `head`: the sequences that errors
     are measured on; `held_out`: those that no moment was taken of, to judge a plan by.
     """
 
@@ -48,69 +48,64 @@ class Observations:
     held_out: Sequence[Tensor]
 
     def plan(self, codec: CodecByKind, *, within: str | Recipe = "bf16") -> Plan:
-        """The plan with this preset or recipe at every site, or with one for each kind; `within` serves in nodes."""
+        """The plan of these codecs, asked for as in `calibrate`; `within` serves in nodes."""
         recipes, engine = recipes_by_kind(codec), engine_of(self.model)
         kinds = {name: kind for name, kind in engine.sites(self.model, self.split).items() if kind in recipes}
-        if not kinds and engine.split_of(self.model).pp_size == 1:  # another stage may have some
+        if not kinds and engine.split_of(self.model).pp_size == 1:  # another pipeline stage may have some
             raise InvalidInputError(
                 "codec",
                 expected=f"one for {' or '.join(sorted(set(engine.sites(self.model, self.split).values())))}",
                 found=f"codecs for {', '.join(recipes) or 'nothing'}",
                 remedy="Name a kind of site that this model has, such as codec={'logits': 'int8-group128'}.",
             )
-        sites = {}
-        for name, kind in kinds.items():
-            chosen = recipes[kind]
-            if not isinstance(chosen, ModelRecipe):
-                sites[name] = Site(kind=kind, codecs=self._codecs(name, chosen, recipe_of_one(within)), error={})
-        of_sums, asked = recipes.get("sum"), {"codec": described(codec)}
-        if not isinstance(of_sums, ModelRecipe):
+        of_nodes, of_sums, asked = recipe_of_one(within), recipes.get("sum"), {"codec": spelt(recipes)}
+        sites = {
+            name: Site(kind=kind, codecs=self._codecs(name, recipes[kind], of_nodes), error={})
+            for name, kind in kinds.items()
+            if not isinstance(recipes[kind], FittedRecipe)
+        }
+        if not isinstance(of_sums, FittedRecipe):
             return self._finished(sites, asked)
-        self._check_fittable()
+        self._check_fittable(of_sums)
         if of_sums.target_kl is None:
-            bits = of_sums.bits or DEFAULT_BITS[of_sums.form]
+            bits = of_sums.bits or of_sums.default_bits
             return self._finished(sites | self._fitted(of_sums, bits), asked | {"bits": bits})
         return self._finished(*self._reaching(of_sums, of_sums.target_kl, sites, asked))
 
     def _codecs(self, name: str, chosen: Recipe, within: Recipe) -> tuple[Codec, ...]:
-        """By stage: the ranks' values, their sum, and the sums of nodes."""
+        """By hop: the ranks' values, their sum, and the sums of nodes."""
         partial, *sums = self.ranges[name]
         if len(sums) < 2:
             return tuple(chosen.codec(seen) for seen in (partial, *sums))
         total, of_nodes = sums
         return within.codec(partial), within.codec(total), chosen.codec(of_nodes)
 
-    def _check_fittable(self) -> None:
-        if self.groups or not self.moments:
-            raise InvalidInputError(
-                "codec",
-                expected="one that is not fitted to the whole model"
-                + (", as sums of nodes are not yet" if self.groups else ", as no second moments were observed"),
-                found="allocated or transform",
-                remedy="Leave the groups (--nodes) out." if self.groups else "Pass moments='full' to observe.",
-            )
-
-    def _fitted(self, recipe: ModelRecipe, bits: float) -> dict[str, Site]:
-        made: Mapping[str, Fitted] = fit(
-            self.moments,
-            bits=bits,
-            form=recipe.form,
-            budgeted=recipe.budgeted_among(self.split.tp_size),
-            block_size=recipe.block_size,
+    def _check_fittable(self, recipe: FittedRecipe) -> None:
+        if self.groups:
+            reason, remedy = "as sums of nodes are not yet", "Leave the groups (--nodes) out."
+        elif not self.moments:
+            reason, remedy = "as no second moments were observed", f"Pass moments='{recipe.moments}' to observe."
+        else:
+            return
+        raise InvalidInputError(
+            "codec", expected=f"one that is not fitted to the whole model, {reason}", found=recipe, remedy=remedy
         )
+
+    def _fitted(self, recipe: FittedRecipe, bits: float) -> dict[str, Site]:
+        made = fit(self.moments, recipe, bits=bits, algorithm=recipe.algorithm_among(self.split.tp_size))
         return {
             name: Site(kind="sum", codecs=each.codecs, error={}, transform=each.transform)
             for name, each in made.items()
         }
 
     def _reaching(
-        self, recipe: ModelRecipe, target_kl: float, sites: Mapping[str, Site], asked: Mapping[str, Any]
+        self, recipe: FittedRecipe, target_kl: float, sites: Mapping[str, Site], asked: Mapping[str, Any]
     ) -> tuple[dict[str, Site], dict[str, Any]]:
         """Sites with as few bits as keep the KL divergence below the target; InvalidInputError if none do."""
         batches = [ids[None] for ids in self.held_out]
         with evaluating(self.model):
             reference = [log_probs(self.model, ids) for ids in batches]
-        algorithm = recipe.budgeted_among(self.split.tp_size)
+        algorithm = recipe.algorithm_among(self.split.tp_size)
 
         def tried(steps: int) -> tuple[dict[str, Site], float]:
             made = {**sites, **self._fitted(recipe, steps * BITS_STEP)}
@@ -164,7 +159,7 @@ class Observations:
 
 
 def _merged(plan: Plan, groups: Groups) -> Plan:
-    """What the plans of all ranks know together: of weights that others hold, and of sites at other stages."""
+    """The plan that all ranks' plans make together: of weights that others hold, and of sites at other stages."""
     for transport in transports_of(groups):
         if transport is not None:
             texts = transport.share(base64.b85encode(plan.to_bytes()).decode(), "merging plans")

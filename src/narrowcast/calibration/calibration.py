@@ -18,9 +18,8 @@ from narrowcast.calibration.build import Observations
 from narrowcast.calibration.moments import MomentObserver, Moments, MomentsNeeded, fisher_information
 from narrowcast.calibration.observers import EMA_FACTOR, FirstTokens, RangeObserver
 from narrowcast.calibration.observing import Observer, observed, run
-from narrowcast.calibration.recipes import CodecByKind, asked_for, moments_needed
-from narrowcast.codecs import Recipe
-from narrowcast.codecs import recipe as recipe_of_one
+from narrowcast.calibration.recipes import CodecByKind, moments_needed, recipes_by_kind
+from narrowcast.codecs import Recipe, recipe
 from narrowcast.collectives import checked_groups
 from narrowcast.engines import Engine, device_of, engine_of
 from narrowcast.engines.forwards import evaluating
@@ -45,8 +44,6 @@ def calibrate(
     experts: Experts = "slices",
     groups: Sequence[Sequence[int]] = (),
     codec: CodecByKind = "int4-feature",
-    bits: float | None = None,
-    target_kl: float | None = None,
     within: str | Recipe = "bf16",
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
     num_first: int = DEFAULT_NUM_FIRST,
@@ -58,20 +55,19 @@ def calibrate(
     `experts` as in `Split`); or one that its engine has split, for which every rank calls this with the same text
     and ends with the same plan.
     `batches`: token ids [B, T], or mappings with `input_ids` and, where there is padding, `attention_mask`.
-    `codec`: a name from `narrowcast.PRESETS`, or a recipe such as `FeatureRecipe(num_bits=4, num_outliers=32)`, for
-    all but embedding and logits; or a mapping that names one for each kind of site (`narrowcast.plan.split.KINDS`),
-    what it leaves out being sent as it is. "allocated" and "transform" (or a `ModelRecipe`) are fitted to the sums of
-    the whole model: `bits` a value on average, or as few as keep the KL divergence from the uncompressed model, in
-    nats, below `target_kl`.
+    `codec`: for all but embedding and logits, a name from `narrowcast.PRESETS`, one that is spelt out, such as
+    "feature(bits=4, outliers=32)", or a recipe, which is any object with `codec(ranges)`; or a mapping that names one
+    for each kind of site (`narrowcast.plan.split.KINDS`), what it leaves out being sent as it is. "allocated" and
+    "transform" are fitted to the sums of the whole model: "allocated(bits=2.5)" takes 2.5 bits a value on average,
+    "transform(target_kl=0.01)" as few as keep the KL divergence from the uncompressed model, in nats, below that.
     `groups`: the tensor-parallel ranks of each node, such as [[0, 1], [2, 3]], where links between nodes are slower:
     sums then go within nodes first, coded `within`, and between nodes in `codec` (the algorithm "hierarchical").
     `first_tokens`: how the first `num_first` tokens of each sequence count: "count" for all (the paper), for
     "choosing" outliers but not for scales, or "skip" for both.
     `progress(n)` is called after each sequence with the number done.
-    Raises InvalidInputError for a model or preset that cannot be served, and for text without tokens.
+    Raises InvalidInputError for a model or codec that cannot be served, and for text without tokens.
     """
-    codec = asked_for(codec, bits=bits, target_kl=target_kl)
-    needed, _ = moments_needed(codec), recipe_of_one(within)
+    recipes, of_nodes = recipes_by_kind(codec), recipe(within)
     seen = observe(
         model,
         batches,
@@ -81,10 +77,10 @@ def calibrate(
         groups=groups,
         first_tokens=first_tokens,
         num_first=num_first,
-        moments=needed,
+        moments=moments_needed(recipes),
         progress=progress,
     )
-    return seen.plan(codec, within=within)
+    return seen.plan(recipes, within=of_nodes)
 
 
 def observe(

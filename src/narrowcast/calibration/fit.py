@@ -7,29 +7,23 @@ variance times sensitivity times what a quantizer leaves of the variance: what `
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from narrowcast.calibration.moments import Moments
-from narrowcast.codecs import AllocatedCodec, Codec
-from narrowcast.codecs.allocated_recipe import fitted
+from narrowcast.codecs import AllocatedCodec, Codec, FittedRecipe, TransformRecipe
 from narrowcast.codecs.allocation import BLOCK, UNIT_NBYTES, Entry, allocate, in_blocks
+from narrowcast.codecs.fitted import fitted
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.transform import Part, Remix, Transform
 
 RIDGE = 1e-6  # of the mean sensitivity, added to all: directions that the text says nothing about
 
-# Axes: those of the features; one set for all ranks of a site, over all features or within blocks of them; one set for
-# each rank, whose partial sums span no more dimensions than it holds columns of the weights.
-Form = Literal["features", "site", "blocks", "ranks"]
-Budgeted = Literal["one_shot", "two_shot"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A site's codecs by stage, and the transform into the components that they code."""
+    """A site's codecs by hop, and the transform into the components that they code."""
 
     codecs: tuple[Codec, ...]
     transform: Transform | None
@@ -37,7 +31,7 @@ class Fitted:
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """How a site's values become components: analysis [A, K, E], synthesis [A, E, K], A being 1 or R.
+    """The way from a site's values to components and back: analysis [A, K, E], synthesis [A, E, K], A being 1 or R.
 
     `power`: mean squares of the components, [R, K] or, of the sum, [1, K]; `energy`: the same times sensitivities.
     """
@@ -48,55 +42,16 @@ class Axes:
     energy: Tensor
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelRecipe:
-    """What to fit to a whole model: by `bits` a value, or by the KL divergence, in nats, that it may cost.
-
-    `form`: along which axes; `block_size`: features that share axes in the form "blocks". `budgeted`: as in `fit`; None
-    for the algorithm that sends fewer bytes, one_shot between two ranks and two_shot among more.
-    """
-
-    bits: float | None = None
-    target_kl: float | None = None
-    form: Form = "features"
-    block_size: int = 64
-    budgeted: Budgeted | None = None
-
-    def __post_init__(self) -> None:
-        known = self.form in get_args(Form) and self.budgeted in (None, *get_args(Budgeted)) and self.block_size > 0
-        if not known or (self.bits is not None and self.target_kl is not None):
-            raise InvalidInputError(
-                "codec",
-                expected=f"a form of {', '.join(get_args(Form))}, and either bits or a target KL",
-                found=repr(self),
-                remedy="Choose other values.",
-            )
-        for name, value in (("bits", self.bits), ("target KL", self.target_kl)):
-            if value is not None and not 0 < value <= 16:
-                raise InvalidInputError(name, expected="above 0, 16 at most", found=value, remedy="Choose another.")
-
-    def budgeted_among(self, tp_size: int) -> Budgeted:
-        """The algorithm whose payloads count among so many ranks."""
-        return self.budgeted or ("one_shot" if tp_size == 2 else "two_shot")
-
-
-MODEL_RECIPES = {"allocated": ModelRecipe(), "transform": ModelRecipe(form="ranks")}
-
-DEFAULT_BITS = {"features": 3.0, "site": 2.0, "blocks": 2.0, "ranks": 1.5}
-
-
 def least_bits(num_features: int) -> float:
     """Bits a value of a scale, and of one bit for each feature of a block."""
     return 8 * (1 + UNIT_NBYTES) / num_features
 
 
-def fit(
-    moments: Mapping[str, Moments], *, bits: float, form: Form, budgeted: Budgeted, block_size: int = 64
-) -> dict[str, Fitted]:
+def fit(moments: Mapping[str, Moments], recipe: FittedRecipe, *, bits: float, algorithm: str) -> dict[str, Fitted]:
     """Codecs and transforms of all sites whose payloads take `bits` a value at most on average, where that can be met.
 
-    `budgeted`: the algorithm whose payloads count: for "one_shot" what the ranks put in, for "two_shot" that and the
-    sum, which travels again. The other stage gets bits down to the same worth of a bit. InvalidInputError for too few.
+    `algorithm`: the one whose payloads count: those of the ranks, and of the sum too where it travels again. What does
+    not count gets bits down to the same worth of a bit. InvalidInputError for too few.
     """
     least = max(least_bits(each.partial.shape[1]) for each in moments.values())
     if bits < least:
@@ -106,20 +61,24 @@ def fit(
             found=bits,
             remedy="Ask for more.",
         )
-    sizes = {site: block_size if form == "blocks" else each.fisher.shape[0] for site, each in moments.items()}
-    stages = {site: stage_axes(each, form, sizes[site], budgeted) for site, each in moments.items()}
+    recoded = recodes(algorithm)
+    hops = {site: hop_axes(each, recipe, recoded=recoded) for site, each in moments.items()}
     entries, nbytes = [], 0.0
-    for site, (partial, total) in stages.items():
-        entries += [Entry(partial.energy), Entry(total.energy, counted=budgeted == "two_shot")]
-        nbytes += (2 if budgeted == "two_shot" else 1) * (bits * moments[site].partial.shape[1] / 8 - 1)
+    for site, (partial, total) in hops.items():
+        entries += [Entry(partial.energy), Entry(total.energy, counted=recoded)]
+        nbytes += (1 + recoded) * (bits * moments[site].partial.shape[1] / 8 - 1)
     widths = iter(allocate(entries, nbytes))
-    assemble = {"features": _of_features, "ranks": _of_ranks}.get(form, _of_site)
-    return {site: assemble(*axes, next(widths), next(widths), sizes[site]) for site, axes in stages.items()}
+    return {site: _fitted(recipe, *axes, next(widths), next(widths)) for site, axes in hops.items()}
 
 
-def stage_axes(moments: Moments, form: Form, block_size: int, budgeted: Budgeted) -> tuple[Axes, Axes]:
-    """Of what the ranks put in, and of their sum."""
-    if form == "features":
+def recodes(algorithm: str) -> bool:
+    """True where the sum travels again, coded."""
+    return algorithm == "two_shot"
+
+
+def hop_axes(moments: Moments, recipe: FittedRecipe, *, recoded: bool) -> tuple[Axes, Axes]:
+    """Of what the ranks put in, and of their sum, which axes of a site also fit where it is `recoded`."""
+    if not isinstance(recipe, TransformRecipe):
         own = moments.diagonal()
         partial, total = (
             Axes(analysis=None, synthesis=None, power=each, energy=each * own.fisher)
@@ -127,13 +86,18 @@ def stage_axes(moments: Moments, form: Form, block_size: int, budgeted: Budgeted
         )
         return partial, total
     seen, summed, fisher = (each.double() for each in (moments.partial, moments.total, moments.fisher))
-    if form == "ranks":
+    if recipe.axes == "ranks":
         return _along(seen, fisher, *_axes_of(seen, fisher)), _along(summed, fisher, *_axes_of(summed, fisher))
-    pooled = seen.sum(dim=0, keepdim=True) + (summed if budgeted == "two_shot" else 0)
-    places = [slice(start, start + block_size) for start in range(0, len(fisher), block_size)]
+    pooled = seen.sum(dim=0, keepdim=True) + (summed if recoded else 0)
+    size = _block_size(recipe, len(fisher))
+    places = [slice(start, start + size) for start in range(0, len(fisher), size)]
     blocks = [_axes_of(pooled[:, own, own], fisher[own, own]) for own in places]
     analysis, synthesis = (torch.block_diag(*(block[side][0] for block in blocks))[None] for side in (0, 1))
     return _along(seen, fisher, analysis, synthesis), _along(summed, fisher, analysis, synthesis)
+
+
+def _block_size(recipe: TransformRecipe, num_features: int) -> int:
+    return recipe.block_size if recipe.axes == "blocks" else num_features
 
 
 def _axes_of(covariance_AEE: Tensor, fisher: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,7 +120,15 @@ def _along(covariance_REE: Tensor, fisher: Tensor, analysis: Tensor, synthesis: 
     return Axes(analysis=analysis, synthesis=synthesis, power=power, energy=power * sensitivity)
 
 
-def _of_features(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor, _: int) -> Fitted:
+def _fitted(recipe: FittedRecipe, partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor) -> Fitted:
+    if not isinstance(recipe, TransformRecipe):
+        return _of_features(partial, total, widths, total_widths)
+    if recipe.axes == "ranks":
+        return _of_ranks(partial, total, widths, total_widths)
+    return _of_site(partial, total, widths, total_widths, _block_size(recipe, partial.power.shape[1]))
+
+
+def _of_features(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor) -> Fitted:
     codecs = tuple(
         fitted(axes.power.sqrt(), each, axes.energy) for axes, each in ((partial, widths), (total, total_widths))
     )
@@ -179,7 +151,7 @@ def _of_site(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor, b
     return Fitted(codecs=codecs, transform=Transform(num_features=len(sent_K), parts=tuple(parts)))
 
 
-def _of_ranks(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor, _: int) -> Fitted:
+def _of_ranks(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor) -> Fitted:
     """Each rank's components stand beside those of the others; the sum travels again along axes of its own."""
     assert partial.analysis is not None and partial.synthesis is not None
     assert total.analysis is not None and total.synthesis is not None
@@ -205,14 +177,14 @@ def _of_ranks(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor, 
 
 
 def _sent(energy_RK: Tensor, widths_RN: Tensor) -> Tensor:
-    """Which components of each source are sent, bool [R, K]."""
+    """A mask of the components of each source that are sent, bool [R, K]."""
     order_RK, _ = in_blocks(energy_RK)
     width_RK = widths_RN.repeat_interleave(BLOCK, dim=1)[:, : energy_RK.shape[1]]
     return torch.zeros_like(width_RK).scatter(1, order_RK.long(), width_RK) > 0
 
 
 def _one_at_least(sent_K: Tensor) -> Tensor:
-    """Where nothing is worth a bit, a component without bits: a sum of none would have no size."""
+    """The mask, or where nothing is worth a bit, a component without bits: a sum of none would have no size."""
     return sent_K if sent_K.any() else torch.arange(len(sent_K)) == 0
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from torch import Tensor
@@ -10,13 +10,9 @@ from torch import Tensor
 from narrowcast.calibration import (
     DEFAULT_FIRST_TOKENS,
     DEFAULT_NUM_FIRST,
-    CodecByKind,
-    asked_for,
-    by_kind,
     moments_needed,
     recipes_by_kind,
 )
-from narrowcast.calibration.fit import Budgeted
 from narrowcast.calibration.observers import FirstTokens
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli.options import (
@@ -31,7 +27,7 @@ from narrowcast.cli.options import (
     Timeout,
     checked_split,
 )
-from narrowcast.codecs import recipe
+from narrowcast.codecs import Recipe, recipe
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.progress import Options, observe_with_bar
@@ -54,22 +50,6 @@ def calibrate(
     ] = 1,
     within: Annotated[str, typer.Option(help="The preset for sums within a node.")] = "bf16",
     codec: CodecOption = [DEFAULT_CODEC],  # noqa: B006 (typer copies it)
-    bits: Annotated[
-        float | None, typer.Option(help="Bits a value on average, of a codec that is fitted to the whole model.")
-    ] = None,
-    target_kl: Annotated[
-        float | None,
-        typer.Option("--target-kl", help="As few bits as cost no more than this KL divergence, in nats, instead."),
-    ] = None,
-    axes: Annotated[
-        Literal["ranks", "site", "blocks"] | None,
-        typer.Option(help="Along which axes a transform codes: each rank's own, one set a site, or within blocks."),
-    ] = None,
-    block_size: Annotated[int | None, typer.Option(min=1, help="Features of a block, with --axes blocks.")] = None,
-    algorithm: Annotated[
-        Budgeted | None,
-        typer.Option(help="Whose payloads --bits counts; by default those of the one that sends fewer bytes."),
-    ] = None,
     num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 128,
     length: Length = DEFAULT_LENGTH,
     first_tokens: Annotated[
@@ -85,8 +65,7 @@ def calibrate(
 ) -> None:
     """Calibrate MODEL, split over --tp ranks and --pp stages, and write a plan."""
     split = checked_split(tp, pp, experts)
-    fitted = {"bits": bits, "target_kl": target_kl, "form": axes, "block_size": block_size, "budgeted": algorithm}
-    chosen = asked_for(codec_by_kind(codec), **fitted)
+    chosen = codec_by_kind(codec)
     recipe(within)
     if is_first_rank():
         check_writable(output, overwrite=overwrite)
@@ -97,7 +76,7 @@ def calibrate(
         num_first=num_first,
         moments=moments_needed(chosen),
     )
-    _check_fittable(options, real)
+    _check_fittable(options, real, codec)
     found = sequences(load_engine().load_tokenizer(model), text, length=length, limit=num_sequences)
     if real:
         plan = run(_on_rank, split.world_size, model, split, found, chosen, options, timeout_s=timeout)[0]
@@ -117,13 +96,13 @@ def _fitted(plan: Plan) -> str:
     return told if kl is None else f"{told}, KL {kl:.3g} on text that was held out"
 
 
-def _check_fittable(options: Options, real: bool) -> None:
+def _check_fittable(options: Options, real: bool, codec: Sequence[str]) -> None:
     """Before the work, not after it."""
     if options.moments != "none" and (real or options.groups):
         raise InvalidInputError(
             "--codec",
             expected="one that is not fitted to the whole model, with --real or --nodes",
-            found="allocated or transform",
+            found=", ".join(codec),
             remedy="Leave --real and --nodes out, or choose int4-feature, say.",
         )
 
@@ -137,24 +116,22 @@ def _groups(tp_size: int, num_nodes: int) -> list[range]:
     return [range(node * size, (node + 1) * size) for node in range(num_nodes)] if num_nodes > 1 else []
 
 
-def codec_by_kind(options: Sequence[str]) -> CodecByKind:
-    """What `--codec` says: a preset for all kinds that are coded unless asked otherwise, others for single kinds."""
-    named = [option for option in options if "=" in option]
+def codec_by_kind(options: Sequence[str]) -> dict[str, Recipe]:
+    """The recipes that `--codec` asks for: one codec for all kinds that are coded by default, others by kind."""
+    named = [option for option in options if "=" in option.partition("(")[0]]
     single = dict(option.split("=", 1) for option in named)
-    general = [option for option in options if "=" not in option]
+    general = [option for option in options if option not in named]
     if len(general) > 1 or len(single) < len(named):
         raise InvalidInputError(
             "--codec",
-            expected="one preset for all kinds, and at most one for each kind",
+            expected="one codec for all kinds, and at most one for each kind",
             found=", ".join(options),
-            remedy="Use KIND=PRESET, once a kind.",
+            remedy="Use KIND=CODEC, once a kind.",
         )
     rest = general[0] if general else DEFAULT_CODEC
-    codec: CodecByKind = {**by_kind(rest), **single} if single else rest
-    recipes_by_kind(codec)
-    return codec
+    return recipes_by_kind({**recipes_by_kind(rest), **single})
 
 
-def _on_rank(model: str, split: Split, found: Sequence[Tensor], codec: CodecByKind, options: Options) -> Plan:
+def _on_rank(model: str, split: Split, found: Sequence[Tensor], codec: dict[str, Recipe], options: Options) -> Plan:
     part = load_engine().load(model, split=split)
     return observe_with_bar(part, found, split, options).plan(codec, within=options.within)

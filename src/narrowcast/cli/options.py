@@ -25,9 +25,10 @@ DEFAULT_CODEC = "int4-feature"
 CodecOption = Annotated[
     list[str],
     typer.Option(
-        metavar="PRESET",
-        help=f"One of {', '.join(narrowcast.PRESETS)}, transform; or KIND=PRESET (again and again) for one kind of "
-        f"site: {', '.join(KINDS)}, besides the preset of all others. The last two are sent as they are unless named.",
+        metavar="CODEC",
+        help=f"One of {', '.join(narrowcast.PRESETS)}, or spelt out, as group(bits=5, size=64); or KIND=CODEC (again "
+        f"and again) for one kind of site: {', '.join(KINDS)}, besides the codec of all others. The last two are sent "
+        "as they are unless named.",
     ),
 ]
 ReplicateVocabulary = Annotated[

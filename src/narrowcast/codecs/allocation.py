@@ -1,4 +1,4 @@
-"""How many bits each block of features gets: reverse water-filling on what a bit is worth.
+"""Bits for each block of features: reverse water-filling on what a bit is worth.
 
 Coding an independent Gaussian component of energy g (its variance times how much the loss minds an error in it) in w
 bits leaves an expected loss g * D(w), D falling ever more slowly. So bits are handed out one by one to whoever gains
@@ -21,7 +21,7 @@ UNIT_NBYTES = BLOCK // 8  # one bit for each feature of a block
 
 @dataclass(frozen=True)
 class Entry:
-    """One payload that has its share in the budget: what is sent at a stage of a site.
+    """One payload that has its share in the budget: what is sent at a hop of a site.
 
     `energy`: [R, E], per source and feature, in units of the loss. `counted`: whether its bytes count; what is not
     counted gets bits down to the same worth of a bit.
@@ -62,7 +62,7 @@ def allocate(entries: Sequence[Entry], budget_nbytes: float) -> list[Tensor]:
 
 
 def _falling_gains(energy_RN: Tensor) -> torch.return_types.sort:
-    """What each further bit of each block gains, per source, falling; `indices` divided by 16 are the blocks."""
+    """Gains by each further bit of each block, per source, falling; `indices` divided by 16 are the blocks."""
     distortion = lloyd_max.distortion()
     last = distortion[-1:] / (AS_BF16 - lloyd_max.MAX_BITS)  # as BF16 nothing is left of it
     gains = torch.cat([distortion[:-1] - distortion[1:], last.expand(AS_BF16 - lloyd_max.MAX_BITS)])
@@ -70,7 +70,7 @@ def _falling_gains(energy_RN: Tensor) -> torch.return_types.sort:
 
 
 def _widths(taken_RJ: Tensor, num_blocks: int) -> Tensor:
-    """How many bits each block was given; between 8 bits and BF16 there is nothing."""
+    """Bits that each block was given; between 8 bits and BF16 there is nothing."""
     ones = torch.ones_like(taken_RJ)
     widths_RN = taken_RJ.new_zeros(len(taken_RJ), num_blocks).scatter_add(1, taken_RJ // AS_BF16, ones)
     between = (widths_RN > lloyd_max.MAX_BITS) & (widths_RN < AS_BF16)

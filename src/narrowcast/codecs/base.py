@@ -1,24 +1,26 @@
-"""What every codec is: a byte format with its parameters, and the ranges it may be calibrated from."""
+"""The base of codecs: a byte format with its parameters, checks of what it is given, and the way to its kernels."""
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from narrowcast.codecs.kernels import cpu
+from narrowcast.codecs import kernels
 from narrowcast.errors import InvalidInputError
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
+SATURATED, NON_FINITE, GUARDED = 0, 1, 2  # places in `stats`, int64 [3]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Codec(ABC):
-    """How a tensor `[T, E]` (tokens, features) becomes bytes `uint8 [T, B]`, one row a token, and comes back.
+    """The way of a tensor `[T, E]` (tokens, features) becomes bytes `uint8 [T, B]`, one row a token, and comes back.
 
     `id` names the byte format, not the class: see docs/formats.md. The bytes of a token depend on that token
     alone. `source` is the rank whose values are coded; a codec that codes the reduced sum has the one source 0.
@@ -34,11 +36,11 @@ class Codec(ABC):
     @property
     @abstractmethod
     def granularity(self) -> int | None:
-        """How many features, counted from the first, share parameters and stay together; None for all of a token."""
+        """Number of features, from the first on, that share parameters and stay together; None for all of a token."""
 
     @property
     def nan_reach(self) -> int | None:
-        """How many features a value that is not finite turns into NaN: 1 if the format has a code for it."""
+        """Number of features that a value which is not finite turns into NaN: 1 if the format has a code for it."""
         return 1
 
     @abstractmethod
@@ -62,23 +64,22 @@ class Codec(ABC):
     def encode(self, x_TE: Tensor, *, source: int, out: Tensor | None = None, stats: Tensor | None = None) -> Tensor:
         """Code `x_TE` (bf16, fp16 or fp32) into `out`, uint8 [T, B], made if not given.
 
-        `stats`, int64 [3] on the same device, counts values that were clipped, values that were not finite, and
-        tokens that a guard coded in another form, whose values do not count as clipped (places in `ops`).
+        `stats`, int64 [3] on the same device, counts at the places `SATURATED`, `NON_FINITE` and `GUARDED`: values
+        that were clipped, values that were not finite, and tokens that a guard coded in another form, whose values do
+        not count as clipped.
         """
         self._check_source(source)
         self._check_values(x_TE)
-        shape = x_TE.shape[0], self._known_row_nbytes(x_TE.shape[1])
+        if stats is not None:
+            _check_stats(stats)
+        num_tokens, num_features = x_TE.shape
+        shape = num_tokens, self._known_row_nbytes(num_features)
         if out is None:
             out = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
         elif out.shape != shape or out.dtype is not torch.uint8:
             raise self._misfit(f"out of {list(shape)} bytes", out)
-        if not x_TE.numel():
-            return out
-        kernel = self._kernel
-        if kernel is not None and cpu.enabled and _is_plain(x_TE) and _is_plain(out) and _may_count(stats):
-            kernel.encode(x_TE, source, out, stats)
-        else:
-            self._encode(x_TE, source, out, stats)
+        if num_tokens and num_features:
+            kernels.find(self, "encode", x_TE, out, stats)(self, x_TE, source, out, stats)
         return out
 
     def decode(
@@ -95,7 +96,7 @@ class Codec(ABC):
         `num_features` is E, needed without `out` where several E take as many bytes (`self.num_features`).
         """
         self._check_source(source)
-        return self._decode_into(payload_TB[None], source, 1, out, dtype, num_features)
+        return self._decode_into(payload_TB[None], source, out, dtype, num_features)
 
     def decode_sum(
         self,
@@ -117,7 +118,7 @@ class Codec(ABC):
                 found=f"{num_ranks}",
                 remedy="Use a codec that was calibrated for this many ranks.",
             )
-        return self._decode_into(payloads_RTB, 0, num_ranks, out, dtype, num_features)
+        return self._decode_into(payloads_RTB, 0, out, dtype, num_features)
 
     def recode(
         self,
@@ -129,11 +130,6 @@ class Codec(ABC):
         stats: Tensor | None = None,
     ) -> Tensor:
         """The payload of the sum, coded by `reduced`: `decode_sum` in FP32, then `encode`, in one pass if possible."""
-        kernel, second = self._kernel, reduced._kernel
-        plain = _is_plain(payloads_RTB) and _is_plain(out) and _may_count(stats)
-        if kernel is None or second is None or not cpu.enabled or not plain:
-            total_TE = self.decode_sum(payloads_RTB, num_features=num_features)
-            return reduced.encode(total_TE, source=0, out=out, stats=stats)
         num_ranks, num_tokens, _ = payloads_RTB.shape
         shape = self.num_sources or num_ranks, num_tokens, self._known_row_nbytes(num_features)
         if payloads_RTB.shape != shape or payloads_RTB.dtype is not torch.uint8:
@@ -141,15 +137,17 @@ class Codec(ABC):
         shape_out = num_tokens, reduced._known_row_nbytes(num_features)
         if out.shape != shape_out or out.dtype is not torch.uint8:
             raise reduced._misfit(f"out of {list(shape_out)} bytes", out)
-        if out.numel():
-            kernel.recode(payloads_RTB, second, num_features, out, stats)
+        if stats is not None:
+            _check_stats(stats)
+        if all(shape_out):
+            run = kernels.find(self, "recode", payloads_RTB, out, stats)
+            run(self, payloads_RTB, reduced, num_features, out, stats)
         return out
 
     def _decode_into(
         self,
         payloads_RTB: Tensor,
         first_source: int,
-        num_sources: int,
         out: Tensor | None,
         dtype: torch.dtype,
         num_features: int | None,
@@ -168,28 +166,22 @@ class Codec(ABC):
                 remedy="Decode what was encoded, with its number of features.",
             )
         self._check_values(out)
-        if not out.numel():
-            return out
-        kernel = self._kernel
-        if kernel is not None and cpu.enabled and _is_plain(payloads_RTB) and _is_plain(out):
-            kernel.decode_sum(payloads_RTB, first_source, out)
-        else:
-            self._decode_sum(payloads_RTB, slice(first_source, first_source + num_sources), out)
+        if all(shape):
+            kernels.find(self, "decode_sum", payloads_RTB, out)(self, payloads_RTB, first_source, out)
         return out
 
     @cached_property
-    def _kernel(self) -> cpu.Kernel | None:
-        return self._make_kernel()
-
-    def _make_kernel(self) -> cpu.Kernel | None:
-        """This codec's kernels for CPU tensors; None where there are none but its operators."""
-        return None
+    def prepared(self) -> dict[str, Any]:
+        """Objects that kernels made of this codec, to use them again, by the type of the device."""
+        return {}
 
     @abstractmethod
-    def _encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None: ...
+    def _encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
+        """The reference of `encode`: fill `out_TB`, add to `stats`."""
 
     @abstractmethod
-    def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None: ...
+    def _decode_sum(self, payloads_RTB: Tensor, first_source: int, out_TE: Tensor) -> None:
+        """The reference of `decode_sum`: the payloads are those of the sources from `first_source` on."""
 
     def num_features(self, row_nbytes: int) -> int:
         """Features E of a payload whose rows have `row_nbytes`; InvalidInputError if no E or several fit."""
@@ -248,17 +240,12 @@ class Codec(ABC):
 
     @abstractmethod
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What `from_state` needs to make this codec again: JSON values, and tensors."""
+        """JSON values and tensors, of which `from_state` makes this codec again."""
 
     @classmethod
     @abstractmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
         """Make the codec that `state` describes; ValueError, KeyError or TypeError if it describes none."""
-
-    def to(self, device: torch.device) -> "Codec":
-        """This codec with its tensors on `device`."""
-        config, tensors = self.state()
-        return self.from_state(config, {name: tensor.to(device) for name, tensor in tensors.items()})
 
     def _check_source(self, source: int) -> None:
         num_sources = self.num_sources
@@ -288,77 +275,14 @@ class Codec(ABC):
         )
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether its address tells all: a CPU tensor that is no stand-in for one, its last dimension contiguous."""
-    return type(tensor) is Tensor and tensor.is_cpu and tensor.stride(-1) == 1
+def _check_stats(stats: Tensor) -> None:
+    if stats.dtype is not torch.int64 or stats.shape != (3,):
+        raise InvalidInputError(
+            "stats", expected="int64 [3]", found=f"{list(stats.shape)} in {stats.dtype}", remedy="Pass zeros of that."
+        )
 
 
 def is_positive(scale: Tensor) -> bool:
-    """Whether all scales are finite, positive and normal numbers of BF16."""
+    """True where all scales are finite, positive and normal numbers of BF16."""
     smallest = torch.finfo(torch.bfloat16).smallest_normal
     return bool((scale.isfinite() & (scale >= smallest)).all())
-
-
-def _may_count(stats: Tensor | None) -> bool:
-    return stats is None or (_is_plain(stats) and stats.dtype is torch.int64 and stats.shape == (3,))
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DynamicCodec(Codec):
-    """A codec without calibrated tensors: any rank's values may be coded, and it is its own recipe."""
-
-    @property
-    def num_sources(self) -> None:
-        return None
-
-    def codec(self, ranges: "Ranges") -> Self:
-        """Itself: what it needs to know of the values it finds in each token."""
-        return self
-
-    def _features(self, start: int, stop: int) -> Self:
-        return self
-
-    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}, {}
-
-    @classmethod
-    def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
-        return cls(**config)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranges:
-    """Smallest and largest value of each feature over tokens, per source: fp32 tensors [R, E].
-
-    `scale_low` and `scale_high` are for scales, `low` and `high` for the choice of outliers: they differ where
-    the first tokens of a sequence do not count for scales.
-    """
-
-    low: Tensor
-    high: Tensor
-    scale_low: Tensor
-    scale_high: Tensor
-
-    @classmethod
-    def of(cls, x_RTE: Tensor) -> Self:
-        """The ranges of all tokens of `x_RTE`."""
-        low, high = x_RTE.float().amin(dim=1), x_RTE.float().amax(dim=1)
-        return cls(low=low, high=high, scale_low=low, scale_high=high)
-
-    @property
-    def width(self) -> Tensor:
-        """Twice the largest magnitude [R, E]: the range of a symmetric code."""
-        return 2 * torch.maximum(self.low.abs(), self.high.abs())
-
-    @property
-    def scale_largest(self) -> Tensor:
-        """Largest magnitude [R, E] that a scale must reach."""
-        return torch.maximum(self.scale_low.abs(), self.scale_high.abs())
-
-
-class Recipe(Protocol):
-    """What a preset holds: how to make a codec from the ranges seen in calibration."""
-
-    def codec(self, ranges: Ranges) -> Codec:
-        """The codec for values in these ranges."""
-        ...

@@ -7,28 +7,26 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import ops
-from narrowcast.codecs.base import FLOAT_DTYPES, DynamicCodec
-from narrowcast.codecs.kernels import cpu
+from narrowcast.codecs import arithmetic
+from narrowcast.codecs.base import FLOAT_DTYPES, NON_FINITE
+from narrowcast.codecs.dynamic import DynamicCodec
 from narrowcast.errors import InvalidInputError
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in FLOAT_DTYPES}
 
 
-@ops.operator("cast_encode(Tensor x, ScalarType dtype, Tensor(a!) out, Tensor(b!)? stats) -> ()")
 def cast_encode(x_TE: Tensor, dtype: torch.dtype, out_TB: Tensor, stats: Tensor | None) -> None:
     """Round to `dtype` and store the bits; what is not finite afterwards becomes the canonical NaN."""
     values_TE = x_TE.to(dtype, copy=True)
-    values_TE.masked_fill_(ops.not_finite(values_TE), torch.nan)
+    values_TE.masked_fill_(arithmetic.not_finite(values_TE), torch.nan)
     out_TB.copy_(values_TE.view(torch.uint8))
     if stats is not None:
-        stats[ops.NON_FINITE] += ops.not_finite(x_TE).count_nonzero()
+        stats[NON_FINITE] += arithmetic.not_finite(x_TE).count_nonzero()
 
 
-@ops.operator("cast_decode_sum(Tensor payloads, ScalarType dtype, Tensor(a!) out) -> ()")
 def cast_decode_sum(payloads_RTB: Tensor, dtype: torch.dtype, out_TE: Tensor) -> None:
     """Sum the values of all ranks in fp32, in rank order."""
-    ops.store_sum([ops.values(payload_TB, dtype) for payload_TB in payloads_RTB], out_TE)
+    arithmetic.store_sum([arithmetic.values(payload_TB, dtype) for payload_TB in payloads_RTB], out_TE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,13 +63,10 @@ class CastCodec(DynamicCodec):
         return num_features * self.dtype.itemsize
 
     def _encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
-        torch.ops.narrowcast.cast_encode(x_TE, self.dtype, out_TB, stats)
+        cast_encode(x_TE, self.dtype, out_TB, stats)
 
-    def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None:
-        torch.ops.narrowcast.cast_decode_sum(payloads_RTB, self.dtype, out_TE)
-
-    def _make_kernel(self) -> cpu.Kernel | None:
-        return cpu.cast(self.dtype)
+    def _decode_sum(self, payloads_RTB: Tensor, first_source: int, out_TE: Tensor) -> None:
+        cast_decode_sum(payloads_RTB, self.dtype, out_TE)
 
     def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
         # Round to nearest: half a unit in the last place, and half the smallest subnormal near zero.

@@ -54,7 +54,7 @@ class FloatFormat:
         return math.ldexp(implicit + mantissa, exponent - self.mantissa_bits)
 
     def values(self, device: torch.device) -> Tensor:
-        """What each code stands for, fp32 [2**num_bits]; NaN for infinities too, which nothing encodes to."""
+        """Values that codes stand for, fp32 [2**num_bits]; NaN for infinities too, which nothing encodes to."""
         return _values(self, device)
 
     def quantum(self, magnitude: Tensor) -> Tensor:

@@ -8,16 +8,16 @@ Shapes: G groups of S features; the last one may be short.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from narrowcast.codecs import ops
-from narrowcast.codecs.base import DynamicCodec
-from narrowcast.codecs.kernels import cpu
+from narrowcast.codecs import arithmetic, packing, spelling
+from narrowcast.codecs.base import NON_FINITE, SATURATED
+from narrowcast.codecs.dynamic import DynamicCodec
 from narrowcast.errors import InvalidInputError
 
 SMALLEST_STEP = torch.finfo(torch.bfloat16).smallest_normal  # so that its reciprocal is finite
@@ -36,10 +36,6 @@ class _Fit(NamedTuple):
     places: Tensor
 
 
-@ops.operator(
-    "group_encode(Tensor x, int num_bits, int group_size, bool symmetric, bool spikes, Tensor(a!) out,"
-    " Tensor(b!)? stats) -> ()"
-)
 def group_encode(
     x_TE: Tensor, num_bits: int, group_size: int, symmetric: bool, spikes: bool, out_TB: Tensor, stats: Tensor | None
 ) -> None:
@@ -56,17 +52,14 @@ def group_encode(
     steps_TE = steps_TGS.flatten(1)[:, :num_features]
     codes_TE = steps_TE.clamp(-offset, 2**num_bits - 1 - offset)
     if stats is not None:
-        stats[ops.SATURATED] += (codes_TE != steps_TE).count_nonzero()
-        stats[ops.NON_FINITE] += ops.not_finite(x_TE).count_nonzero()
+        stats[SATURATED] += (codes_TE != steps_TE).count_nonzero()
+        stats[NON_FINITE] += arithmetic.not_finite(x_TE).count_nonzero()
     parameters = [fit.step] if symmetric else [fit.step, fit.zero]
     parts = [each.view(torch.uint8) for each in (*parameters, *fit.spikes)]
     parts += [place.to(torch.uint8) for place in fit.places]
-    torch.cat([*parts, ops.pack(codes_TE.add_(offset).to(torch.uint8), num_bits)], dim=1, out=out_TB)
+    torch.cat([*parts, packing.pack(codes_TE.add_(offset).to(torch.uint8), num_bits)], dim=1, out=out_TB)
 
 
-@ops.operator(
-    "group_decode_sum(Tensor payloads, int num_bits, int group_size, bool symmetric, bool spikes, Tensor(a!) out) -> ()"
-)
 def group_decode_sum(
     payloads_RTB: Tensor, num_bits: int, group_size: int, symmetric: bool, spikes: bool, out_TE: Tensor
 ) -> None:
@@ -76,18 +69,18 @@ def group_decode_sum(
     decoded = []
     for payload_TB in payloads_RTB:
         take = _reader(payload_TB)
-        step_TG = ops.values(take(2 * num_groups), torch.bfloat16)
-        zero_TG = None if symmetric else ops.values(take(2 * num_groups), torch.bfloat16)
-        spikes_TG = [ops.values(take(2 * num_groups), torch.bfloat16) for _ in range(2 * spikes)]
+        step_TG = arithmetic.values(take(2 * num_groups), torch.bfloat16)
+        zero_TG = None if symmetric else arithmetic.values(take(2 * num_groups), torch.bfloat16)
+        spikes_TG = [arithmetic.values(take(2 * num_groups), torch.bfloat16) for _ in range(2 * spikes)]
         places_TG = [take(num_groups).long() & group_size - 1 for _ in range(2 * spikes)]
-        codes_TE = ops.unpack(take(None), num_bits, num_features)
+        codes_TE = packing.unpack(take(None), num_bits, num_features)
         values_TGS = _grouped(codes_TE, group_size).sub_(_offset(num_bits, symmetric)).mul_(step_TG[:, :, None])
         if zero_TG is not None:
             values_TGS.add_(zero_TG[:, :, None])
         for spike_TG, place_TG in zip(spikes_TG, places_TG, strict=True):
             values_TGS.scatter_(2, place_TG[:, :, None], spike_TG[:, :, None])
         decoded.append(values_TGS.flatten(1)[:, :num_features])
-    ops.store_sum(decoded, out_TE)
+    arithmetic.store_sum(decoded, out_TE)
 
 
 def group_error_bound(x_TE: Tensor, num_bits: int, group_size: int, symmetric: bool, spikes: bool) -> Tensor:
@@ -145,13 +138,13 @@ def _fit(x_TGS: Tensor, num_features: int, num_bits: int, symmetric: bool, spike
         sign_TG = torch.where(far_TG > 0, -1.0, 1.0)
         zero_TG = torch.zeros_like(far_TG, dtype=torch.bfloat16)
     else:
-        zero_TG = ops.bfloat16_down(low_TG + 0.0)  # no -0.0, which would depend on the order of a reduction
+        zero_TG = arithmetic.bfloat16_down(low_TG + 0.0)  # no -0.0, which would depend on the order of a reduction
         span_TG, num_steps = high_TG - zero_TG.float(), 2**num_bits - 1
         sign_TG = torch.ones_like(span_TG)
-    step_TG = ops.bfloat16_up((span_TG / num_steps).clamp_(min=SMALLEST_STEP))
-    bad_TG = ops.not_finite(span_TG) | ops.not_finite(zero_TG.float() + step_TG.float() * num_steps)
+    step_TG = arithmetic.bfloat16_up((span_TG / num_steps).clamp_(min=SMALLEST_STEP))
+    bad_TG = arithmetic.not_finite(span_TG) | arithmetic.not_finite(zero_TG.float() + step_TG.float() * num_steps)
     for spike_TG in spikes_TG:
-        bad_TG |= ops.not_finite(spike_TG)
+        bad_TG |= arithmetic.not_finite(spike_TG)
     step_TG = (step_TG * sign_TG.bfloat16()).masked_fill_(bad_TG, torch.nan)
     return _Fit(step_TG, zero_TG.masked_fill_(bad_TG, torch.nan), spikes_TG.masked_fill_(bad_TG, torch.nan), places_TG)
 
@@ -191,8 +184,8 @@ class GroupCodec(DynamicCodec):
     """
 
     id: ClassVar[str] = "group"
-    num_bits: int
-    group_size: int
+    num_bits: int = field(metadata=spelling.key("bits"))
+    group_size: int = field(metadata=spelling.key("size"))
     symmetric: bool = False
     spikes: bool = False
 
@@ -217,16 +210,13 @@ class GroupCodec(DynamicCodec):
     def row_nbytes(self, num_features: int) -> int:
         num_groups = -(-num_features // self.group_size)
         per_group = 2 if self.symmetric else 4 + 6 * self.spikes
-        return per_group * num_groups + ops.packed_nbytes(num_features, self.num_bits)
+        return per_group * num_groups + packing.packed_nbytes(num_features, self.num_bits)
 
     def _encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
-        torch.ops.narrowcast.group_encode(x_TE, *self._arguments, out_TB, stats)
+        group_encode(x_TE, *self._arguments, out_TB, stats)
 
-    def _decode_sum(self, payloads_RTB: Tensor, sources: slice, out_TE: Tensor) -> None:
-        torch.ops.narrowcast.group_decode_sum(payloads_RTB, *self._arguments, out_TE)
-
-    def _make_kernel(self) -> cpu.Kernel | None:
-        return cpu.group(*self._arguments)
+    def _decode_sum(self, payloads_RTB: Tensor, first_source: int, out_TE: Tensor) -> None:
+        group_decode_sum(payloads_RTB, *self._arguments, out_TE)
 
     @property
     def _arguments(self) -> tuple[int, int, bool, bool]:

@@ -1,7 +1,11 @@
 """The scale of a token in a byte, found by its mean square: eight steps an octave."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+from narrowcast.codecs.tables import PerDevice
 
 LANES = 32  # sums that a mean square is taken in
 
@@ -10,23 +14,37 @@ ZERO, SMALLEST, LARGEST, GUARDED, NOT_FINITE = 0, 1, 253, 254, 255
 STEPS_PER_OCTAVE, CODE_OF_ONE = 8, 127
 
 
-def _token_scales() -> Tensor:
-    """FP32 [256]: what each code stands for; zero for those that stand for no number."""
+class TokenScales(NamedTuple):
+    """Look-ups of kernels, fp32.
+
+    `scales` and their `reciprocals` by code [256], zero for codes that stand for no number. `edges`: mean squares at
+    which the next code begins [252], squares of the geometric middle between two scales.
+    """
+
+    scales: Tensor
+    reciprocals: Tensor
+    edges: Tensor
+
+
+def _token_scales() -> TokenScales:
     scales = torch.zeros(256)
     codes = torch.arange(SMALLEST, LARGEST + 1, dtype=torch.float64)
     scales[SMALLEST : LARGEST + 1] = torch.exp2((codes - CODE_OF_ONE) / STEPS_PER_OCTAVE).float()
-    return scales
+    middles = codes[:-1] + 0.5 - CODE_OF_ONE
+    return TokenScales(
+        scales=scales,
+        reciprocals=torch.where(scales > 0, 1.0 / scales, 0.0),
+        edges=torch.exp2(2 * middles / STEPS_PER_OCTAVE).float(),
+    )
 
 
-TOKEN_SCALES = _token_scales()
-# Mean squares at which the next code begins: squares of the geometric middle between two scales. FP32 [252].
-_middles = torch.arange(SMALLEST, LARGEST, dtype=torch.float64) + 0.5 - CODE_OF_ONE
-SCALE_EDGES = torch.exp2(2 * _middles / STEPS_PER_OCTAVE).float()
+TOKEN_SCALES = PerDevice(_token_scales())
 
 
 def scale_code(mean_square: Tensor) -> Tensor:
     """The code of the token scale nearest to the root of `mean_square` (fp32, not negative), int64."""
-    code = SMALLEST + torch.bucketize(mean_square.contiguous(), SCALE_EDGES.to(mean_square.device), right=True)
+    edges = TOKEN_SCALES.on(mean_square.device).edges
+    code = SMALLEST + torch.bucketize(mean_square.contiguous(), edges, right=True)
     return code.masked_fill(mean_square == 0, ZERO)
 
 
@@ -46,10 +64,4 @@ def mean_square(u_TN: Tensor) -> Tensor:
     while sums.shape[1] > 1:
         half = sums.shape[1] // 2
         sums = sums[:, :half] + sums[:, half:]
-    return sums[:, 0] * (1.0 / torch.tensor(float(num_values)))
-
-
-def tables() -> tuple[Tensor, Tensor, Tensor]:
-    """What kernels look up: scales and their reciprocals by code, and the edges, NaN behind them; all FP32 [256]."""
-    reciprocal = torch.where(TOKEN_SCALES > 0, 1.0 / TOKEN_SCALES, 0.0)
-    return TOKEN_SCALES, reciprocal, torch.nn.functional.pad(SCALE_EDGES, (0, 256 - len(SCALE_EDGES)), value=torch.nan)
+    return sums[:, 0] * (1.0 / torch.tensor(float(num_values)))  # a number of FP32 on the host

@@ -26,7 +26,10 @@ from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
 NUM_SITE_BATCHES = 4
 NUM_CURVE_CALIBRATION = 32
-CURVE = *(f"int{bits}-group128" for bits in (3, 4, 6, 8)), *(f"int{bits}-feature" for bits in (4, 6, 8))
+CURVE = (
+    *("group(bits=3, size=128)", "int4-group128", "group(bits=6, size=128)", "int8-group128"),
+    *("int4-feature", "int6-feature", "int8-feature"),
+)
 
 FIGURES = {  # of a score: what they are called, and how they are written
     "kl_nats": ("KL from the uncompressed model, nats", "{:.5f}"),

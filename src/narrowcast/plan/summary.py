@@ -1,13 +1,13 @@
 """A plan's codecs in figures: names, bits a value."""
 
-from narrowcast.codecs import PRESETS, Codec, FeatureCodec
+from narrowcast.codecs import Codec, FeatureCodec
+from narrowcast.codecs.dynamic import DynamicCodec
 from narrowcast.plan.plan import Plan, Site
 
 
 def codec_name(codec: Codec) -> str:
-    """Its preset where there are no calibrated tensors, otherwise the id of its format."""
-    presets: dict[str, object] = dict(PRESETS)
-    return next((name for name, preset in presets.items() if preset == codec), codec.id)
+    """Its preset or spelling where there are no calibrated tensors, otherwise the id of its format."""
+    return str(codec) if isinstance(codec, DynamicCodec) else codec.id
 
 
 def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import Codec, ops
+from narrowcast.codecs import Codec
+from narrowcast.codecs.base import GUARDED, NON_FINITE, SATURATED
 from narrowcast.collectives.base import Hops, Traffic
 from narrowcast.collectives.clock import Clock
 from narrowcast.transport import Transport
 
 # Figures, and their places in stats.
-COUNTS = {"num_saturated": ops.SATURATED, "num_non_finite": ops.NON_FINITE, "num_guarded": ops.GUARDED}
+COUNTS = {"num_saturated": SATURATED, "num_non_finite": NON_FINITE, "num_guarded": GUARDED}
 
 
 @dataclass

@@ -48,7 +48,7 @@ class Sites:
         self._transforms = {name: transform.to(device) for name, transform in transforms.items()}
         mixes = {name: each.remix.mix for name, each in self._transforms.items() if each.remix is not None}
         self._coded = {
-            name: Hops(tuple(codec.to(device) for codec in hops), nodes, mixes.get(name))
+            name: Hops(tuple(hops), nodes, mixes.get(name))
             for name, hops in codecs.items()
         }
         self._algorithm, self._deterministic = algorithm, deterministic

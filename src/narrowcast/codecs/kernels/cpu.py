@@ -1,14 +1,28 @@
 """C++ kernels for CPU tensors, reached past PyTorch's dispatcher, which costs more than the call (decision 0014).
 
-An address has no shape: `Codec` checks shapes and dtypes before it comes here.
+A codec's parameters become one C++ object, its form, the first time that a kernel is asked for it.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from narrowcast.codecs import lloyd_max
+from narrowcast.codecs.allocation import AS_BF16, BLOCK
+from narrowcast.codecs.kernels import reference
+from narrowcast.codecs.token_scale import TOKEN_SCALES
+
+if TYPE_CHECKING:
+    from narrowcast.codecs.allocated import AllocatedCodec
+    from narrowcast.codecs.base import Codec
+    from narrowcast.codecs.cast import CastCodec
+    from narrowcast.codecs.feature import FeatureCodec
+    from narrowcast.codecs.group import GroupCodec
+    from narrowcast.codecs.minifloat import MinifloatCodec
 
 native: ModuleType | None
 try:
@@ -16,104 +30,104 @@ try:
 except ImportError:  # there was no compiler at the install
     native = None
 
-enabled = native is not None
-
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SCALES = {"bf16": 0, "e8m0": 1, "e4m3": 2}
-_BLOCK = 32  # features of `allocated` that share a width
 _LARGE = 1 << 19  # values from which on several threads may share a tensor
 
 
-class Kernel:
-    """The kernels of one codec: its `form` in C++, and the tensors that the form points to."""
-
-    def __init__(self, form: object, *tensors: Tensor) -> None:
-        self.form, self._tensors = form, tensors
-
-    def encode(self, x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
-        """Code [T, E] into uint8 [T, B]."""
-        assert native is not None
-        num_tokens, num_features = x_TE.shape
-        if num_tokens * num_features >= _LARGE:
-            _limit_threads()
-        native.encode(
-            self.form,
-            x_TE.data_ptr(),
-            _DTYPES[x_TE.dtype],
-            num_tokens,
-            num_features,
-            x_TE.stride(0),
-            source,
-            out_TB.data_ptr(),
-            out_TB.stride(0),
-            0 if stats is None else stats.data_ptr(),
-        )
-
-    def decode_sum(self, payloads_RTB: Tensor, first_source: int, out_TE: Tensor) -> None:
-        """Decode the payloads of the sources from `first_source` on and add them up."""
-        assert native is not None
-        num_tokens, num_features = out_TE.shape
-        if num_tokens * num_features >= _LARGE:
-            _limit_threads()
-        native.decode_sum(
-            self.form,
-            payloads_RTB.data_ptr(),
-            len(payloads_RTB),
-            payloads_RTB.stride(0),
-            payloads_RTB.stride(1),
-            first_source,
-            out_TE.data_ptr(),
-            _DTYPES[out_TE.dtype],
-            num_tokens,
-            num_features,
-            out_TE.stride(0),
-        )
-
-    def recode(
-        self, payloads_RTB: Tensor, reduced: "Kernel", num_features: int, out_TB: Tensor, stats: Tensor | None
-    ) -> None:
-        """Decode the payloads of all sources, add them up, and code the sum with `reduced`."""
-        assert native is not None
-        num_tokens = len(out_TB)
-        if num_tokens * num_features >= _LARGE:
-            _limit_threads()
-        native.recode(
-            self.form,
-            payloads_RTB.data_ptr(),
-            len(payloads_RTB),
-            payloads_RTB.stride(0),
-            payloads_RTB.stride(1),
-            reduced.form,
-            num_tokens,
-            num_features,
-            out_TB.data_ptr(),
-            out_TB.stride(0),
-            0 if stats is None else stats.data_ptr(),
-        )
+def encode(codec: "Codec", x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
+    """Code [T, E] into uint8 [T, B]."""
+    assert native is not None
+    num_tokens, num_features = x_TE.shape
+    if num_tokens * num_features >= _LARGE:
+        _limit_threads()
+    native.encode(
+        _form_of(codec),
+        x_TE.data_ptr(),
+        _DTYPES[x_TE.dtype],
+        num_tokens,
+        num_features,
+        x_TE.stride(0),
+        source,
+        out_TB.data_ptr(),
+        out_TB.stride(0),
+        0 if stats is None else stats.data_ptr(),
+    )
 
 
-def cast(dtype: torch.dtype) -> Kernel | None:
-    """The kernels of a `cast` codec."""
-    return Kernel(native.cast(_DTYPES[dtype])) if native else None
+def decode_sum(codec: "Codec", payloads_RTB: Tensor, first_source: int, out_TE: Tensor) -> None:
+    """Decode the payloads of the sources from `first_source` on and add them up."""
+    assert native is not None
+    num_tokens, num_features = out_TE.shape
+    if num_tokens * num_features >= _LARGE:
+        _limit_threads()
+    native.decode_sum(
+        _form_of(codec),
+        payloads_RTB.data_ptr(),
+        len(payloads_RTB),
+        payloads_RTB.stride(0),
+        payloads_RTB.stride(1),
+        first_source,
+        out_TE.data_ptr(),
+        _DTYPES[out_TE.dtype],
+        num_tokens,
+        num_features,
+        out_TE.stride(0),
+    )
 
 
-def feature(
-    num_bits: int,
-    scale_RE: Tensor,
-    reciprocal_RE: Tensor,
-    outliers_K: Tensor,
-    holes: Tensor,
-    fillers: Tensor,
-    guard: tuple[int, int] | None,
-) -> Kernel | None:
-    """The kernels of a `feature` codec; `guard` codes in so many bits, in groups of so many features."""
-    if native is None or not scale_RE.is_cpu:
-        return None
-    by_slot_RE = scale_RE.float().index_copy(1, holes, scale_RE[:, fillers].float())
-    tensors = [each.contiguous() for each in (by_slot_RE, reciprocal_RE, outliers_K, holes, fillers)]
+def recode(
+    codec: "Codec",
+    payloads_RTB: Tensor,
+    reduced: "Codec",
+    num_features: int,
+    out_TB: Tensor,
+    stats: Tensor | None,
+) -> None:
+    """Decode the payloads of all sources, add them up, and code the sum with `reduced`, in one pass."""
+    assert native is not None
+    if reduced.id not in FORMS:
+        return reference.recode(codec, payloads_RTB, reduced, num_features, out_TB, stats)
+    num_tokens = len(out_TB)
+    if num_tokens * num_features >= _LARGE:
+        _limit_threads()
+    native.recode(
+        _form_of(codec),
+        payloads_RTB.data_ptr(),
+        len(payloads_RTB),
+        payloads_RTB.stride(0),
+        payloads_RTB.stride(1),
+        _form_of(reduced),
+        num_tokens,
+        num_features,
+        out_TB.data_ptr(),
+        out_TB.stride(0),
+        0 if stats is None else stats.data_ptr(),
+    )
+
+
+def _form_of(codec: "Codec") -> object:
+    """The codec in C++. What its addresses point to is kept with it."""
+    prepared = codec.prepared
+    if "cpu" not in prepared:
+        prepared["cpu"] = FORMS[codec.id](codec)
+    return prepared["cpu"][0]
+
+
+def _cast(codec: "CastCodec") -> tuple[object]:
+    assert native is not None
+    return (native.cast(_DTYPES[codec.dtype]),)
+
+
+def _feature(codec: "FeatureCodec") -> tuple[object, ...]:
+    assert native is not None
+    tables = codec.tables.on(torch.device("cpu"))
+    by_slot_RE = tables.scale.float().index_copy(1, tables.holes, tables.scale[:, tables.fillers].float())
+    others = tables.reciprocal, tables.outliers, tables.holes, tables.fillers
+    tensors = [each.contiguous() for each in (by_slot_RE, *others)]
     scale, reciprocal, outliers, holes, fillers = tensors
     form = native.feature(
-        num_bits,
+        codec.num_bits,
         scale.shape[1],
         scale.data_ptr(),
         reciprocal.data_ptr(),
@@ -122,52 +136,65 @@ def feature(
         holes.data_ptr(),
         fillers.data_ptr(),
         len(holes),
-        _is_tame(scale, num_bits),
-        *(guard or (0, 0)),
+        _is_tame(scale, codec.num_bits),
+        *(codec.guard or (0, 0)),
     )
-    return Kernel(form, *tensors)
+    return form, *tensors
 
 
-def group(num_bits: int, group_size: int, symmetric: bool, spikes: bool) -> Kernel | None:
-    """The kernels of a `group` codec."""
-    return Kernel(native.group(num_bits, group_size, symmetric, spikes)) if native else None
+def _group(codec: "GroupCodec") -> tuple[object]:
+    assert native is not None
+    return (native.group(codec.num_bits, codec.group_size, codec.symmetric, codec.spikes),)
 
 
-def minifloat(
-    num_bits: int, mantissa_bits: int, smallest_exponent: int, largest_code: int, scale: str, block_size: int | None
-) -> Kernel | None:
-    """The kernels of a `minifloat` codec; the element's numbers are those of `FloatFormat`."""
-    if native is None:
-        return None
-    element = num_bits, mantissa_bits, smallest_exponent, largest_code
-    return Kernel(native.minifloat(*element, _SCALES[scale], block_size or 0))
+def _minifloat(codec: "MinifloatCodec") -> tuple[object]:
+    assert native is not None
+    form = codec.form
+    element = form.num_bits, form.mantissa_bits, form.smallest_exponent, form.largest_code
+    return (native.minifloat(*element, _SCALES[codec.scale], codec.block_size or 0),)
 
 
-def allocated(
-    scale_RE: Tensor,
-    reciprocal_RE: Tensor,
-    order_RE: Tensor,
-    widths_RN: Tensor,
-    num_escapes: int,
-    row_nbytes: int,
-    tables: Sequence[Tensor],
-) -> Kernel | None:
-    """The kernels of an `allocated` codec; reciprocals are zero where a feature is sent in BF16."""
-    if native is None or not scale_RE.is_cpu:
-        return None
-    num_features, num_blocks = scale_RE.shape[1], widths_RN.shape[1]
-    missing = 0, _BLOCK * num_blocks - num_features
-    by_slot_RE = torch.nn.functional.pad(scale_RE.float().gather(1, order_RE.long()), missing)
-    order = torch.nn.functional.pad(order_RE, missing, value=num_features).to(torch.int16)  # its bits, unsigned
-    slots = torch.nn.functional.pad(order_RE.argsort(dim=1), missing).to(torch.int16)
-    tensors = [each.contiguous() for each in (by_slot_RE, reciprocal_RE, order, slots, widths_RN, *tables)]
-    sizes = num_features, num_blocks, num_escapes, row_nbytes
+def _allocated(codec: "AllocatedCodec") -> tuple[object, ...]:
+    """Reciprocals are zero where a feature is sent in BF16."""
+    assert native is not None
+    tables, widths_RN = codec.tables.on(torch.device("cpu")), codec.widths.cpu()
+    num_features, num_blocks = tables.scale.shape[1], widths_RN.shape[1]
+    missing = 0, BLOCK * num_blocks - num_features
+    pad, order_RE = torch.nn.functional.pad, tables.order
+    as_bf16_RE = widths_RN.repeat_interleave(BLOCK, dim=1)[:, :num_features] == AS_BF16
+    is_bf16_RE = torch.zeros_like(as_bf16_RE).scatter(1, order_RE.long(), as_bf16_RE)
+    token = TOKEN_SCALES.on(torch.device("cpu"))
+    quantizers = lloyd_max.tables().on(torch.device("cpu"))
+    tensors = [
+        pad(tables.scale.float().gather(1, order_RE.long()), missing),
+        tables.reciprocal.masked_fill(is_bf16_RE, 0.0),
+        pad(order_RE, missing, value=num_features).to(torch.int16),  # its bits, unsigned
+        pad(order_RE.argsort(dim=1), missing).to(torch.int16),
+        widths_RN,
+        token.scales,
+        token.reciprocals,
+        pad(token.edges, (0, 256 - len(token.edges)), value=torch.nan),
+        *quantizers,
+    ]
+    tensors = [each.contiguous() for each in tensors]
+    sizes = num_features, num_blocks, codec.num_escapes, codec.row_nbytes(num_features)
     same_order = torch.equal(order_RE, order_RE[:1].expand_as(order_RE))
-    return Kernel(native.allocated(*sizes, same_order, *(each.data_ptr() for each in tensors)), *tensors)
+    form = native.allocated(*sizes, same_order, *(each.data_ptr() for each in tensors))
+    return form, *tensors
+
+
+# How a codec of each format becomes a form, with the tensors that the form points to.
+FORMS: dict[str, Callable[[Any], tuple[object, ...]]] = {
+    "cast": _cast,
+    "feature": _feature,
+    "group": _group,
+    "minifloat": _minifloat,
+    "allocated": _allocated,
+}
 
 
 def _is_tame(scale_RE: Tensor, num_bits: int) -> bool:
-    """Whether no sum of values overflows or is subnormal.
+    """True where no sum of values overflows or is subnormal.
 
     Values are whole multiples of a BF16 scale, hence of 2**-7 times the power of two below it, and so are their sums.
     """
