@@ -22,7 +22,7 @@ from narrowcast.calibration import Observations, observe
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.codecs import PRESETS
 from narrowcast.engines import load_engine
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 from narrowcast.files import check_report, write_report
 from narrowcast.scores import log_probs
 
@@ -36,7 +36,8 @@ def rows(seen: Observations, text: Sequence[Any], presets: Sequence[str]) -> Ite
     for preset in presets:
         plan = seen.plan(preset)
         for algorithm in ("one_shot", "two_shot"):
-            score, report = score_simulated(model, plan, reference, text, algorithm=algorithm)
+            found = evaluate(model, plan, text, algorithm=algorithm, reference=reference)
+            score, report = found.score, found.report
             yield {
                 "preset": preset,
                 "algorithm": algorithm,

@@ -23,7 +23,7 @@ import narrowcast
 from narrowcast.calibration import FirstTokens
 from narrowcast.engines import load_engine
 from narrowcast.engines.forwards import split_virtually
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 from narrowcast.files import check_report, write_report
 from narrowcast.scores import log_probs
 
@@ -77,7 +77,8 @@ def rows(name: str, model: nn.Module, start: Tensor) -> Iterator[dict[str, Any]]
             model, [calibration], tp_size=tp_size, first_tokens=first_tokens, num_first=num_first
         )
         for algorithm in ("one_shot", "two_shot"):
-            score, report = score_simulated(model, plan, reference, scoring, algorithm=algorithm)
+            found = evaluate(model, plan, scoring, algorithm=algorithm, reference=reference)
+            score, report = found.score, found.report
             yield {
                 "model": name,
                 "first_token_ratio": ratio,

@@ -35,7 +35,7 @@ from narrowcast.calibration.moments import Moments
 from narrowcast.codecs import AllocatedCodec, lloyd_max, token_scale
 from narrowcast.codecs.allocation import BLOCK
 from narrowcast.engines import load_engine
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 from narrowcast.files import check_report, read_report, write_report
 from narrowcast.rotation.axes import hadamard, joint, principal
 from narrowcast.rotation.rotate import rotate
@@ -98,7 +98,8 @@ class Frontier:
         self.reference = [log_probs(self.model, ids) for ids in self.batches]
 
     def row(self, family: str, name: str, plan: Plan, algorithm: Budgeted, model: nn.Module) -> dict[str, Any]:
-        score, report = score_simulated(model, plan, self.reference, self.batches, algorithm=algorithm)
+        found = evaluate(model, plan, self.batches, algorithm=algorithm, reference=self.reference)
+        score, report = found.score, found.report
         num_features = plan.model.config["hidden_size"]
         sites = [site.codecs for site in plan.sites.values()]
         stages = [
@@ -266,7 +267,7 @@ def _scaled_values(frontier: Frontier, plan: Plan) -> dict[int, list[Tensor]]:
 
     AllocatedCodec.encode = watch
     try:
-        score_simulated(frontier.model, plan, frontier.reference[:4], frontier.batches[:4], algorithm="one_shot")
+        evaluate(frontier.model, plan, frontier.batches[:4], algorithm="one_shot", reference=frontier.reference[:4])
     finally:
         AllocatedCodec.encode = encode
     return found

@@ -12,7 +12,7 @@ import narrowcast
 from conftest import MODEL
 from models import calibrated
 from narrowcast.calibration.text import sequences
-from narrowcast.cli.model import summary
+from narrowcast.cli.generate import summary
 from narrowcast.codecs import PRESETS, Codec, FeatureCodec, GroupCodec, feature, kernels, ops
 from narrowcast.collectives import all_reduce_steps, checked_stages, choose, simulate
 from narrowcast.collectives.pending import Pending

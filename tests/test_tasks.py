@@ -409,7 +409,7 @@ def evaluate(*arguments: object, **environment: str) -> subprocess.CompletedProc
 
 def test_evaluate_reports_tasks(harness: None, plan: Plan, folder: Path) -> None:
     plan.save(folder / "plan")
-    quick = "--plan", folder / "plan", "--sequences", 1, "--length", 32
+    quick = "--plan", folder / "plan", "--num-samples", 1, "--max-seq-len", 32
     tasks = "--tasks", "arc_easy, lambada_openai", "--tasks-data", folder
     done = evaluate(*quick, *tasks, "--json", folder / "report.json")
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,23 @@
-"""The command line: one file a group of commands."""
+"""The command line: a file a command, which parses, calls and prints."""
 
 from typing import Annotated
 
 import typer
 
-from narrowcast.cli import bench, calibrate, count, demo, doctor, gate, model, plan, predict, rotate
+from narrowcast.cli import (
+    bench,
+    calibrate,
+    codecs,
+    count,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    predict,
+    rotate,
+    tune,
+)
 from narrowcast.files import versions
 
 app = typer.Typer(
@@ -29,12 +42,13 @@ app.command()(demo.demo)
 app.command()(count.count)
 app.command()(predict.predict)
 app.command()(calibrate.calibrate)
-app.command()(model.evaluate)
-app.command()(gate.gate)
-app.command()(model.generate)
+app.command()(evaluate.evaluate)
+app.command()(inspect.inspect)
+app.command()(tune.tune)
+app.command()(generate.generate)
 app.command()(rotate.rotate)
-app.add_typer(plan.app, name="plan")
 app.add_typer(bench.app, name="bench")
+app.command()(codecs.codecs)
 app.command()(doctor.doctor)
 
 __all__ = ["app"]

@@ -17,7 +17,7 @@ import narrowcast
 from narrowcast.cli.calibrate import codec_by_kind
 from narrowcast.cli.options import (
     DEFAULT_CODEC,
-    Algorithm,
+    AlgorithmOption,
     CodecOption,
     Device,
     ExpertsOption,
@@ -43,7 +43,7 @@ def count(
     experts: ExpertsOption = "slices",
     codec: CodecOption = [DEFAULT_CODEC],  # noqa: B006 (typer copies it)
     tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 512,
-    algorithm: Algorithm = "auto",
+    algorithm: AlgorithmOption = "auto",
     device: Device = "cpu",
     json: Annotated[Path | None, typer.Option(help="Write the figures here; replaces an earlier report.")] = None,
 ) -> None:

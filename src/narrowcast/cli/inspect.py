@@ -1,0 +1,117 @@
+"""`narrowcast inspect`: a plan at a glance."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from narrowcast.cli.options import OUTPUT, Overwrite
+from narrowcast.codecs import Codec, FeatureCodec
+from narrowcast.errors import InvalidInputError
+from narrowcast.evaluation import drawings
+from narrowcast.files import check_writable
+from narrowcast.plan import Plan, Site
+from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
+
+# Hop, its title, and what the expected error is of: an algorithm, or a value that is coded once.
+HOPS = (
+    (0, "Values of the ranks (hop 0)", ("one_shot", "once")),
+    (1, "Sums, where they travel again (hop 1)", ("two_shot",)),
+    (2, "Sums of nodes (hop 2)", ("hierarchical",)),
+)
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PLAN", help="A file that calibrate wrote.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw each site's ranges into this PNG file.", rich_help_panel=OUTPUT),
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Show a plan: what was tuned, sites, codecs, bits, outliers, scales and expected errors at a glance."""
+    if plot is not None:
+        check_writable(plot, overwrite=overwrite)
+    plan = Plan.load(path)
+    console = Console()
+    console.print(f"[bold]{escape(str(path))}[/]  {plan.split}  fingerprint {plan.fingerprint[:16]}")
+    console.print("model: " + ", ".join(f"{key} {value}" for key, value in plan.model.config.items()))
+    console.print("calibration: " + ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
+    if plan.groups:
+        console.print(f"nodes: {', '.join(str(list(group)) for group in plan.groups)}", highlight=False)
+    for line in _decisions(plan):
+        console.print(line, highlight=False)
+    for hop, title, errors in HOPS:
+        if any(hop < len(site.codecs) for site in plan.sites.values()):
+            console.print(_table(plan, hop, title, errors))
+    if plot is not None:
+        _draw(plan, plot)
+        console.print(f"ranges drawn into {plot}", markup=False)
+
+
+def _draw(plan: Plan, plot: Path) -> None:
+    if not (sites := with_ranges(plan)):
+        raise InvalidInputError(
+            "--plot",
+            expected="a plan with calibrated ranges, such as int4-feature's",
+            found=f"codecs {', '.join(sorted({codec_name(site.codecs[0]) for site in plan.sites.values()}))}",
+            remedy="Inspect it without --plot.",
+        )
+    drawings.ranges(sites, str(plan.split)).savefig(plot, dpi=120, format="png")
+
+
+def _decisions(plan: Plan) -> Iterator[str]:
+    """The way that sums take, by their number of tokens."""
+    decisions = plan.decisions
+    if not decisions.coded:
+        yield "not tuned: every sum is coded, whatever its size"
+    for what, tables in (("sums", decisions.coded), ("sums that are not coded", decisions.plain)):
+        for num_features, thresholds in tables.items():
+            ways = ", ".join(f"{choice} from {num_tokens} tokens on" for num_tokens, choice in thresholds)
+            yield f"tuned over {decisions.transport}, {what} of {num_features} features: {ways}"
+
+
+def _table(plan: Plan, hop: int, title: str, errors: tuple[str, ...]) -> Table:
+    title += f": scales, and the relative RMS error of {' or '.join(errors)}"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rows, bits = [], bits_by_site(plan)
+    for name, site in plan.sites.items():
+        if hop < len(site.codecs):
+            error = next((f"{site.error[name]:.3f}" for name in errors if name in site.error), "")
+            short = name.removeprefix("model.").removeprefix("layers.")
+            codec = site.codecs[hop]
+            transformed = _components(site, hop)
+            bits_here = f"{bits[name][hop]:.4f}"
+            rows.append((short, site.kind, codec_name(codec), *transformed, bits_here, *_scales(codec), error))
+    columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "min", "median", "max", "error"
+    alike = len({site.kind for site in plan.sites.values()}) == 1
+    crowded_out = {"kind"} if alike else {"min", "max"}  # a table of 80 columns
+    shown = [
+        place for place, column in enumerate(columns) if column not in crowded_out and any(row[place] for row in rows)
+    ]
+    for place in shown:
+        table.add_column(columns[place], justify="right" if place > 2 else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(row[place] for place in shown))
+    return table
+
+
+def _components(site: Site, hop: int) -> tuple[str, str]:
+    """Along whose axes how many components travel; nothing where features do."""
+    if site.transform is None:
+        return "", ""
+    num_sent = site.transform.num_reduced if hop else site.transform.num_components
+    return site.transform.axes, str(num_sent)
+
+
+def _scales(codec: Codec) -> tuple[str, ...]:
+    """Number of outliers; smallest, median and largest scale."""
+    if not isinstance(codec, FeatureCodec):
+        return ("",) * 4
+    scale = codec.scale.float()
+    return str(len(codec.outliers)), *(f"{value:.2g}" for value in (scale.min(), scale.median(), scale.max()))
