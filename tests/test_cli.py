@@ -173,23 +173,8 @@ def test_calibrate_on_ranks_writes_the_plan_of_one_process(plan: Path, tmp_path:
 def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
     path = tmp_path / "plan"
     codecs = ["--codec", "int8-feature", "--codec", "logits=int8-group128"]
-    done = narrowcast(
-        "calibrate",
-        MODEL,
-        "-tp",
-        1,
-        "-pp",
-        2,
-        *codecs,
-        "--text",
-        TEXT,
-        "--num-samples",
-        4,
-        "--max-seq-len",
-        64,
-        "-o",
-        path,
-    )
+    split, text = ["-tp", 1, "-pp", 2], ["--text", TEXT, "--num-samples", 4, "--max-seq-len", 64]
+    done = narrowcast("calibrate", MODEL, *split, *codecs, *text, "-o", path)
     assert "2 sites, tp_size 1, pp_size 2, int8-feature, logits=int8-group128" in done.stdout
     assert "boundary" in narrowcast("inspect", path).stdout
     prompts = ["--prompt", "The sea", "--prompt", "A much longer prompt about"]

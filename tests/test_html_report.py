@@ -12,11 +12,6 @@ import pytest
 
 from commands import refused, run, save_plan
 from conftest import MODEL
-from narrowcast.calibration import observe
-from narrowcast.calibration.text import sequences
-from narrowcast.engines import load_engine
-from narrowcast.evaluation import evaluate
-from narrowcast.evaluation.report import page
 
 SHORT = "--num-samples", 3, "--max-seq-len", 32
 
@@ -108,26 +103,6 @@ def test_what_was_asked_for_besides_is_printed_and_stored(evaluated: tuple[Path,
     for what in ("95 % interval", "top-5 agreement", "99.9 % of tokens", "each site coded alone"):
         assert what in shown
     assert "…" not in shown
-
-
-def test_other_codecs_are_drawn_beside_a_plan() -> None:
-    model, tokenizer = load_engine().load(MODEL), load_engine().load_tokenizer(MODEL)
-    text = sequences(tokenizer, MODEL / "calibration.txt", length=32, limit=3)
-    seen = observe(model, text, tp_size=2)
-    found = {
-        name: evaluate(model, seen.plan(name), text)
-        for name in ("int4-feature", "int3-group128", "int8-group128", "int8-feature")
-    }
-    own, *others = found
-    text_of_page = page(found[own], own, {"model": str(MODEL)}, {name: found[name] for name in others})
-    parsed = Page(text_of_page)
-    bits = [row[:2] for row in parsed.rows if len(row) == 4]
-    assert bits[-4:] == [
-        ["3.2500", "int3-group128"], ["4.1875", "int4-feature"], ["8.1250", "int8-feature"], ["8.2500", "int8-group128"]
-    ]  # fmt: skip
-    assert "KL against bits a value" in parsed.pictures
-    kl = {name: each.score.kl_nats for name, each in found.items()}
-    assert kl["int3-group128"] > kl["int4-feature"] > kl["int8-group128"]
 
 
 def test_a_page_without_extras_says_how_to_get_them(tmp_path: Path) -> None:

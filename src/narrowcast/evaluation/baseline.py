@@ -46,7 +46,7 @@ class Baseline:
                 )
 
     def changes(self, found: Evaluation) -> dict[str, Change]:
-        """What became of each figure; InvalidInputError unless all were found for the same sequences."""
+        """The change of each figure; InvalidInputError unless all were found for the same sequences."""
         self.check({**found.conditions, "reference": found.reference})
         now = found.score.by_sequence
         for name, items in self.figures.items():

@@ -7,13 +7,11 @@ import numpy as np
 
 from narrowcast.codecs import FeatureCodec
 from narrowcast.errors import MissingDependencyError
-from narrowcast.evaluation.evaluation import Evaluation
 from narrowcast.evaluation.sites import SiteError
 from narrowcast.plan import Plan
 from narrowcast.scores import Score
 
 COLOURS = "#2563eb", "#f59e0b", "#10b981"
-OWN = "#dc2626"
 SMALLEST_KL = 1e-9  # nats: less is rounding
 MARKED = 50, 90, 99, 99.9
 
@@ -105,38 +103,9 @@ def by_site(
     return figure
 
 
-def rate_quality(evaluations: Mapping[str, Evaluation]) -> Any:
-    """KL against bits, by name: codecs that differ in their width alone as a line, the first one in red."""
-    figure, (axes,) = _figure(8, 4)
-    own, *others = evaluations
-    families: dict[str, list[str]] = {}
-    for name in sorted(others, key=lambda name: evaluations[name].report.bits_per_value or 0.0):
-        families.setdefault(name.partition("-")[2] or name, []).append(name)
-    for index, (family, names) in enumerate(families.items()):
-        style = "o-" if len(names) > 1 else "o"
-        _points(axes, [evaluations[name] for name in names], COLOURS[index % len(COLOURS)], style, family)
-    _points(axes, [evaluations[own]], OWN, "D", own)
-    axes.set_yscale("log")
-    axes.set_xlabel("bits a value")
-    axes.set_ylabel("KL from the uncompressed model, nats")
-    axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
 def short(name: str) -> str:
     """A site's name without what all have."""
     return name.removeprefix("model.").removeprefix("layers.")
-
-
-def _points(axes: Any, found: Sequence[Evaluation], colour: str, style: str, label: str) -> None:
-    kl = [each.score.kl_nats for each in found]
-    ends = [each.score.intervals["kl_nats"] or (middle, middle) for each, middle in zip(found, kl, strict=True)]
-    reach = [[middle - low for middle, (low, _) in zip(kl, ends, strict=True)],
-             [high - middle for middle, (_, high) in zip(kl, ends, strict=True)]]  # fmt: skip
-    bits = [each.report.bits_per_value or 0.0 for each in found]
-    axes.errorbar(
-        bits, _drawable(kl), reach, fmt=style, color=colour, label=label, capsize=2, linewidth=1.3, markersize=5
-    )
 
 
 def _dots(axes: Any, rows: Sequence[tuple[float, int]], index: int, label: str) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation found, and under which conditions."""
+"""The findings of an evaluation, and the conditions under which they hold."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ FIGURES = {  # of a score: what they are called, and how they are written
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What a plan does to a model's answers: `score` against the uncompressed model, `report` of what was sent.
+    """A plan's effect on a model's answers: `score` against the uncompressed model, `report` of what was sent.
 
     `reference`: the uncompressed model was "whole", or "split" over the ranks, which rounds otherwise. If asked for:
     errors by site, and answers to zero-shot tasks.

@@ -41,7 +41,7 @@ class Reference:
         self._whole = load_engine().load(path, device=str(device)) if self.kind == "whole" and self._first else None
 
     def ask(self, question: Callable[[nn.Module], T]) -> T | None:
-        """What the uncompressed model answers, on the first rank; None on the others, which wait for it."""
+        """The uncompressed model's answer, on the first rank; None on the others, which wait for it."""
         answer = None
         if self.kind == "split":
             answer = question(self._part)

@@ -29,10 +29,10 @@ code { font-size: .9em; overflow-wrap: anywhere } summary { cursor: pointer; col
 """
 
 
-def page(found: Evaluation, name: str, about: Mapping[str, str], others: Mapping[str, Evaluation] | None = None) -> str:
+def page(found: Evaluation, name: str, about: Mapping[str, str]) -> str:
     """The page of the plan called `name`: what was scored, figures with intervals, tokens, and sites.
 
-    `about`: "model", and what else to say of what was scored. `others`: evaluations to draw beside it, by codec.
+    `about`: "model", and what else to say of what was scored.
     """
     plan = found.plan
     body = [
@@ -48,8 +48,6 @@ def page(found: Evaluation, name: str, about: Mapping[str, str], others: Mapping
                  "How far single tokens are off: few are far, and the mean does not show them."),
         _section("By site", _by_site(found), _about_sites(found)),
     ]  # fmt: skip
-    if others:
-        body.append(_section("Bits and quality", _rate_quality({name: found, **others})))
     if codecs := with_ranges(plan):
         picture = _picture(drawings.ranges(codecs, str(plan.split)), "ranges of features by site")
         body.append(_section("Ranges of features", picture, "What the scales were calibrated from."))
@@ -139,16 +137,6 @@ def _about_sites(found: Evaluation) -> str:
         f"KL that each site adds where it alone is coded, over {number} sequences; together {together:.5f} nats, of "
         f"all sites at once {found.score.kl_nats:.5f} over the whole text."
     )
-
-
-def _rate_quality(evaluations: Mapping[str, Evaluation]) -> str:
-    rows = sorted(
-        (f"{each.report.bits_per_value or 0.0:.4f}", name, f"{each.score.kl_nats:.5f}",
-         _interval(each.score.intervals["kl_nats"], "{:.5f}"))
-        for name, each in evaluations.items()
-    )  # fmt: skip
-    table = _table(("bits a value", "codec", "KL, nats", "interval"), rows)
-    return _picture(drawings.rate_quality(evaluations), "KL against bits a value") + table
 
 
 def _percentile(name: str) -> str:

@@ -1,4 +1,4 @@
-"""Where the error comes from: what each site alone adds to the KL divergence."""
+"""The error by site: what each alone adds to the KL divergence."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
