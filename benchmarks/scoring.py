@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from narrowcast import Plan
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.engines import load_engine
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 from narrowcast.scores import Score, log_probs
 
 SEED = 5
@@ -44,7 +44,7 @@ class Scorer:
         return cls(model, batches, [log_probs(model, ids) for ids in batches])
 
     def score(self, plan: Plan) -> Score:
-        return score_simulated(self.model, plan, self.reference, self.batches)[0]
+        return evaluate(self.model, plan, self.batches, reference=self.reference).score
 
 
 def figures(score: Score, base: Score) -> dict[str, Any]:

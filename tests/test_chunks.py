@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from narrowcast import InvalidInputError, all_reduce
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import Pending, Hops, all_reduce_steps, simulate
+from narrowcast.collectives import Hops, Pending, all_reduce_steps, simulate
 from narrowcast.collectives.algorithms import named
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import MAX_CHUNKS, chunks_of

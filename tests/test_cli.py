@@ -7,14 +7,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import torch
+import typer
 
-from commands import typed
+from commands import run, typed
 from conftest import MODEL
 from models import save_random
 from narrowcast import Plan
+from narrowcast.cli import app
+from narrowcast.codecs import PRESETS
 from narrowcast.engines import load_engine
 from narrowcast.plan import Site
 
@@ -45,14 +50,68 @@ def refused(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plans") / "two"
-    done = narrowcast("calibrate", MODEL, "--tp", 2, "--text", TEXT, "--sequences", 8, "--length", 64, "-o", path)
+    done = narrowcast("calibrate", MODEL, "-tp", 2, "--text", TEXT, "--num-samples", 8, "--max-seq-len", 64, "-o", path)
     assert done.stdout == f"{path}: 16 sites, tp_size 2, int4-feature, from 8 sequences\n"
     return path
 
 
-@pytest.mark.parametrize("option", ["--tp", "-tp", "--tensor-parallel-size"])
+COMMANDS = {
+    "demo": "--codec --json --tensor-parallel-size",
+    "estimate": (
+        "--codec --experts --input-len --json --link --pipeline-parallel-size --tensor-parallel-size --transport"
+    ),
+    "calibrate": (
+        "--codec --device --experts --first-tokens --max-seq-len --nnodes --num-samples --output --overwrite "
+        "--pipeline-parallel-size --real --tensor-parallel-size --text --timeout"
+    ),
+    "evaluate": (
+        "--algorithm --baseline --device --json --limit --max-seq-len --num-samples --plan --real --report --sites "
+        "--tasks --text --timeout"
+    ),
+    "inspect": "--overwrite --plot",
+    "tune": "--output --overwrite --timeout --transport",
+    "generate": "--max-new-tokens --plan --prompt --timeout --transport",
+    "rotate": "--axes --device --max-seq-len --num-samples --overwrite --tensor-parallel-size --text",
+    "bench": "--codec --json --link --plot --size --tensor-parallel-size --transport",
+    "codecs": "",
+    "doctor": "",
+}
+
+
+def options_of(command: click.Command) -> dict[str, Any]:
+    """Defaults by name."""
+    options = [each for each in command.params if isinstance(each, click.Option) and each.name != "help"]
+    return {max(each.opts, key=len): each.default for each in options}
+
+
+def test_commands_and_options_are_pinned() -> None:
+    """Eleven commands, 64 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    assert {name: " ".join(sorted(options_of(each))) for name, each in group.commands.items()} == COMMANDS
+    assert sum(len(options.split()) for options in COMMANDS.values()) == 64
+
+
+def test_an_option_has_one_default() -> None:
+    """But for what one command needs and another does not."""
+    group = typer.main.get_command(app)
+    assert isinstance(group, click.Group)
+    defaults: dict[str, set[str]] = {}
+    for command in group.commands.values():
+        for name, default in options_of(command).items():
+            defaults.setdefault(name, set()).add(str(default))
+    several = {name for name, values in defaults.items() if len(values) > 1}
+    assert several <= {"--codec", "--link", "--transport", "--text", "--output"}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_fits_a_screen(command: str) -> None:
+    assert len(run(command, "--help").strip().splitlines()) <= 42
+
+
+@pytest.mark.parametrize("option", ["-tp", "--tensor-parallel-size"])
 def test_tp_is_spelt_as_users_of_vllm_know_it(tmp_path: Path, option: str) -> None:
-    narrowcast("calibrate", MODEL, option, 3, "--text", TEXT, "--sequences", 1, "--output", tmp_path / "plan")
+    narrowcast("calibrate", MODEL, option, 3, "--text", TEXT, "--num-samples", 1, "--output", tmp_path / "plan")
     assert Plan.load(tmp_path / "plan").tp_size == 3
 
 
@@ -61,7 +120,7 @@ def test_evaluate_real_equals_simulated(plan: Path, tmp_path: Path) -> None:
     reports = []
     for extra in ([], ["--real"]):
         path = tmp_path / "report.json"
-        narrowcast("evaluate", MODEL, "--plan", plan, "--sequences", 3, "--json", path, *extra)
+        narrowcast("evaluate", MODEL, "--plan", plan, "--num-samples", 3, "--json", path, *extra)
         reports.append(json.loads(path.read_text(encoding="utf8")))
     simulated, real = reports
     assert real["real"] and not simulated["real"]
@@ -79,25 +138,24 @@ def test_evaluate_real_equals_simulated(plan: Path, tmp_path: Path) -> None:
 def test_calibrate_on_ranks_writes_the_plan_of_one_process(plan: Path, tmp_path: Path) -> None:
     """At 1 thread a rank, matrix products may round differently: the same sites, and ranges within a rounding."""
     path = tmp_path / "real"
-    arguments = ["--text", TEXT, "--sequences", 8, "--length", 64]
-    done = narrowcast("calibrate", MODEL, "--tp", 2, *arguments, "-o", path, "--real")
+    arguments = ["--text", TEXT, "--num-samples", 8, "--max-seq-len", 64]
+    done = narrowcast("calibrate", MODEL, "-tp", 2, *arguments, "-o", path, "--real")
     assert done.stdout == f"{path}: 16 sites, tp_size 2, int4-feature, from 8 sequences\n"
     found, expected = Plan.load(path), Plan.load(plan)
     assert found.model == expected.model and found.calibration == expected.calibration
     for name, site in expected.sites.items():
         for mine, theirs in zip(found.sites[name].codecs, site.codecs, strict=True):
             assert torch.allclose(mine.scale.float(), theirs.scale.float(), rtol=0.05)
-    assert "a new file" in refused("calibrate", MODEL, "--tp", 2, *arguments, "-o", path, "--real")
+    assert "a new file" in refused("calibrate", MODEL, "-tp", 2, *arguments, "-o", path, "--real")
 
 
 def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
     path = tmp_path / "plan"
     codecs = ["--codec", "int8-feature", "--codec", "logits=int8-group128"]
-    done = narrowcast(
-        "calibrate", MODEL, "--pp", 2, *codecs, "--text", TEXT, "--sequences", 4, "--length", 64, "-o", path
-    )
+    split, text = ["-tp", 1, "-pp", 2], ["--text", TEXT, "--num-samples", 4, "--max-seq-len", 64]
+    done = narrowcast("calibrate", MODEL, *split, *codecs, *text, "-o", path)
     assert "2 sites, tp_size 1, pp_size 2, int8-feature, logits=int8-group128" in done.stdout
-    assert "boundary" in narrowcast("plan", "inspect", path).stdout
+    assert "boundary" in narrowcast("inspect", path).stdout
     prompts = ["--prompt", "The sea", "--prompt", "A much longer prompt about"]
     done = narrowcast("generate", MODEL, "--plan", path, *prompts, "--max-new-tokens", 8)
     assert done.stdout.startswith("The sea") and "\nA much longer prompt about" in done.stdout
@@ -105,13 +163,13 @@ def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
     reports = []
     for extra in ([], ["--real"]):  # what both stages send, however it runs
         report = tmp_path / "report.json"
-        narrowcast("evaluate", MODEL, "--plan", path, "--sequences", 1, "--length", 32, "--json", report, *extra)
+        narrowcast("evaluate", MODEL, "--plan", path, "--num-samples", 1, "--max-seq-len", 32, "--json", report, *extra)
         reports.append(json.loads(report.read_text(encoding="utf8")))
     simulated, real = reports
     for figure in ("sites", "num_saturated", "num_guarded", "bits_per_value", "wire_bytes_per_token"):
         assert simulated[figure] == real[figure]
     assert {site["wire_bytes"] for site in real["sites"].values()} == {32 * 260, 32 * 4224}  # E=256 and V=4096, coded
-    wrong = refused("calibrate", MODEL, "--tp", 2, "--codec", "sums=bf16", "--text", TEXT, "-o", tmp_path / "other")
+    wrong = refused("calibrate", MODEL, "-tp", 2, "--codec", "sums=bf16", "--text", TEXT, "-o", tmp_path / "other")
     assert "kinds of sites among sum, gather" in wrong
 
 
@@ -121,43 +179,42 @@ def test_generate_starts_its_ranks_or_uses_those_of_torchrun(plan: Path) -> None
     assert own.stdout.startswith("The sea") and "\nA much longer prompt about" in own.stdout
     assert "sent 4.1875 bits a value" in own.stderr
     assert "model.embed_tokens 512, lm_head" in own.stderr
-    assert "uncompressed" not in narrowcast(*arguments, "--replicate-vocabulary").stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "narrowcast"]
     theirs = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=150, check=True)
     assert theirs.stdout.startswith("The sea")
     assert theirs.stdout.count("The sea") == 1  # one rank prints
 
 
-def test_plan_inspect_shows_and_draws(plan: Path, tmp_path: Path) -> None:
+def test_inspect_shows_and_draws(plan: Path, tmp_path: Path) -> None:
     picture = tmp_path / "ranges [not markup]"
-    shown = narrowcast("plan", "inspect", plan, "--plot", picture).stdout
+    shown = narrowcast("inspect", plan, "--plot", picture).stdout
     assert "tp_size 2" in shown and "hidden_size 256" in shown
     rows = [line for line in shown.splitlines() if "self_attn.o_proj" in line]
-    assert len(rows) == 16  # eight layers, two stages
+    assert len(rows) == 16  # eight layers, two hops
     assert all("feature" in row and "4.1875" in row and "…" not in row for row in rows)
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert "a file that exists" in refused("plan", "inspect", plan, "--plot", picture)
+    assert "a file that exists" in refused("inspect", plan, "--plot", picture)
 
 
-def test_plan_inspect_of_codecs_that_calibrate_nothing(tmp_path: Path) -> None:
+def test_inspect_of_codecs_that_calibrate_nothing(tmp_path: Path) -> None:
     path = tmp_path / "plan"
-    arguments = "--tp", 2, "--text", TEXT, "--sequences", 1, "--length", 32
+    arguments = "-tp", 2, "--text", TEXT, "--num-samples", 1, "--max-seq-len", 32
     narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", "int2-group32-spike")
-    rows = [line for line in narrowcast("plan", "inspect", path).stdout.splitlines() if "self_attn.o_proj" in line]
+    rows = [line for line in narrowcast("inspect", path).stdout.splitlines() if "self_attn.o_proj" in line]
     assert len(rows) == 16
     assert all("int2-group32-spike" in row and "4.5000" in row and "…" not in row for row in rows)
-    assert "Inspect it without --plot." in refused("plan", "inspect", path, "--plot", tmp_path / "picture")
+    assert "Inspect it without --plot." in refused("inspect", path, "--plot", tmp_path / "picture")
     assert not (tmp_path / "picture").exists()
 
 
 @pytest.mark.parametrize("axes", ["ranks", "blocks", ""])
-def test_plan_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> None:
+def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> None:
     """Components stand for 256 features: bits are of these, on average over stages those that were asked for."""
     path = tmp_path / "plan"
-    arguments = "--tp", 4, "--text", TEXT, "--sequences", 4, "--length", 64
-    codec = f"transform(axes={axes}, bits=2)" if axes else "allocated(bits=2)"
+    arguments = "-tp", 4, "--text", TEXT, "--num-samples", 4, "--max-seq-len", 64
+    codec = f"transform(bits=2, axes={axes})" if axes else "allocated(bits=2)"
     narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", codec)
-    shown = narrowcast("plan", "inspect", path).stdout
+    shown = narrowcast("inspect", path).stdout
     rows = [line.split() for line in shown.splitlines() if "self_attn.o_proj" in line or "mlp.down_proj" in line]
     assert len(rows) == 32 and "…" not in shown
     assert sum(float(row[-2]) for row in rows) / 32 == pytest.approx(2.0, abs=0.05)
@@ -172,13 +229,20 @@ def test_plan_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str
         )
         if axes:
             assert row[2:4] == [axes, str(_sent(site, stage))]
-    assert "found codecs allocated. Inspect it" in refused("plan", "inspect", path, "--plot", tmp_path / "picture")
+    assert "found codecs allocated. Inspect it" in refused("inspect", path, "--plot", tmp_path / "picture")
 
 
 def _sent(site: Site, stage: int) -> int:
     if site.transform is None:
         return 256
     return site.transform.num_reduced if stage else site.transform.num_components
+
+
+def test_codecs_lists_what_there_is() -> None:
+    rows = {line.split()[0]: line for line in run("codecs").splitlines() if line.strip()}
+    assert PRESETS.keys() <= rows.keys()
+    assert "4.188" in rows["int4-feature"] and "text" in rows["int4-feature"]
+    assert "4.25" in rows["int4-group128"] and "nothing" in rows["int4-group128"]
 
 
 def test_doctor() -> None:
@@ -189,7 +253,7 @@ def test_doctor() -> None:
 
 def test_wrong_paths_and_values_are_one_sentence(plan: Path, tmp_path: Path) -> None:
     out = tmp_path / "new"
-    calibrate = "calibrate", MODEL, "--tp", 2, "--text"
+    calibrate = "calibrate", MODEL, "-tp", 2, "--text"
     assert "a file that exists" in refused(*calibrate, TEXT, "-o", plan)
     assert "no such file" in refused(*calibrate, tmp_path / "none.txt", "-o", out)
     assert "Create it first" in refused(*calibrate, TEXT, "-o", tmp_path / "no" / "plan")
@@ -199,10 +263,10 @@ def test_wrong_paths_and_values_are_one_sentence(plan: Path, tmp_path: Path) -> 
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     assert "UTF-8 text" in refused(*calibrate, tmp_path / "latin.txt", "-o", out)
     assert not out.exists()
-    assert "can load" in refused("calibrate", tmp_path / "none", "--tp", 2, "--text", TEXT, "-o", out)
+    assert "can load" in refused("calibrate", tmp_path / "none", "-tp", 2, "--text", TEXT, "-o", out)
     assert "no such file" in refused("generate", MODEL, "--plan", out, "--prompt", "x")
     assert "found nothing" in refused("generate", MODEL, "--plan", plan, "--prompt", "")
-    assert "another kind" in refused("plan", "inspect", MODEL / "model.safetensors")
+    assert "another kind" in refused("inspect", MODEL / "model.safetensors")
     bare = save_random("llama", tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (bare / name).symlink_to(MODEL / name)
@@ -215,7 +279,7 @@ def test_wrong_paths_and_values_are_one_sentence(plan: Path, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["demo", "--tp", "0"], ["demo", "--frobnicate"], ["calibrate"], ["evaluate", str(MODEL), "--algorithm", "ring"]],
+    [["demo", "-tp", "0"], ["demo", "--frobnicate"], ["calibrate"], ["evaluate", str(MODEL)]],
 )
 def test_wrong_flags_show_the_usage(arguments: list[str]) -> None:
     done = narrowcast(*arguments, check=False)
@@ -241,7 +305,7 @@ def test_without_the_extra_one_sentence_says_what_to_install(tmp_path: Path) -> 
 def test_without_the_engine_one_sentence_says_what_to_install(tmp_path: Path) -> None:
     (tmp_path / "transformers.py").write_text("raise ModuleNotFoundError('no', name='transformers')")
     done = narrowcast(
-        "calibrate", MODEL, "--tp", 2, "--text", TEXT, "-o", tmp_path / "p", check=False, PYTHONPATH=str(tmp_path)
+        "calibrate", MODEL, "-tp", 2, "--text", TEXT, "-o", tmp_path / "p", check=False, PYTHONPATH=str(tmp_path)
     )
     assert "transformers is not installed: run pip install 'narrowcast[transformers]'" in done.stderr
 
@@ -277,7 +341,7 @@ def running(pid: int) -> bool:
 
 
 def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
-    calibrating = started("calibrate", MODEL, "--tp", 16, "--text", MODEL / "calibration.txt", "-o", tmp_path / "p")
+    calibrating = started("calibrate", MODEL, "-tp", 16, "--text", MODEL / "calibration.txt", "-o", tmp_path / "p")
     time.sleep(5)
     os.killpg(calibrating.pid, signal.SIGINT)
     _, errors = calibrating.communicate(timeout=60)

@@ -14,7 +14,7 @@ import narrowcast
 from formats import FORMATS
 from models import calibrated
 from narrowcast.codecs import CastCodec, recipe
-from narrowcast.collectives import ALGORITHMS, Pending, Hops, choose, simulate
+from narrowcast.collectives import ALGORITHMS, Hops, Pending, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.two_shot import shares
 from narrowcast.errors import InvalidInputError

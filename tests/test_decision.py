@@ -232,8 +232,8 @@ def test_scores_are_of_the_codecs_however_a_plan_was_tuned(tmp_path: Path) -> No
     plan = narrowcast.calibrate(model, [random_ids(1, 32)], tp_size=2, codec="int4-feature")
     tables = [{model.config.hidden_size: ((1, choice),)} for choice in (PLAIN, NATIVE)]
     replace(plan, decisions=Decisions(*tables)).save(tmp_path / "plan")
-    options = "--plan", str(tmp_path / "plan"), "--sequences", "1", "--length", "32", "--json", str(tmp_path / "r.json")
-    done = run_cli("evaluate", str(MODEL), *options)
+    options = "--num-samples", "1", "--max-seq-len", "32", "--json", str(tmp_path / "r.json")
+    done = run_cli("evaluate", str(MODEL), "--plan", str(tmp_path / "plan"), *options)
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "r.json").read_text(encoding="utf8"))["bits_per_value"] < 5
 
@@ -287,11 +287,11 @@ def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     a_plan(2).save(plan)
     before = plan.read_bytes()
-    assert "not tuned: every sum is coded" in run_cli("plan", "inspect", str(plan)).output
+    assert "not tuned: every sum is coded" in run_cli("inspect", str(plan)).output
     done = run_tune(str(plan), "--output", str(new))
     assert done.exit_code == 0, done.output
     assert not list(temporary.glob("narrowcast-*")), "the launcher's logs are gone"
-    assert f"sums of {NUM_FEATURES} features" in run_cli("plan", "inspect", str(new)).output
+    assert f"sums of {NUM_FEATURES} features" in run_cli("inspect", str(new)).output
     assert "coded one_shot" in done.output
     assert plan.read_bytes() == before
     tuned = Plan.load(new)

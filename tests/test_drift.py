@@ -13,7 +13,7 @@ from conftest import MODEL
 from formats import FORMATS
 from models import calibrated
 from narrowcast.calibration.text import sequences
-from narrowcast.cli.model import summary
+from narrowcast.cli.generate import summary
 from narrowcast.codecs import (
     Codec,
     FeatureCodec,

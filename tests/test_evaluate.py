@@ -1,9 +1,12 @@
 """Scores and intervals against formulas written out, tables, simulation, and PyTorch's and Transformers' losses."""
 
+import gc
 import math
+import os
 import random
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import pytest
@@ -13,13 +16,17 @@ from torch.nn import functional
 
 import narrowcast
 from models import random_ids, save_random
-from narrowcast import Plan
+from narrowcast import InvalidInputError, PeerLostError, Plan
 from narrowcast.codecs import FeatureCodec, FeatureRecipe
 from narrowcast.engines import load_engine
-from narrowcast.evaluation.sites import score_simulated, site_errors
+from narrowcast.evaluation import evaluate, reference, site_errors
+from narrowcast.evaluation import ranks as on_ranks
+from narrowcast.evaluation.ranks import Job, Outcome
+from narrowcast.plan.split import Split
 from narrowcast.runtime.counters import Report
 from narrowcast.scores import Items, Score, compare, log_probs
 from narrowcast.scores.intervals import holm, t_quantile, t_within
+from ranks import Ranks
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +157,8 @@ def test_holm_by_hand() -> None:
 
 
 def scored(model: nn.Module, plan: Plan, batches: Sequence[Tensor]) -> tuple[Score, Report]:
-    return score_simulated(model, plan, [log_probs(model, ids) for ids in batches], batches)
+    found = evaluate(model, plan, batches)
+    return found.score, found.report
 
 
 def test_a_plan_of_some_sites_sends_the_others_as_they_are(model: nn.Module) -> None:
@@ -175,12 +183,12 @@ def test_errors_by_site_find_the_site_that_is_coded_badly(model: nn.Module) -> N
     bad = "model.layers.1.mlp.down_proj"
     plan = replace(fine, sites={**fine.sites, bad: coarse.sites[bad]})
     reference = [log_probs(model, ids) for ids in batches]
-    found = {each.site: each for each in site_errors(model, plan, reference, batches)}
+    found = {each.site: each for each in site_errors(model, plan, batches, reference)}
     assert found.keys() == plan.sites.keys()
     worst = found.pop(bad).added_kl_nats
     assert len(worst.values) == 3
     assert all(each.added_kl_nats.mean < worst.mean / 100 for each in found.values())
-    together = score_simulated(model, plan, reference, batches)[0].kl_nats
+    together = evaluate(model, plan, batches, reference=reference).score.kl_nats
     assert worst.mean + sum(each.added_kl_nats.mean for each in found.values()) == pytest.approx(together, rel=0.2)
 
 
@@ -206,3 +214,121 @@ def test_reports_count_clipping_by_site(model: nn.Module, num_outliers: int) -> 
     assert 0.9 * most < by_site.pop(name) <= most
     assert max(by_site.values()) < most / 4
     assert Report.from_json(report.to_json()) == report
+
+
+def test_plans_stand_by_and_take_turns(model: nn.Module) -> None:
+    """The same bits as with each attached alone; the model's own between them; one at most is at work."""
+    ids, names = random_ids(2, 20), ("int4-feature", "int8-feature")
+    plans = [narrowcast.calibrate(model, [ids], tp_size=2, codec=name) for name in names]
+    own, alone = log_probs(model, ids), []
+    for plan in plans:
+        with narrowcast.attach(model, plan, simulate=True) as handle:
+            alone.append((log_probs(model, ids), handle.report()))
+    handles = []
+    for plan in plans:
+        handles.append(narrowcast.attach(model, plan, simulate=True))
+        handles[-1].suspend()
+        handles[-1].suspend()  # nothing more happens
+    for handle, (expected, _) in zip(handles, alone, strict=True):
+        handle.resume()
+        with pytest.raises(InvalidInputError, match="a model without a plan"):
+            handles[0].resume()
+        assert torch.equal(log_probs(model, ids), expected)
+        handle.suspend()
+        assert torch.equal(log_probs(model, ids), own)
+    assert [handle.report() for handle in handles] == [report for _, report in alone]
+    handles[0].resume()
+    handles[1].remove()  # the other one stays at work
+    assert torch.equal(log_probs(model, ids), alone[0][0])
+    handles[0].remove()
+    assert torch.equal(log_probs(model, ids), own) and "forward" not in vars(model.model.layers[0].mlp.down_proj)
+    with pytest.raises(InvalidInputError, match="found one that was removed"):
+        handles[0].resume()
+
+
+def test_nothing_of_a_batch_outlives_it(model: nn.Module) -> None:
+    """When a batch is asked for, no log-probabilities of the one before are left: a model of V = 101, and no others."""
+    plan = narrowcast.calibrate(model, [random_ids(1, 24)], tp_size=2, codec="int4-feature")
+    alive = []
+
+    def watched(steps: Sequence[Tensor], what: str, total: int | None = None) -> Iterator[Tensor]:
+        for ids in steps:
+            gc.collect()
+            alive.append(sum(type(each) is Tensor and each.shape == (1, 24, 101) for each in gc.get_objects()))
+            yield ids
+
+    evaluate(model, plan, [random_ids(1, 24, seed=seed) for seed in range(4)], track=watched)
+    assert max(alive) <= 2  # those of the batch before, until the loop takes the next
+
+
+def test_without_text_nothing_is_scored(model: nn.Module) -> None:
+    plan = narrowcast.calibrate(model, [random_ids(1, 24)], tp_size=2, codec="int4-feature")
+    with pytest.raises(InvalidInputError, match="batches: expected one or more"):
+        evaluate(model, plan, [])
+
+
+# On ranks
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    folder = tmp_path_factory.mktemp("job")
+    model = load_engine().load(save_random("llama", folder / "model", torch.float32))
+    batches = [random_ids(2, 20), random_ids(1, 9, seed=1)]
+    plans = [folder / name for name in ("int3-feature", "int8-feature")]
+    for path in plans:
+        narrowcast.calibrate(model, batches, tp_size=2, codec=path.name).save(path)
+    return Job(model=str(folder / "model"), plans=plans, batches=batches)
+
+
+def outcomes(job: Job, share: float, delay_s: float = 0.0) -> list[Outcome]:
+    """The outcomes on this rank, if that share of memory is free and the first rank's model takes so long."""
+
+    def slow(model: nn.Module, ids: Tensor) -> Tensor:
+        time.sleep(delay_s)
+        return log_probs(model, ids)
+
+    reference.SHARE, reference.log_probs = share, slow  # type: ignore[assignment]
+    return on_ranks._on_rank(job, Split(tp_size=2))
+
+
+@pytest.mark.parametrize(("share", "kind"), [(0.8, "whole"), (0.0, "split")])
+def test_ranks_score_several_plans_beside_the_uncompressed_model(
+    ranks: Callable[[int], Ranks], job: Job, share: float, kind: str
+) -> None:
+    """Whole where it fits, otherwise split, which in FP32 rounds otherwise and no more."""
+    first, second = ranks(2).run(outcomes, job, share)
+    model = load_engine().load(job.model)
+    for path, outcome, other in zip(job.plans, first, second, strict=True):
+        found = evaluate(model, Plan.load(path), job.batches)
+        assert outcome.reference == other.reference == kind
+        assert outcome.score is not None and other.score is None
+        assert outcome.score.kl_nats == pytest.approx(found.score.kl_nats, rel=1e-3)
+        assert outcome.score.perplexity == pytest.approx(found.score.perplexity, rel=1e-5)
+        assert outcome.report == other.report == found.report
+
+
+def test_ranks_wait_for_the_first_ones_model_longer_than_for_a_lost_rank(
+    ranks: Callable[[int], Ranks], job: Job
+) -> None:
+    (outcome, *_), _ = ranks(2).run(outcomes, replace(job, timeout_s=1.0), 0.8, 3.0)
+    assert outcome.score is not None
+
+
+def lost(job: Job) -> tuple[int, ...] | None:
+    """The ranks that this one lost, the first having died while its model computes."""
+    reference.log_probs = lambda model, ids: os._exit(1)  # type: ignore[assignment]
+    reference.SHARE = 0.8
+    try:
+        on_ranks._on_rank(job, Split(tp_size=2))
+    except PeerLostError as error:
+        return error.ranks
+    return None
+
+
+def test_who_waits_for_the_first_ranks_model_notices_that_it_died(ranks: Callable[[int], Ranks], job: Job) -> None:
+    pool, start = ranks(2), time.monotonic()
+    pool.start(lost, job)
+    assert pool.result(1) == (0,)
+    assert time.monotonic() - start < 60
+    pool.close()

@@ -1,4 +1,4 @@
-"""The gate: its statistics on figures made up, and the command on the bundled model."""
+"""The gate: its statistics on figures made up, and `evaluate --baseline` on the bundled model."""
 
 import json
 import math
@@ -92,50 +92,44 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {bits: save_plan(folder / f"{bits}.plan", f"group(bits={bits}, size=128)") for bits in (3, 4)}
 
 
-SHORT = "--sequences", 6, "--length", 48
+EVALUATE = "evaluate", MODEL, "--plan"
+SHORT = "--num-samples", 6, "--max-seq-len", 48
 
 
 def test_a_plan_passes_against_itself_and_one_of_fewer_bits_fails(plans: dict[int, Path], tmp_path: Path) -> None:
     baseline, report = tmp_path / "baseline.json", tmp_path / "report.json"
-    four = "gate", MODEL, "--plan", plans[4], "--baseline", baseline, *SHORT
-    three = "gate", MODEL, "--plan", plans[3], "--baseline", baseline, *SHORT
-    assert "no such file. Pass --update to write one." in refused(*four)
-    assert "6 sequences" in run(*four, "--update")
+    four, three = ((*EVALUATE, plans[bits], *SHORT) for bits in (4, 3))
+    assert "no such file. Write one with evaluate --json." in refused(*four, "--baseline", baseline)
+    run(*four, "--json", baseline)
     before = baseline.read_bytes()
-    shown = run(*four)
+    shown = run(*four, "--baseline", baseline)
     assert shown.count("same") == 4 and "worse" not in shown and "…" not in shown
-    shown = run(*three, "--json", report, status=1)
+    shown = run(*three, "--baseline", baseline, "--json", report, status=1)
     assert "worse" in shown and "…" not in shown
     found = json.loads(report.read_text(encoding="utf8"))["changes"]
     assert found["kl_nats"]["verdict"] == "worse"
     assert found["kl_nats"]["change"] > found["kl_nats"]["tolerated"] > 0
     assert baseline.read_bytes() == before
-    assert run(*three, "--tolerance", 1000).count("same") >= 1  # nothing matters
-    run(*three, "--update")  # one that is worse, if that is what the user wants
-    assert "better" in run(*four)
-
-
-def test_evaluate_writes_baselines_too(plans: dict[int, Path], tmp_path: Path) -> None:
-    baseline = tmp_path / "report.json"
-    run("evaluate", MODEL, "--plan", plans[4], "--json", baseline, *SHORT)
-    run("gate", MODEL, "--plan", plans[4], "--baseline", baseline, *SHORT)
+    assert "better" in run(*four, "--baseline", report)  # one that is worse, if that is what the user wants
 
 
 def test_what_cannot_be_compared_is_refused(plans: dict[int, Path], tmp_path: Path) -> None:
     baseline, text = tmp_path / "baseline.json", tmp_path / "other.txt"
-    gate = "gate", MODEL, "--plan", plans[4], "--baseline", baseline
-    run(*gate, *SHORT, "--update")
+    run(*EVALUATE, plans[4], *SHORT, "--json", baseline)
+    gate = *EVALUATE, plans[4], "--baseline", baseline
     text.write_text("Quite another text. " * 100)
-    assert "num_sequences 5, found 6" in refused(*gate, "--sequences", 5, "--length", 48)
-    assert "length 40, found 48" in refused(*gate, "--sequences", 6, "--length", 40)
+    assert "num_samples 5, found 6" in refused(*gate, "--num-samples", 5, "--max-seq-len", 48)
+    assert "max_seq_len 40, found 48" in refused(*gate, "--num-samples", 6, "--max-seq-len", 40)
     assert "algorithm two_shot, found auto" in refused(*gate, *SHORT, "--algorithm", "two_shot")
     assert "text_sha256" in refused(*gate, *SHORT, "--text", text)
     text.write_text("Too little.")
     assert "two sequences or more, found 1" in refused(*gate, *SHORT, "--text", text)
+    assert "a file for each" in refused(*gate, *SHORT, "--json", baseline)
     stored = json.loads(baseline.read_text(encoding="utf8"))
     for change, why in (
         ({"model_fingerprint": "0" * 64}, "model_fingerprint"),
         ({"tp_size": 4}, "tp_size 2, found 4"),
+        ({"reference": "split"}, "reference whole, found split"),
         ({"by_sequence": 1}, "figures by sequence"),
         ({"by_sequence": {"kl_nats": {"values": [1.0], "weights": []}}}, "figures by sequence"),
         (
@@ -147,10 +141,10 @@ def test_what_cannot_be_compared_is_refused(plans: dict[int, Path], tmp_path: Pa
         assert why in refused(*gate, *SHORT)
 
 
-def test_only_an_earlier_baseline_is_replaced(plans: dict[int, Path], tmp_path: Path) -> None:
+def test_a_baseline_is_an_earlier_report(plans: dict[int, Path], tmp_path: Path) -> None:
     precious = tmp_path / "precious.json"
     precious.write_text('{"mine": 1}')
-    gate = "gate", MODEL, "--plan", plans[4], "--baseline", precious, *SHORT
-    assert "an earlier report, found another file" in refused(*gate)
-    assert "an earlier report, found another file" in refused(*gate, "--update")
+    command = *EVALUATE, plans[4], *SHORT
+    assert "an earlier report, found another file" in refused(*command, "--baseline", precious)
+    assert "an earlier report, found another file" in refused(*command, "--json", precious)
     assert precious.read_text() == '{"mine": 1}'

@@ -387,7 +387,7 @@ def test_axes_are_those_of_the_moments(chosen: Any, tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(sys.modules["narrowcast.cli.rotate"], "observe", observe)
     rotate_command(
-        str(MODEL), tmp_path / "out", chosen, MODEL / "scoring.txt", tp=4, num_sequences=2, length=16, device="cpu"
+        str(MODEL), tmp_path / "out", chosen, MODEL / "scoring.txt", tp=4, num_samples=2, max_seq_len=16, device="cpu"
     )
     assert asked == {"shapes": [[1, 16]] * 2, "tp_size": 4, "moments": "full"}
     rotation_EE = {
@@ -404,8 +404,8 @@ def test_axes_are_those_of_the_moments(chosen: Any, tmp_path: Path, monkeypatch:
 
 def test_measured_axes_serve_the_model(tmp_path: Path) -> None:
     """From the model's own sums to a folder that answers alike."""
-    text = MODEL / "scoring.txt"
-    command("rotate", MODEL, tmp_path / "out", "--axes", "joint", "--text", text, "--sequences", 4, "--length", 32)
+    text = "--text", MODEL / "scoring.txt", "--num-samples", 4, "--max-seq-len", 32
+    command("rotate", MODEL, tmp_path / "out", "--axes", "joint", *text)
     assert_answers_alike(tmp_path / "out")
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from narrowcast.plan.split import Split
 from ranks import Ranks
 
 QUERY = {"query": "Question: What falls from clouds?", "choices": ["rain", " stones", "horses"], "gold": 0}
+EXAMPLES = Path(__file__).parents[1] / "examples" / "tasks"
 ROWS = {
     "arc_easy": [
         QUERY,
@@ -57,9 +59,28 @@ def harness() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
+    """The examples' tasks beside data of their own."""
+    shutil.copytree(EXAMPLES, tmp_path, dirs_exist_ok=True)
     for name, rows in ROWS.items():
         write(tmp_path / f"{name}.jsonl", rows)
+        of_files(tmp_path, name, tmp_path / f"{name}.jsonl")
     return tmp_path
+
+
+def of_files(folder: Path, name: str, data: Path) -> str:
+    """The task on that file, wherever it is run: tests have no folder of their own to run in."""
+    path = folder / f"{name}.yaml"
+    text = (EXAMPLES / path.name).read_text(encoding="utf8")
+    found = f"data_files: {{test: {name}.jsonl}}"
+    assert found in text
+    path.write_text(
+        text.replace(found, f"data_files: {{test: {data}}}, cache_dir: {folder / 'cache'}"), encoding="utf8"
+    )
+    return str(path)
+
+
+def of(folder: Path, *names: str) -> list[str]:
+    return [str(folder / f"{name}.yaml") for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -192,50 +213,24 @@ def test_items_are_json() -> None:
     }.items(),
 )
 def test_prompts(harness: None, folder: Path, name: str, expected: list[tuple[str, str]]) -> None:
-    (task,) = load_tasks(TaskSet(names=[name], folder=folder)).values()
+    (task,) = load_tasks(TaskSet(names=of(folder, name))).values()
     task.build_all_requests(limit=1)
     assert [request.args for request in task.instances] == expected
 
 
-def test_a_file_may_say_more_than_the_name(harness: None, tmp_path: Path) -> None:
-    write(tmp_path / "arc_easy_first_three.jsonl", ROWS["arc_easy"])
-    assert list(load_tasks(TaskSet(names=["arc_easy"], folder=tmp_path))) == ["arc_easy"]
-    write(tmp_path / "arc_easy_others.jsonl", ROWS["arc_easy"])
-    with pytest.raises(InvalidInputError, match=r"arc_easy_first_three.jsonl, arc_easy_others.jsonl"):
-        load_tasks(TaskSet(names=["arc_easy"], folder=tmp_path))
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"no JSON",
-        b"[1, 2]",
-        b"",
-        b"\xff\xfe",
-        json.dumps({"query": "x", "choices": ["a", "b"]}).encode(),
-        json.dumps({**QUERY, "gold": 3}).encode(),
-        json.dumps({**QUERY, "gold": "0"}).encode(),
-        json.dumps({**QUERY, "query": " "}).encode(),
-        json.dumps({**QUERY, "choices": "rain"}).encode(),
-        json.dumps({**QUERY, "choices": ["rain", 7, "horses"]}).encode(),
-    ],
-)
-def test_a_malformed_line_is_named(harness: None, tmp_path: Path, line: bytes) -> None:
-    (tmp_path / "arc_easy.jsonl").write_bytes(json.dumps(QUERY).encode() + b"\n" + line + b"\n")
-    with pytest.raises(InvalidInputError, match=r"arc_easy.jsonl, line 2: expected a JSON object with query, choices"):
-        load_tasks(TaskSet(names=["arc_easy"], folder=tmp_path))
-
-
 def test_wrong_names_and_numbers(harness: None, folder: Path) -> None:
+    (arc,) = of(folder, "arc_easy")
+    (folder / "piqa.jsonl").unlink()
     for names, limit, message in (
-        (["arc_hard"], None, "expected one of arc_easy"),
-        (["arc_challenge"], None, "arc_challenge.jsonl.* found none"),
+        (["arc_hard"], None, "task arc_hard: expected names of tasks of lm-eval, or YAML files"),
+        (of(folder, "arc_hard"), None, "arc_hard.yaml: expected names of tasks"),
+        (of(folder, "piqa"), None, "or files that are there, found .*piqa.jsonl"),
         ([], None, "each name once, found none"),
-        (["arc_easy", "arc_easy"], None, "each name once, found arc_easy, arc_easy"),
-        (["arc_easy"], 0, "1 item or more, found 0"),
+        ([arc, arc], None, "each name once, found .*arc_easy.yaml, .*arc_easy.yaml"),
+        ([arc], 0, "1 item or more, found 0"),
     ):
         with pytest.raises(InvalidInputError, match=message):
-            load_tasks(TaskSet(names=names, folder=folder, limit=limit))
+            load_tasks(TaskSet(names=names, limit=limit))
 
 
 # What it answers.
@@ -259,7 +254,7 @@ def likeliest(model: torch.nn.Module, tokenizer: Any, pairs: list[tuple[str, str
 def test_answers_are_those_of_plain_log_likelihoods(
     harness: None, folder: Path, model: torch.nn.Module, tokenizer: Any
 ) -> None:
-    found = answer(model, tokenizer, TaskSet(names=list(ROWS), folder=folder))
+    found = answer(model, tokenizer, TaskSet(names=of(folder, *ROWS)))
     for name, rows in ROWS.items():
         assert len(found[name].items) == len(rows)
         for row, item in zip(rows, found[name].items, strict=True):
@@ -281,13 +276,13 @@ def test_answers_are_those_of_plain_log_likelihoods(
 
 
 def test_what_does_not_fit_loses_its_beginning_and_is_counted(
-    harness: None, tmp_path: Path, model: torch.nn.Module, tokenizer: Any
+    harness: None, folder: Path, model: torch.nn.Module, tokenizer: Any
 ) -> None:
     """The bundled model reads 512 tokens."""
     ends = "She opened the door and", "He took his hat, bowed, and", "They were"
     long = [{**ROWS["hellaswag"][0], "query": "The sea was calm. " * 200 + end} for end in ends]
-    write(tmp_path / "hellaswag.jsonl", [*long, *ROWS["hellaswag"]])
-    found = answer(model, tokenizer, TaskSet(names=["hellaswag"], folder=tmp_path))["hellaswag"]
+    write(folder / "hellaswag.jsonl", [*long, *ROWS["hellaswag"]])
+    found = answer(model, tokenizer, TaskSet(names=of(folder, "hellaswag")))["hellaswag"]
     assert found.num_truncated == 3
     for row, item in zip(long, found.items, strict=False):
         pairs = [(row["query"], f" {choice.strip()}") for choice in row["choices"]]
@@ -295,11 +290,11 @@ def test_what_does_not_fit_loses_its_beginning_and_is_counted(
 
 
 def test_fifty_items_of_arc_easy_one_by_one(
-    harness: None, shared: Path, model: torch.nn.Module, tokenizer: Any
+    harness: None, shared: Path, folder: Path, model: torch.nn.Module, tokenizer: Any
 ) -> None:
-    data = shared / "data" / "eval"
-    found = answer(model, tokenizer, TaskSet(names=["arc_easy"], folder=data, limit=50))["arc_easy"]
-    lines = (data / "arc_easy.jsonl").read_text(encoding="utf8").splitlines()
+    data = shared / "data" / "eval" / "arc_easy.jsonl"
+    found = answer(model, tokenizer, TaskSet(names=[of_files(folder, "arc_easy", data)], limit=50))["arc_easy"]
+    lines = data.read_text(encoding="utf8").splitlines()
     for line, item in itertools.zip_longest(lines[:50], found.items):
         row = json.loads(line)
         pairs = [(f"{row['query']}\nAnswer:", f" {choice}") for choice in row["choices"]]
@@ -334,7 +329,7 @@ def test_an_uncompressed_model_is_scored_as_the_harness_alone_scores_it(harness:
     ours = answer(
         load_engine().load(MODEL),
         load_engine().load_tokenizer(MODEL),
-        TaskSet(names=["arc_easy"], folder=folder),
+        TaskSet(names=of(folder, "arc_easy")),
     )
     expected = [
         Answer(int(np.argmax([each[0] for each in sample["filtered_resps"]])), bool(sample["acc"]))
@@ -362,7 +357,7 @@ def test_without_a_folder_tasks_are_the_harnesss_own(
     hub["allenai/ai2_arc", "ARC-Easy"]["train"] = hub["allenai/ai2_arc", "ARC-Easy"]["test"]
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **_: hub[path, name])
     found = answer(model, tokenizer, TaskSet(names=["arc_easy"]))
-    assert task_items(found) == task_items(answer(model, tokenizer, TaskSet(names=["arc_easy"], folder=folder)))
+    assert task_items(found) == task_items(answer(model, tokenizer, TaskSet(names=of(folder, "arc_easy"))))
     with pytest.raises(InvalidInputError, match="task arc_hard: expected names of tasks of lm-eval"):
         load_tasks(TaskSet(names=["arc_easy", "arc_hard"]))
 
@@ -386,7 +381,7 @@ def coded_on_rank(path: Path, tasks: TaskSet) -> Any:
 
 def test_real_ranks_answer_as_simulated(harness: None, ranks: Callable[[int], Ranks], plan: Plan, folder: Path) -> None:
     """No rank takes a share of the items: each answers all. The codes are coarse, so that some answers change."""
-    tasks = TaskSet(names=["arc_easy", "hellaswag", "winogrande", "piqa"], folder=folder)
+    tasks = TaskSet(names=of(folder, "arc_easy", "hellaswag", "winogrande", "piqa"))
     plan.save(folder / "plan")
     model, tokenizer = load_engine().load(MODEL), load_engine().load_tokenizer(MODEL)
     before = answer(model, tokenizer, tasks)
@@ -409,8 +404,8 @@ def evaluate(*arguments: object, **environment: str) -> subprocess.CompletedProc
 
 def test_evaluate_reports_tasks(harness: None, plan: Plan, folder: Path) -> None:
     plan.save(folder / "plan")
-    quick = "--plan", folder / "plan", "--sequences", 1, "--length", 32
-    tasks = "--tasks", "arc_easy, lambada_openai", "--tasks-data", folder
+    quick = "--plan", folder / "plan", "--num-samples", 1, "--max-seq-len", 32
+    tasks = "--tasks", ", ".join(of(folder, "arc_easy", "lambada_openai"))
     done = evaluate(*quick, *tasks, "--json", folder / "report.json")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""  # no bars where nobody watches, no remarks of the harness
@@ -433,11 +428,9 @@ def test_evaluate_reports_tasks(harness: None, plan: Plan, folder: Path) -> None
 
 def test_evaluate_refuses_before_it_loads_a_model(harness: None, plan: Plan, folder: Path) -> None:
     plan.save(folder / "plan")
-    data = "--tasks-data", folder
     for arguments, message in (
-        (("--tasks", "arc_hard", *data), "task arc_hard: expected one of arc_easy"),
-        (("--tasks", "arc_easy", *data, "--limit", 0), "limit: expected 1 item or more, found 0"),
-        ((*data,), "--tasks-data: expected --tasks with it"),
+        (("--tasks", "arc_hard"), "task arc_hard: expected names of tasks of lm-eval"),
+        (("--tasks", *of(folder, "arc_easy"), "--limit", 0), "limit: expected 1 item or more, found 0"),
         (("--limit", 5), "--limit: expected --tasks with it"),
     ):
         done = evaluate("--plan", folder / "plan", *arguments)
@@ -448,6 +441,6 @@ def test_evaluate_refuses_before_it_loads_a_model(harness: None, plan: Plan, fol
 def test_without_the_extra_one_sentence_says_what_to_install(plan: Plan, folder: Path) -> None:
     plan.save(folder / "plan")
     (folder / "lm_eval.py").write_text("raise ModuleNotFoundError('no', name='lm_eval')")
-    done = evaluate("--plan", folder / "plan", "--tasks", "arc_easy", "--tasks-data", folder, PYTHONPATH=str(folder))
+    done = evaluate("--plan", folder / "plan", "--tasks", "arc_easy", PYTHONPATH=str(folder))
     assert done.stderr == "narrowcast: error: lm-eval is not installed: run pip install 'narrowcast[tasks]'\n"
     assert done.returncode == 1

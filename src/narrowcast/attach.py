@@ -25,21 +25,46 @@ _ATTACHED = "_narrowcast_handle"
 
 
 class Handle:
-    """A plan at work on a model. `remove()` restores the model exactly; leaving a `with` block does so too."""
+    """A plan at work on a model. `remove()` restores the model exactly; leaving a `with` block does so too.
+
+    Several suspended handles may stand by on one model; one at most is at work.
+    """
 
     def __init__(self, model: nn.Module, forwards: Forwards, sites: Sites) -> None:
-        self._model, self._forwards, self._sites = model, forwards, sites
+        self._model, self._sites = model, sites
+        self._forwards: Forwards | None = forwards
         setattr(model, _ATTACHED, self)
 
     def report(self) -> Report:
         """The figures of what this rank has sent since `attach`."""
         return self._sites.report()
 
-    def remove(self) -> None:
-        """Give the model back the forwards that it had; a second call does nothing."""
-        self._forwards.restore()
-        if getattr(self._model, _ATTACHED, None) is self:
+    def suspend(self) -> None:
+        """Give the model back the forwards that it had until `resume`; a second call does nothing."""
+        if self._forwards is not None and getattr(self._model, _ATTACHED, None) is self:
+            self._forwards.suspend()
             delattr(self._model, _ATTACHED)
+
+    def resume(self) -> None:
+        """Take the model over again, without comparing anything again; every rank calls this.
+
+        Raises InvalidInputError where a plan is at work, and after `remove`.
+        """
+        check_detached(self._model)
+        if self._forwards is None:
+            raise InvalidInputError(
+                "handle",
+                expected="one that was suspended",
+                found="one that was removed",
+                remedy="Attach the plan again.",
+            )
+        self._forwards.resume()
+        setattr(self._model, _ATTACHED, self)
+
+    def remove(self) -> None:
+        """Give the model back the forwards that it had, for good; a second call does nothing."""
+        self.suspend()
+        self._forwards = None
 
     def __enter__(self) -> Self:
         return self

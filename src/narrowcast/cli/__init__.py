@@ -1,10 +1,22 @@
-"""The command line: one file a group of commands."""
+"""The command line: a file a command, which parses, calls and prints."""
 
 from typing import Annotated
 
 import typer
 
-from narrowcast.cli import bench, calibrate, demo, doctor, estimate, gate, model, plan, rotate, tune
+from narrowcast.cli import (
+    bench,
+    calibrate,
+    codecs,
+    demo,
+    doctor,
+    estimate,
+    evaluate,
+    generate,
+    inspect,
+    rotate,
+    tune,
+)
 from narrowcast.files import versions
 
 app = typer.Typer(
@@ -28,13 +40,13 @@ def version(
 app.command()(demo.demo)
 app.command()(estimate.estimate)
 app.command()(calibrate.calibrate)
-app.command()(model.evaluate)
-app.command()(gate.gate)
-app.command()(model.generate)
-app.command()(rotate.rotate)
-app.add_typer(plan.app, name="plan")
+app.command()(evaluate.evaluate)
+app.command()(inspect.inspect)
 app.command()(tune.tune)
+app.command()(generate.generate)
+app.command()(rotate.rotate)
 app.command()(bench.bench)
+app.command()(codecs.codecs)
 app.command()(doctor.doctor)
 
 __all__ = ["app"]

@@ -1,116 +1,108 @@
 """`narrowcast calibrate`: a model and text in, a plan out, in one process or on the ranks of the split model."""
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from torch import Tensor
 
 from narrowcast.calibration import (
     DEFAULT_FIRST_TOKENS,
-    DEFAULT_NUM_FIRST,
     moments_needed,
+    observe,
     recipes_by_kind,
 )
 from narrowcast.calibration.observers import FirstTokens
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli.options import (
     DEFAULT_CODEC,
+    DEFAULT_NUM_SAMPLES,
+    DEFAULT_TP,
+    OUTPUT,
+    SPLIT,
+    TEXT,
     CodecOption,
     Device,
     ExpertsOption,
-    Length,
+    MaxSeqLen,
     ModelArgument,
+    NumSamples,
+    Overwrite,
     PipelineParallel,
+    Real,
     TensorParallel,
     Timeout,
     checked_split,
 )
-from narrowcast.codecs import Recipe, recipe
+from narrowcast.cli.progress import calibrating
+from narrowcast.codecs import Recipe
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.evaluation.progress import Options, observe_with_bar
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
+OF_ONE_KIND = re.compile(r"\w+=")  # not allocated(bits=2)
+
 
 def calibrate(
     model: ModelArgument,
-    text: Annotated[Path, typer.Option(help="Text to calibrate on; form feeds split documents.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where the plan goes.")],
-    tp: TensorParallel = 1,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="To calibrate on.", rich_help_panel=TEXT)],
+    output: Annotated[Path, typer.Option("-o", "--output", metavar="FILE", help="The plan.", rich_help_panel=OUTPUT)],
+    tp: TensorParallel = DEFAULT_TP,
     pp: PipelineParallel = 1,
     experts: ExpertsOption = "slices",
-    nodes: Annotated[
-        int, typer.Option(min=1, help="Nodes that hold --tp ranks in equal parts: sums go within nodes first.")
+    nnodes: Annotated[
+        int,
+        typer.Option("--nnodes", metavar="N", min=1, help="Sums go within nodes first.", rich_help_panel=SPLIT),
     ] = 1,
-    within: Annotated[str, typer.Option(help="The preset for sums within a node.")] = "bf16",
     codec: CodecOption = [DEFAULT_CODEC],  # noqa: B006 (typer copies it)
-    num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 128,
-    length: Length = DEFAULT_LENGTH,
+    num_samples: NumSamples = DEFAULT_NUM_SAMPLES,
+    max_seq_len: MaxSeqLen = DEFAULT_LENGTH,
     first_tokens: Annotated[
-        FirstTokens, typer.Option(help="How each sequence's first tokens count: for all, for outliers only, not.")
+        FirstTokens,
+        typer.Option(metavar="NAME", help="count, choosing, or skip.", rich_help_panel=TEXT),
     ] = DEFAULT_FIRST_TOKENS,
-    num_first: Annotated[int, typer.Option(min=0, help="How many tokens those are.")] = DEFAULT_NUM_FIRST,
     device: Device = "cpu",
-    real: Annotated[
-        bool, typer.Option("--real", help="On real ranks, each with its part: for a model too large for one process.")
-    ] = False,
+    real: Real = False,
     timeout: Timeout = DEFAULT_TIMEOUT_S,
-    overwrite: Annotated[bool, typer.Option(help="Replace the plan if it exists.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Calibrate MODEL, split over --tp ranks and --pp stages, and write a plan."""
-    split = checked_split(tp, pp, experts)
+    """Calibrate MODEL, split over -tp ranks and -pp stages, and write a plan.
+
+    Form feeds split documents. --experts: slices of each on every rank, or whole ones (docs/integrations.md).
+    """
+    split, groups = checked_split(tp, pp, experts), _groups(tp, nnodes)
     chosen = codec_by_kind(codec)
-    recipe(within)
     if is_first_rank():
         check_writable(output, overwrite=overwrite)
-    options = Options(
-        groups=_groups(tp, nodes),
-        within=within,
-        first_tokens=first_tokens,
-        num_first=num_first,
-        moments=moments_needed(chosen),
-    )
-    _check_fittable(options, real, codec)
-    found = sequences(load_engine().load_tokenizer(model), text, length=length, limit=num_sequences)
+    options = {"groups": groups, "first_tokens": first_tokens, "moments": moments_needed(chosen)}
+    if options["moments"] != "none" and (real or groups):  # before the work, not after it
+        raise InvalidInputError(
+            "--codec",
+            expected="one that is not fitted to the whole model, with --real or --nnodes",
+            found=", ".join(codec),
+            remedy="Leave --real and --nnodes out, or choose int4-feature, say.",
+        )
+    found = sequences(load_engine().load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
     if real:
-        plan = run(_on_rank, split.world_size, model, split, found, chosen, options, timeout_s=timeout)[0]
+        plan = run(_on_rank, split.world_size, model, found, split, chosen, options, timeout_s=timeout)[0]
     else:
-        whole = load_engine().load(model, device=device)
-        plan = observe_with_bar(whole, found, split, options).plan(chosen, within=within)
+        plan = _plan(load_engine().load(model, device=device), found, split, chosen, options)
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
         number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
         typer.echo(f"{output}: {number}, {split}, {', '.join(codec)}{_fitted(plan)}, from {len(found)} sequences")
 
 
-def _fitted(plan: Plan) -> str:
-    """What a codec that is fitted to the whole model was given, or needs."""
-    bits, kl = plan.calibration.get("bits"), plan.calibration.get("held_out_kl")
-    told = "" if bits is None else f" at {bits:g} bits a value"
-    return told if kl is None else f"{told}, KL {kl:.3g} on text that was held out"
-
-
-def _check_fittable(options: Options, real: bool, codec: Sequence[str]) -> None:
-    """Before the work, not after it."""
-    if options.moments != "none" and (real or options.groups):
-        raise InvalidInputError(
-            "--codec",
-            expected="one that is not fitted to the whole model, with --real or --nodes",
-            found=", ".join(codec),
-            remedy="Leave --real and --nodes out, or choose int4-feature, say.",
-        )
-
-
 def _groups(tp_size: int, num_nodes: int) -> list[range]:
     if tp_size % num_nodes:
         raise InvalidInputError(
-            "--nodes", expected=f"a divisor of --tp {tp_size}", found=num_nodes, remedy="Choose another number."
+            "--nnodes", expected=f"a divisor of -tp {tp_size}", found=num_nodes, remedy="Choose another number."
         )
     size = tp_size // num_nodes
     return [range(node * size, (node + 1) * size) for node in range(num_nodes)] if num_nodes > 1 else []
@@ -118,7 +110,7 @@ def _groups(tp_size: int, num_nodes: int) -> list[range]:
 
 def codec_by_kind(options: Sequence[str]) -> dict[str, Recipe]:
     """The recipes that `--codec` asks for: one codec for all kinds that are coded by default, others by kind."""
-    named = [option for option in options if "=" in option.partition("(")[0]]
+    named = [option for option in options if OF_ONE_KIND.match(option)]
     single = dict(option.split("=", 1) for option in named)
     general = [option for option in options if option not in named]
     if len(general) > 1 or len(single) < len(named):
@@ -132,6 +124,28 @@ def codec_by_kind(options: Sequence[str]) -> dict[str, Recipe]:
     return recipes_by_kind({**recipes_by_kind(rest), **single})
 
 
-def _on_rank(model: str, split: Split, found: Sequence[Tensor], codec: dict[str, Recipe], options: Options) -> Plan:
-    part = load_engine().load(model, split=split)
-    return observe_with_bar(part, found, split, options).plan(codec, within=options.within)
+def _on_rank(
+    model: str, found: Sequence[Tensor], split: Split, codec: dict[str, Recipe], options: dict[str, Any]
+) -> Plan:
+    return _plan(load_engine().load(model, split=split), found, split, codec, options)
+
+
+def _plan(model: Any, found: Sequence[Tensor], split: Split, codec: dict[str, Recipe], options: dict[str, Any]) -> Plan:
+    with calibrating(found) as progress:
+        seen = observe(
+            model,
+            found,
+            tp_size=split.tp_size,
+            pp_size=split.pp_size,
+            experts=split.experts,
+            progress=progress,
+            **options,
+        )
+    return seen.plan(codec)
+
+
+def _fitted(plan: Plan) -> str:
+    """The budget of a codec that is fitted to the whole model, and what it costs."""
+    bits, kl = plan.calibration.get("bits"), plan.calibration.get("held_out_kl")
+    told = "" if bits is None else f" at {bits:g} bits a value"
+    return told if kl is None else f"{told}, KL {kl:.3g} on text that was held out"

@@ -1,35 +1,69 @@
-"""Options that several commands have."""
+"""Options that several commands have: one name, one meaning, one default."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-import narrowcast
 from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.errors import InvalidInputError
-from narrowcast.plan.split import KINDS, Experts, Split
+from narrowcast.plan.split import Experts, Split
 from narrowcast.transport import TRANSPORTS
 
+# Groups of options in a command's help, and defaults.
+SPLIT, TEXT, RUN, OUTPUT = "Split", "Text", "Run", "Output"
+DEFAULT_TP = 2
+DEFAULT_CODEC = "int4-feature"
+DEFAULT_NUM_SAMPLES = 128
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
+PlanOption = Annotated[Path, typer.Option("--plan", metavar="FILE", help="A plan that calibrate wrote.")]
 TensorParallel = Annotated[
-    int, typer.Option("--tp", "-tp", "--tensor-parallel-size", min=1, help="Ranks that share each layer.")
+    int,
+    typer.Option(
+        "-tp", "--tensor-parallel-size", metavar="N", min=1, help="Ranks that share each layer.", rich_help_panel=SPLIT
+    ),
 ]
 PipelineParallel = Annotated[
-    int, typer.Option("--pp", "-pp", "--pipeline-parallel-size", min=1, help="Stages of layers.")
+    int,
+    typer.Option(
+        "-pp", "--pipeline-parallel-size", metavar="N", min=1, help="Stages of layers.", rich_help_panel=SPLIT
+    ),
 ]
 ExpertsOption = Annotated[
-    Experts, typer.Option(help="A slice of every expert on each rank; or whole experts, summed or travelled to.")
+    Experts,
+    typer.Option(metavar="NAME", help="slices, all_reduce, all_to_all.", rich_help_panel=SPLIT),
 ]
-DEFAULT_CODEC = "int4-feature"
 CodecOption = Annotated[
     list[str],
-    typer.Option(
-        metavar="CODEC",
-        help=f"One of {', '.join(narrowcast.PRESETS)}, or spelt out, as group(bits=5, size=64); or KIND=CODEC (again "
-        f"and again) for one kind of site: {', '.join(KINDS)}, besides the codec of all others. The last two are sent "
-        "as they are unless named.",
-    ),
+    typer.Option(metavar="CODEC", help="See `narrowcast codecs`; or KIND=CODEC.", rich_help_panel=RUN),
+]
+AlgorithmOption = Annotated[
+    str,
+    typer.Option(metavar="NAME", help=f"{', '.join(('auto', *ALGORITHMS, *NODE_ALGORITHMS))}.", rich_help_panel=RUN),
+]
+NumSamples = Annotated[
+    int, typer.Option("--num-samples", metavar="N", min=1, help="Sequences at most.", rich_help_panel=TEXT)
+]
+MaxSeqLen = Annotated[
+    int, typer.Option("--max-seq-len", metavar="N", min=2, help="Tokens a sequence at most.", rich_help_panel=TEXT)
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="Of the whole model.", rich_help_panel=RUN)]
+Real = Annotated[bool, typer.Option("--real", help="On real ranks, not simulated.", rich_help_panel=RUN)]
+TransportOption = Annotated[
+    str,
+    typer.Option("--transport", metavar="NAME", help=f"{', '.join(TRANSPORTS)}.", rich_help_panel=RUN),
+]
+Timeout = Annotated[
+    float,
+    typer.Option(metavar="SECONDS", min=0.1, help="Until a rank is lost.", rich_help_panel=RUN),
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Figures; replaces an earlier report.", rich_help_panel=OUTPUT),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.", rich_help_panel=OUTPUT)
 ]
 ReplicateVocabulary = Annotated[
     bool,
@@ -37,21 +71,11 @@ ReplicateVocabulary = Annotated[
         "--replicate-vocabulary", help="Real ranks keep all of the embedding and output layer; nothing of them travels."
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where the whole model computes: cpu, cuda, ...")]
-PlanOption = Annotated[Path, typer.Option("--plan", help="A plan that calibrate wrote.")]
-Real = Annotated[bool, typer.Option("--real", help="On real ranks; without it, simulated in one process.")]
-ScoringText = Annotated[Path | None, typer.Option("--text", help="Text to score on; by default MODEL/scoring.txt.")]
-Length = Annotated[int, typer.Option(min=2, help="Tokens a sequence at most.")]
-Timeout = Annotated[float, typer.Option(min=0.1, help="Seconds to wait for a rank before it counts as lost.")]
-Algorithm = Annotated[
-    str, typer.Option(help=f"How the ranks add up: {', '.join(('auto', *ALGORITHMS, *NODE_ALGORITHMS))}.")
-]
-TransportOption = Annotated[str, typer.Option("--transport", help=f"What moves the bytes: {', '.join(TRANSPORTS)}.")]
 
 
 def checked_split(tp_size: int, pp_size: int, experts: Experts) -> Split:
-    """What --tp, --pp and --experts say; InvalidInputError for one rank, between which nothing travels."""
+    """The split that -tp, -pp and --experts ask for; InvalidInputError for one rank, which has nobody to send to."""
     split = Split(tp_size=tp_size, pp_size=pp_size, experts=experts)
     if split.world_size == 1:
-        raise InvalidInputError("split", expected="--tp or --pp above 1", found="one rank", remedy="Pass --tp 2, say.")
+        raise InvalidInputError("split", expected="-tp or -pp above 1", found="one rank", remedy="Pass -tp 2, say.")
     return split

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from narrowcast.calibration import observe
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
-from narrowcast.cli.options import Device, Length, ModelArgument, TensorParallel
+from narrowcast.cli.options import (
+    DEFAULT_NUM_SAMPLES,
+    DEFAULT_TP,
+    TEXT,
+    Device,
+    MaxSeqLen,
+    ModelArgument,
+    NumSamples,
+    Overwrite,
+    TensorParallel,
+)
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import write_report
@@ -25,23 +35,30 @@ Axes = Literal["hadamard", "principal", "fisher", "joint"]
 
 MARK = "rotation.json"
 LEFT_BEHIND = (".*", "config.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
-DEFAULT_RANKS = 8
 
 
 def rotate(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
-    axes: Annotated[Axes, typer.Option(help="The new axes; all but hadamard are measured on --text.")] = "hadamard",
-    text: Annotated[Path | None, typer.Option(help="Text to measure on; form feeds split documents.")] = None,
-    tp: TensorParallel = DEFAULT_RANKS,
-    num_sequences: Annotated[int, typer.Option("--sequences", min=1, help="Sequences at most.")] = 32,
-    length: Length = DEFAULT_LENGTH,
+    axes: Annotated[
+        Axes,
+        typer.Option(
+            metavar="NAME", help="hadamard; or measured on --text: principal, fisher, joint.", rich_help_panel=TEXT
+        ),
+    ] = "hadamard",
+    text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="To measure on.", rich_help_panel=TEXT),
+    ] = None,
+    tp: TensorParallel = DEFAULT_TP,
+    num_samples: NumSamples = DEFAULT_NUM_SAMPLES,
+    max_seq_len: MaxSeqLen = DEFAULT_LENGTH,
     device: Device = "cpu",
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if an earlier rotate wrote it.")] = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write MODEL on other axes into OUT: the same answers, up to rounding, with other features in every sum.
 
-    Partial sums are measured as --tp ranks would have them. Calibrate OUT anew: a plan for MODEL is not for it.
+    Partial sums are measured as -tp ranks would have them. Calibrate OUT anew: a plan for MODEL is not for it.
     """
     _check_text(axes, text)
     _check_out(Path(model), out, overwrite=overwrite)
@@ -50,7 +67,7 @@ def rotate(
     if text is None:
         rotation_EE = choices.hadamard(engine.num_features(whole))
     else:
-        found = sequences(engine.load_tokenizer(model), text, length=length, limit=num_sequences)
+        found = sequences(engine.load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
         rotation_EE = _measured(axes, whole, found, tp)
     rotate_model(whole, rotation_EE)
     with _folder(out) as folder:

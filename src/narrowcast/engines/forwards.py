@@ -17,7 +17,7 @@ class Forwards:
     """Attributes of modules that were replaced, `forward` above all."""
 
     def __init__(self) -> None:
-        self._originals: list[tuple[Any, str, Any]] = []
+        self._replaced: list[tuple[Any, str, Any, Any]] = []  # owner, name, what it had, what it was given
 
     def replace(self, module: nn.Module, forward: Forward) -> None:
         """Let `module` call `forward`, without gradients. Training on it raises InvalidInputError."""
@@ -38,17 +38,26 @@ class Forwards:
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Give `owner` an attribute of its own."""
-        self._originals.append((owner, name, vars(owner).get(name, _ABSENT)))
+        self._replaced.append((owner, name, vars(owner).get(name, _ABSENT), value))
         vars(owner)[name] = value
 
-    def restore(self) -> None:
-        """Give everything back what it had."""
-        while self._originals:
-            owner, name, original = self._originals.pop()
+    def suspend(self) -> None:
+        """Give everything back what it had, until `resume`."""
+        for owner, name, original, _ in reversed(self._replaced):
             if original is _ABSENT:
                 del vars(owner)[name]
             else:
                 vars(owner)[name] = original
+
+    def resume(self) -> None:
+        """Replace again what `suspend` gave back."""
+        for owner, name, _, value in self._replaced:
+            vars(owner)[name] = value
+
+    def restore(self) -> None:
+        """Give everything back what it had, for good."""
+        self.suspend()
+        self._replaced.clear()
 
 
 _ABSENT = object()

@@ -6,16 +6,22 @@ from typing import Any
 import numpy as np
 
 from narrowcast.codecs import FeatureCodec
-from narrowcast.evaluation.evaluation import Point
+from narrowcast.errors import MissingDependencyError
 from narrowcast.evaluation.sites import SiteError
-from narrowcast.perf.plots import check_possible
 from narrowcast.plan import Plan
 from narrowcast.scores import Score
 
 COLOURS = "#2563eb", "#f59e0b", "#10b981"
-OWN = "#dc2626"
 SMALLEST_KL = 1e-9  # nats: less is rounding
 MARKED = 50, 90, 99, 99.9
+
+
+def check_possible() -> None:
+    """MissingDependencyError unless pictures can be drawn."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError("matplotlib", "plot") from error
 
 
 def ranges(sites: Mapping[str, FeatureCodec], title: str) -> Any:
@@ -97,35 +103,9 @@ def by_site(
     return figure
 
 
-def rate_quality(own: Point, others: Sequence[Point]) -> Any:
-    """KL against bits: presets that differ in their width alone as a line, this plan's point in red."""
-    figure, (axes,) = _figure(8, 4)
-    families: dict[str, list[Point]] = {}
-    for point in others:
-        families.setdefault(point.name.partition("-")[2] or point.name, []).append(point)
-    for index, (family, points) in enumerate(families.items()):
-        points = sorted(points, key=lambda point: point.bits_per_value)
-        _points(axes, points, COLOURS[index % len(COLOURS)], "o-" if len(points) > 1 else "o", family)
-    _points(axes, [own], OWN, "D", own.name)
-    axes.set_yscale("log")
-    axes.set_xlabel("bits a value")
-    axes.set_ylabel("KL from the uncompressed model, nats")
-    axes.legend(fontsize=8, frameon=False)
-    return figure
-
-
 def short(name: str) -> str:
     """A site's name without what all have."""
     return name.removeprefix("model.").removeprefix("layers.")
-
-
-def _points(axes: Any, points: Sequence[Point], colour: str, style: str, label: str) -> None:
-    reach = [[point.kl_nats - point.low for point in points], [point.high - point.kl_nats for point in points]]
-    axes.errorbar(
-        [point.bits_per_value for point in points],
-        [max(point.kl_nats, SMALLEST_KL) for point in points],
-        reach, fmt=style, color=colour, label=label, capsize=2, linewidth=1.3, markersize=5,
-    )  # fmt: skip
 
 
 def _dots(axes: Any, rows: Sequence[tuple[float, int]], index: int, label: str) -> None:

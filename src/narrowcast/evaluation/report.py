@@ -2,13 +2,13 @@
 
 import base64
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from html import escape
 from typing import Any
 
 from narrowcast.evaluation import drawings
-from narrowcast.evaluation.evaluation import FIGURES, Evaluation, Point
+from narrowcast.evaluation.evaluation import FIGURES, Evaluation
 from narrowcast.files import HTML_MARK, versions
 from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
 from narrowcast.scores import Interval
@@ -29,27 +29,29 @@ code { font-size: .9em; overflow-wrap: anywhere } summary { cursor: pointer; col
 """
 
 
-def page(found: Evaluation, others: Sequence[Point]) -> str:
-    """The page: what was scored, figures with intervals, tokens, sites, and `others` beside the plan's point."""
-    subject, plan = found.subject, found.subject.plan
+def page(found: Evaluation, name: str, about: Mapping[str, str]) -> str:
+    """The page of the plan called `name`: what was scored, figures with intervals, tokens, and sites.
+
+    `about`: "model", and what else to say of what was scored.
+    """
+    plan = found.plan
     body = [
-        f"<h1>{escape(subject.path.name)}</h1>",
-        f"<p class=under>What sending {escape(_sent(found))} does to the answers of {escape(subject.model)}</p>",
+        f"<h1>{escape(name)}</h1>",
+        f"<p class=under>What sending {escape(_sent(found))} does to the answers of {escape(about['model'])}</p>",
         _cards(found),
         _section("Figures", _figures(found), "95 % confidence intervals over sequences; docs/quality.md says what "
                  "each figure is."),
-        _section("What was scored", _table((), _subject(found))),
+        _section("What was scored", _table((), _subject(found, about))),
         _section("KL by token", _picture(drawings.kl_of_tokens(found.score), "KL by percentile of tokens") +
                  _table(("percentile of tokens", "KL, nats"),
                         [(_percentile(name), f"{value:.5f}") for name, value in found.score.kl_percentiles.items()]),
                  "How far single tokens are off: few are far, and the mean does not show them."),
         _section("By site", _by_site(found), _about_sites(found)),
-        _section("Bits and quality", _rate_quality(found, others)),
     ]  # fmt: skip
     if codecs := with_ranges(plan):
         picture = _picture(drawings.ranges(codecs, str(plan.split)), "ranges of features by site")
         body.append(_section("Ranges of features", picture, "What the scales were calibrated from."))
-    title = escape(f"{subject.path.name}: quality")
+    title = escape(f"{name}: quality")
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{HTML_MARK}\n'
         f'<meta name="viewport" content="width=device-width"><title>{title}</title>\n'
@@ -88,23 +90,23 @@ def _figures(found: Evaluation) -> str:
     return _table(("figure", "value", "interval"), [*rows, *counted])
 
 
-def _subject(found: Evaluation) -> list[tuple[str, str]]:
-    subject, plan = found.subject, found.subject.plan
-    calibration = ", ".join(f"{key} {value}" for key, value in plan.calibration.items())
+def _subject(found: Evaluation, about: Mapping[str, str]) -> list[tuple[str, str]]:
+    plan, asked = found.plan, found.conditions
     return [
-        ("model", subject.model),
-        ("plan", f"{subject.path}, fingerprint {plan.fingerprint[:16]}"),
-        ("calibration", calibration),
+        *about.items(),
+        ("fingerprint of the plan", plan.fingerprint[:16]),
+        ("calibration", ", ".join(f"{key} {value}" for key, value in plan.calibration.items())),
         ("split", str(plan.split)),
-        ("algorithm", f"{subject.algorithm}, {'on real ranks' if subject.real else 'simulated in one process'}"),
-        ("text", f"{subject.text}, {len(subject.batches)} sequences of {subject.length} tokens at most"),
+        ("algorithm", f"{asked['algorithm']}, {'on real ranks' if found.real else 'simulated in one process'}"),
+        ("reference", f"the uncompressed model, {found.reference}"),
+        ("sequences", f"{asked['num_samples']} of {asked['max_seq_len']} tokens at most"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions().items() if version)),
         ("date", f"{date.today()}"),
     ]
 
 
 def _by_site(found: Evaluation) -> str:
-    plan, bits = found.subject.plan, bits_by_site(found.subject.plan)
+    plan, bits = found.plan, bits_by_site(found.plan)
     clipped = {
         name: site.num_saturated / max(site.num_tokens, found.report.num_tokens, 1)
         for name, site in found.report.sites.items()
@@ -135,17 +137,6 @@ def _about_sites(found: Evaluation) -> str:
         f"KL that each site adds where it alone is coded, over {number} sequences; together {together:.5f} nats, of "
         f"all sites at once {found.score.kl_nats:.5f} over the whole text."
     )
-
-
-def _rate_quality(found: Evaluation, others: Sequence[Point]) -> str:
-    if not others:
-        return "<p>evaluate --curve TEXT, or --curve-json REPORT, draws other codecs beside this plan.</p>"
-    rows = [
-        (point.name, f"{point.bits_per_value:.4f}", f"{point.kl_nats:.5f}", f"{point.low:.5f} to {point.high:.5f}")
-        for point in sorted([found.point, *others], key=lambda point: point.bits_per_value)
-    ]
-    table = _table(("codec", "bits a value", "KL, nats", "interval"), rows)
-    return _picture(drawings.rate_quality(found.point, others), "KL against bits a value") + table
 
 
 def _percentile(name: str) -> str:

@@ -1,23 +1,14 @@
-"""Where the error comes from: what each site alone adds to the KL divergence."""
+"""The error by site: what each alone adds to the KL divergence."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from narrowcast.attach import attach
+from narrowcast.evaluation.scoring import scored, standing_by
 from narrowcast.plan import Plan
-from narrowcast.runtime.counters import Report, SiteReport
-from narrowcast.scores import Items, Score, compare, log_probs
-
-
-def score_simulated(
-    model: nn.Module, plan: Plan, reference: Iterable[Tensor], batches: Sequence[Tensor], *, algorithm: str = "auto"
-) -> tuple[Score, Report]:
-    """The score of `plan` on a whole model, and what its ranks would send; reference and batches as in `compare`."""
-    with attach(model, plan, simulate=True, algorithm=algorithm) as handle:
-        score = compare(reference, (log_probs(model, ids) for ids in batches), batches)
-    return score, handle.report()
+from narrowcast.runtime.counters import SiteReport
+from narrowcast.scores import Items
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +25,18 @@ class SiteError:
 
 
 def site_errors(
-    model: nn.Module, plan: Plan, reference: Iterable[Tensor], batches: Sequence[Tensor], *, algorithm: str = "auto"
-) -> Iterator[SiteError]:
-    """One run over `batches` for each site of `plan`, and one without any, simulated on a whole model.
+    model: nn.Module, plan: Plan, batches: Iterable[Tensor], reference: Iterable[Tensor], *, algorithm: str = "auto"
+) -> list[SiteError]:
+    """The error of each site of `plan`, simulated on a whole model: a forward a site and batch of ids [B, T].
 
-    `reference`: log-probabilities [B, T, V] of the uncompressed model for each batch of ids [B, T], read once a run.
+    `reference`: the uncompressed model's log-probabilities [B, T, V] of each batch.
     """
-    plain, _ = score_simulated(model, plan.only(()), reference, batches, algorithm=algorithm)
-    for site in plan.sites:
-        score, report = score_simulated(model, plan.only([site]), reference, batches, algorithm=algorithm)
-        added = score.by_sequence["kl_nats"] - plain.by_sequence["kl_nats"]
-        yield SiteError(site=site, added_kl_nats=added, report=report.sites[site])
+    sites = list(plan.sites)
+    plans = [plan.only(()), *(plan.only([site]) for site in sites)]
+    with standing_by(model, plans, simulate=True, algorithm=algorithm) as handles:
+        plain, *scores = (score.by_sequence["kl_nats"] for score in scored(model, handles, batches, reference))
+        reports = [handle.report() for handle in handles[1:]]
+    return [
+        SiteError(site=site, added_kl_nats=kl - plain, report=report.sites[site])
+        for site, kl, report in zip(sites, scores, reports, strict=True)
+    ]

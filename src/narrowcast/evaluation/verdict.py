@@ -1,4 +1,4 @@
-"""Whether a model's answers got worse: figures of two runs over the same items, compared pair by pair."""
+"""The verdict on a change: figures of two runs over the same items, compared pair by pair."""
 
 import math
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ IN_NATS = "kl_nats", "nll_nats"  # of these less is better; of all others, share
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """What became of one figure.
+    """One figure then and now.
 
     `change`: the mean paired difference, with its 95 % confidence `interval`. `tolerated`: the largest change that
     does not matter, in the figure's own unit. `p_worse`, `p_better`: Holm's p-values, one-sided.
@@ -59,7 +59,7 @@ class Change:
 def changes(
     baseline: Mapping[str, Items], found: Mapping[str, Items], *, tolerance: float = DEFAULT_TOLERANCE
 ) -> dict[str, Change]:
-    """What became of each figure of `baseline`, item by item: sequences of a text, or questions of a task.
+    """Compare each figure of `baseline`, item by item: sequences of a text, or questions of a task.
 
     "kl_nats" must be among them and "nll_nats" may be; any other figure is a share of right answers. `tolerance` is
     relative to what the baseline lacks: its KL divergence or, of a share, the rest to 1. NLL is allowed as many nats

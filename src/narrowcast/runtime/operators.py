@@ -16,7 +16,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from narrowcast.runtime.wires import Wires
 
-_library = torch.library.Library("narrowcast", "FRAGMENT")
+_library = torch.library.Library("narrowcast", "DEF")
 _numbers = itertools.count()
 _wires: "WeakValueDictionary[int, Wires]" = WeakValueDictionary()
 

@@ -47,10 +47,7 @@ class Sites:
         nodes = tuple(tuple(group) for group in groups)
         self._transforms = {name: transform.to(device) for name, transform in transforms.items()}
         mixes = {name: each.remix.mix for name, each in self._transforms.items() if each.remix is not None}
-        self._coded = {
-            name: Hops(tuple(hops), nodes, mixes.get(name))
-            for name, hops in codecs.items()
-        }
+        self._coded = {name: Hops(tuple(hops), nodes, mixes.get(name)) for name, hops in codecs.items()}
         self._algorithm, self._deterministic = algorithm, deterministic
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
         self._algorithms: dict[tuple[str, str, int, int], str] = {}

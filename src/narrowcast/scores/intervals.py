@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """Where a mean lies, at the confidence asked for."""
+    """The ends between which a mean lies, at the confidence asked for."""
 
     low: float
     high: float
@@ -53,7 +53,7 @@ class Items:
         return Interval(self.mean - reach, self.mean + reach)
 
     def p_above_zero(self) -> float:
-        """How likely a mean this large is, or a larger one, where the true one is not above zero."""
+        """The probability of a mean this large, or larger, where the true one is not above zero."""
         mean, error = self.mean, self.standard_error
         if len(self.values) < 2 or error == 0:  # a change that is the same everywhere is no accident
             return 1.0 if len(self.values) < 2 or mean <= 0 else 0.0
@@ -61,7 +61,7 @@ class Items:
         return (1 - within) / 2 if mean > 0 else (1 + within) / 2
 
     def __sub__(self, other: "Items") -> "Items":
-        """What this figure is more than `other` by, item by item of the same text."""
+        """The difference from `other`, item by item of the same text."""
         assert self.weights == other.weights, "pairs of the same items"
         values = (mine - theirs for mine, theirs in zip(self.values, other.values, strict=True))
         return Items(values=tuple(values), weights=self.weights)
@@ -79,7 +79,7 @@ class Items:
 
     @classmethod
     def from_json(cls, figures: Mapping[str, Any]) -> Self:
-        """What `to_json` gave; KeyError, TypeError or ValueError for anything else."""
+        """Items from the values of `to_json`; KeyError, TypeError or ValueError for anything else."""
         values, weights = tuple(map(float, figures["values"])), tuple(map(int, figures["weights"]))
         if len(values) != len(weights) or not values or min(weights) < 1 or not all(map(math.isfinite, values)):
             raise ValueError("no finite value with its weight for each item")
@@ -87,9 +87,9 @@ class Items:
 
 
 def t_within(t: float, degrees: int) -> float:
-    """How likely Student's t of whole `degrees` of freedom is within -t to t: the finite sums of Abramowitz and Stegun.
+    """The probability that Student's t of whole `degrees` of freedom is within -t to t (Abramowitz and Stegun).
 
-    Formulas 26.7.3 and 26.7.4; exact but for rounding.
+    The finite sums 26.7.3 and 26.7.4; exact but for rounding.
     """
     angle, odd = math.atan(t / math.sqrt(degrees)), degrees % 2
     cosine = math.cos(angle)

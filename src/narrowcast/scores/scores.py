@@ -103,32 +103,49 @@ def log_probs(model: nn.Module, ids: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).cpu()
 
 
+class Scorer:
+    """Score a coded model beside the reference, batch by batch: nothing but figures is kept of a batch."""
+
+    def __init__(self) -> None:
+        self._kl_by_token: list[NDArray[np.float32]] = []
+        self._rows: list[tuple[float, ...]] = []
+
+    def add(self, expected_BTV: Tensor, found_BTV: Tensor, ids_BT: Tensor) -> None:
+        """Log-probabilities of the reference and of the model. Each row is a sequence of two tokens or more."""
+        for sequence in zip(expected_BTV, found_BTV, ids_BT, strict=True):
+            kl_T, row = _compared(*sequence)
+            self._kl_by_token.append(kl_T)
+            self._rows.append(row)
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that were added."""
+        return len(self._rows)
+
+    def score(self) -> Score:
+        """The score of all that was added, one batch or more."""
+        lengths = tuple(map(len, self._kl_by_token))
+        predicted = tuple(length - 1 for length in lengths)  # nothing tells the first token of a sequence
+        *figures, nll, reference_nll = zip(*self._rows, strict=True)
+        by_sequence = {
+            name: Items(values=values, weights=lengths) for name, values in zip(FIGURES, figures, strict=True)
+        }
+        return Score(
+            by_sequence={**by_sequence, "nll_nats": Items(values=nll, weights=predicted)},
+            reference_nll_nats=Items(values=reference_nll, weights=predicted),
+            kl_by_token=np.concatenate(self._kl_by_token),
+        )
+
+
 def compare(reference: Iterable[Tensor], model: Iterable[Tensor], batches: Sequence[Tensor]) -> Score:
     """Score `model` against `reference`: log-probabilities [B, T, V] of both for each batch of ids [B, T].
 
-    Each row is a sequence of two tokens or more. Batches are taken one at a time.
+    Batches are taken one at a time.
     """
-    kl_by_token, rows, lengths = [], [], []
-    for expected, found, ids in zip(reference, model, batches, strict=True):
-        for sequence in zip(expected, found, ids, strict=True):
-            kl_T, row = _compared(*sequence)
-            kl_by_token.append(kl_T)
-            rows.append(row)
-            lengths.append(len(kl_T))
-    columns: list[tuple[float, ...]] = list(zip(*rows, strict=True))
-    *figures, nll, reference_nll = columns
-    predicted = tuple(length - 1 for length in lengths)  # nothing tells the first token of a sequence
-    return Score(
-        by_sequence={
-            **{
-                name: Items(values=values, weights=tuple(lengths))
-                for name, values in zip(FIGURES, figures, strict=True)
-            },
-            "nll_nats": Items(values=nll, weights=predicted),
-        },
-        reference_nll_nats=Items(values=reference_nll, weights=predicted),
-        kl_by_token=np.concatenate(kl_by_token),
-    )
+    found = Scorer()
+    for batch in zip(reference, model, batches, strict=True):
+        found.add(*batch)
+    return found.score()
 
 
 def _compared(expected_TV: Tensor, found_TV: Tensor, ids_T: Tensor) -> tuple[NDArray[np.float32], tuple[float, ...]]:

@@ -1,4 +1,4 @@
-"""What two models' answers to the same items say: accuracy kept, answers changed, each with its 95 % interval."""
+"""Figures of two models' answers to the same items: accuracy kept, answers changed, each with its 95 % interval."""
 
 import math
 from collections.abc import Mapping, Sequence

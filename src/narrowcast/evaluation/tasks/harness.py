@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,24 +14,23 @@ from torch import nn
 
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.evaluation.tasks.figures import Answer, TaskAnswers
-from narrowcast.evaluation.tasks.local import local_task
+from narrowcast.launch.torchrun import is_first_rank
 
 BATCH_SIZE = 8  # requests; prompts are short, and the harness sorts them by length
 
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSet:
-    """Tasks by the harness's names, from JSONL files in `folder` or from the hub; `limit` items of each at most."""
+    """Tasks of the harness: names of its own, or YAML files as it takes them; `limit` items of each at most."""
 
     names: Sequence[str]
-    folder: Path | None = None
     limit: int | None = None
 
 
 def load_tasks(tasks: TaskSet) -> dict[str, Any]:
     """The harness's tasks by name. Groups of the harness come as their members.
 
-    InvalidInputError for unknown names, missing or malformed data, and tasks that are not scored by `acc` over the
+    InvalidInputError for unknown names, data that are not there, and tasks that are not scored by `acc` over the
     likelihood of texts; MissingDependencyError without lm-eval.
     """
     _check_installed()
@@ -41,27 +41,24 @@ def load_tasks(tasks: TaskSet) -> dict[str, Any]:
     if tasks.limit is not None and tasks.limit < 1:
         raise InvalidInputError("limit", expected="1 item or more", found=tasks.limit, remedy="Leave it out for all.")
     with _hushed(progress=False):
-        if tasks.folder is None:
-            found = _of_hub(tasks.names)
-        else:
-            found = {name: local_task(name, tasks.folder) for name in tasks.names}
+        found = _loaded(list(tasks.names))
     for name, task in found.items():
         _check_scored_by_likelihood(name, task)
         task.set_config("num_fewshot", 0)
     return found
 
 
-def answer(model: nn.Module, tokenizer: Any, tasks: TaskSet, *, progress: bool = False) -> dict[str, TaskAnswers]:
-    """What `model` answers, by task; with a plan attached, coded. On ranks every rank calls this, and gets the same.
+def answer(model: nn.Module, tokenizer: Any, tasks: TaskSet) -> dict[str, TaskAnswers]:
+    """Answers of `model` by task; with a plan at work, coded. Ranks of a split model all call this, and get the same.
 
     Log-probabilities are taken in FP32, where the harness would stay in the model's dtype: sums of BF16 ones come in
-    steps of up to 0.5, so that answers would tie. With `progress`, the harness's bars go to stderr.
+    steps of up to 0.5, so that answers would tie. The harness's bars go to stderr where somebody watches.
     """
     loaded = load_tasks(tasks)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _hushed(progress=progress):
+    with _hushed(progress=is_first_rank() and sys.stderr.isatty()):
         # A model that is passed ready-made is one model to the harness, whatever ranks there are: nothing is sharded.
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE, softmax_dtype="float32")
         found = lm_eval.evaluate(lm, {"tasks": loaded}, limit=tasks.limit, bootstrap_iters=0)
@@ -82,27 +79,29 @@ def _check_installed() -> None:
         raise MissingDependencyError("lm-eval", "tasks") from error
 
 
-def _of_hub(names: Sequence[str]) -> dict[str, Any]:
+def _loaded(names: list[str]) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
     from lm_eval.tasks import TaskManager
 
-    manager = TaskManager()
-    unknown = sorted(set(names) - set(manager.all_tasks))
+    own = [name for name in names if not name.endswith(".yaml")]
+    manager = TaskManager(include_defaults=bool(own))
+    unknown = sorted(set(own) - set(manager.all_tasks))
+    unknown += [name for name in names if name not in own and not Path(name).is_file()]
     if unknown:
         raise InvalidInputError(
             f"task {', '.join(unknown)}",
-            expected="names of tasks of lm-eval",
+            expected="names of tasks of lm-eval, or YAML files of one each",
             found="others",
             remedy="Run `lm-eval ls tasks` for a list.",
         )
     try:
-        return dict(manager.load(list(names))["tasks"])
+        return dict(manager.load(names)["tasks"])
     except (OSError, ValueError, DatasetsError) as error:
         raise InvalidInputError(
             f"tasks {', '.join(names)}",
-            expected="data sets that the hub hands out",
+            expected="data sets that the hub hands out, or files that are there",
             found=str(error).strip().splitlines()[0].rstrip("."),
-            remedy="Check the connection, or pass --tasks-data with files.",
+            remedy="Check the connection, or pass a YAML file whose data_files are on this machine.",
         ) from error
 
 
@@ -125,7 +124,7 @@ def _chosen(task: Any, sample: Mapping[str, Any]) -> int:
 
 
 def _is_truncated(lm: Any, sample: Mapping[str, Any]) -> bool:
-    """Whether the harness cut a request's beginning: a model of N positions reads N tokens to predict the next."""
+    """True if the harness cut a request's beginning: a model of N positions reads N tokens to predict the next."""
     return any(len(lm.tok_encode(context + text)) > lm.max_length + 1 for context, text in sample["arguments"])
 
 

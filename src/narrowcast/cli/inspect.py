@@ -1,4 +1,4 @@
-"""`narrowcast plan inspect`: a plan at a glance."""
+"""`narrowcast inspect`: a plan at a glance."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from narrowcast.cli.options import OUTPUT, Overwrite
 from narrowcast.codecs import Codec, FeatureCodec
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import drawings
@@ -17,26 +18,21 @@ from narrowcast.files import check_writable
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
 
-app = typer.Typer(help="Look into plans.", no_args_is_help=True)
-
-# Stage, its title, and what the expected error is of: an algorithm, or a value that is coded once.
-STAGES = (
-    (0, "What the ranks put in (stage 0)", ("one_shot", "once")),
-    (1, "Sums, where they travel again (stage 1)", ("two_shot",)),
-    (2, "Sums of nodes (stage 2)", ("hierarchical",)),
+# Hop, its title, and what the expected error is of: an algorithm, or a value that is coded once.
+HOPS = (
+    (0, "Values of the ranks (hop 0)", ("one_shot", "once")),
+    (1, "Sums, where they travel again (hop 1)", ("two_shot",)),
+    (2, "Sums of nodes (hop 2)", ("hierarchical",)),
 )
 
 
-@app.callback()
-def group() -> None:
-    """Look into plans."""
-
-
-@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="A file that calibrate wrote.")],
-    plot: Annotated[Path | None, typer.Option(help="Draw the ranges of each site into this PNG file.")] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the PNG file if it exists.")] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Draw each site's ranges into this PNG file.", rich_help_panel=OUTPUT),
+    ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Show a plan: what was tuned, sites, codecs, bits, outliers, scales and expected errors at a glance."""
     if plot is not None:
@@ -50,23 +46,27 @@ def inspect(
         console.print(f"nodes: {', '.join(str(list(group)) for group in plan.groups)}", highlight=False)
     for line in _decisions(plan):
         console.print(line, highlight=False)
-    for stage, title, errors in STAGES:
-        if any(stage < len(site.codecs) for site in plan.sites.values()):
-            console.print(_table(plan, stage, title, errors))
+    for hop, title, errors in HOPS:
+        if any(hop < len(site.codecs) for site in plan.sites.values()):
+            console.print(_table(plan, hop, title, errors))
     if plot is not None:
-        if not (sites := with_ranges(plan)):
-            raise InvalidInputError(
-                "--plot",
-                expected="a plan with calibrated ranges, such as int4-feature's",
-                found=f"codecs {', '.join(sorted({codec_name(site.codecs[0]) for site in plan.sites.values()}))}",
-                remedy="Inspect it without --plot.",
-            )
-        drawings.ranges(sites, str(plan.split)).savefig(plot, dpi=120, format="png")
+        _draw(plan, plot)
         console.print(f"ranges drawn into {plot}", markup=False)
 
 
+def _draw(plan: Plan, plot: Path) -> None:
+    if not (sites := with_ranges(plan)):
+        raise InvalidInputError(
+            "--plot",
+            expected="a plan with calibrated ranges, such as int4-feature's",
+            found=f"codecs {', '.join(sorted({codec_name(site.codecs[0]) for site in plan.sites.values()}))}",
+            remedy="Inspect it without --plot.",
+        )
+    drawings.ranges(sites, str(plan.split)).savefig(plot, dpi=120, format="png")
+
+
 def _decisions(plan: Plan) -> Iterator[str]:
-    """Which way sums take, by their number of tokens."""
+    """The way that sums take, by their number of tokens."""
     decisions = plan.decisions
     if not decisions.coded:
         yield "not tuned: every sum is coded, whatever its size"
@@ -76,17 +76,17 @@ def _decisions(plan: Plan) -> Iterator[str]:
             yield f"tuned over {decisions.transport}, {what} of {num_features} features: {ways}"
 
 
-def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table:
+def _table(plan: Plan, hop: int, title: str, errors: tuple[str, ...]) -> Table:
     title += f": scales, and the relative RMS error of {' or '.join(errors)}"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows, bits = [], bits_by_site(plan)
     for name, site in plan.sites.items():
-        if stage < len(site.codecs):
+        if hop < len(site.codecs):
             error = next((f"{site.error[name]:.3f}" for name in errors if name in site.error), "")
             short = name.removeprefix("model.").removeprefix("layers.")
-            codec = site.codecs[stage]
-            transformed = _components(site, stage)
-            bits_here = f"{bits[name][stage]:.4f}"
+            codec = site.codecs[hop]
+            transformed = _components(site, hop)
+            bits_here = f"{bits[name][hop]:.4f}"
             rows.append((short, site.kind, codec_name(codec), *transformed, bits_here, *_scales(codec), error))
     columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "min", "median", "max", "error"
     alike = len({site.kind for site in plan.sites.values()}) == 1
@@ -101,11 +101,11 @@ def _table(plan: Plan, stage: int, title: str, errors: tuple[str, ...]) -> Table
     return table
 
 
-def _components(site: Site, stage: int) -> tuple[str, str]:
+def _components(site: Site, hop: int) -> tuple[str, str]:
     """Along whose axes how many components travel; nothing where features do."""
     if site.transform is None:
         return "", ""
-    num_sent = site.transform.num_reduced if stage else site.transform.num_components
+    num_sent = site.transform.num_reduced if hop else site.transform.num_components
     return site.transform.axes, str(num_sent)
 
 

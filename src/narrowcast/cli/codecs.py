@@ -1,0 +1,41 @@
+"""`narrowcast codecs`: the presets, spelt out, with their bits, what they need, and what they cost here."""
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from narrowcast.codecs import PRESETS, Ranges
+from narrowcast.codecs.catalogue import NUM_FEATURES, Entry, catalogue
+from narrowcast.perf.cost import measure_coding
+
+NUM_SOURCES = 2
+NEEDS = {"nothing": "", "ranges": "text", "the whole model": "model"}
+
+
+def codecs() -> None:
+    """List the presets: bits a value, what they need, and what coding a token of 4096 features costs here.
+
+    Any other codec is spelt out, such as group(bits=5, size=64), on the command line as in Python.
+    """
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in ("preset", "spelt out", "needs"):
+        table.add_column(column, no_wrap=True)
+    for column in ("bits", "us"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for entry in catalogue():
+        spelling = entry.spelling.replace(", ", ",")  # a table of 80 columns
+        microseconds = "" if entry.product else f"{1e6 * _seconds(entry):.1f}"
+        table.add_row(entry.name, spelling, NEEDS[entry.needs], f"{entry.bits_per_value:.2f}", microseconds)
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(
+        f"\nBits a value of {NUM_FEATURES} features; us to encode a token of as many and to add two up, on one thread. "
+        "needs: text for ranges of features; the whole model on text, gradients too. transform also multiplies each "
+        "sum by a matrix, which the plan holds. Any other codec is spelt out likewise, on the command line as in Python."
+    )
+
+
+def _seconds(entry: Entry) -> float:
+    codec = PRESETS[entry.name].codec(Ranges.of(torch.ones(NUM_SOURCES, 1, NUM_FEATURES)))
+    cost = measure_coding(codec, NUM_FEATURES)
+    return NUM_FEATURES * (cost.encode_s + NUM_SOURCES * cost.decode_s)

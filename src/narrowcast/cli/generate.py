@@ -1,0 +1,64 @@
+"""`narrowcast generate`: prompts continued by a split model with a plan."""
+
+from typing import Annotated
+
+import typer
+
+from narrowcast.cli.options import TEXT, ModelArgument, PlanOption, Timeout, TransportOption
+from narrowcast.engines import load_engine
+from narrowcast.errors import InvalidInputError
+from narrowcast.evaluation.ranks import Job, run_on_ranks
+from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.plan import Plan
+from narrowcast.plan.split import Split
+from narrowcast.runtime.counters import Report
+from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
+
+
+def generate(
+    model: ModelArgument,
+    plan: PlanOption,
+    prompt: Annotated[
+        list[str], typer.Option(metavar="TEXT", help="To continue; again and again for several.", rich_help_panel=TEXT)
+    ],
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Tokens to add at most.", rich_help_panel=TEXT)
+    ] = 64,
+    transport: TransportOption = "auto",
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
+) -> None:
+    """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
+    check_transport(transport)
+    split = Plan.load(plan).split
+    tokenizer = load_engine().load_tokenizer(model)
+    prompts = [tokenizer(each, return_tensors="pt").input_ids for each in prompt]
+    if any(ids.shape[1] == 0 for ids in prompts):
+        raise InvalidInputError("--prompt", expected="text", found="nothing", remedy="Pass at least a word.")
+    job = Job(
+        model=model,
+        plans=[plan],
+        transport=transport,
+        timeout_s=timeout,
+        prompts=prompts,
+        max_new_tokens=max_new_tokens,
+    )
+    (outcome,) = run_on_ranks(job, split)
+    if not is_first_rank():
+        return
+    for start, ids in zip(prompts, outcome.continuations, strict=True):
+        typer.echo(tokenizer.decode([*start[0].tolist(), *ids], skip_special_tokens=True))
+    typer.echo(summary(outcome.report, split), err=True)
+
+
+def summary(report: Report, split: Split) -> str:
+    """A sentence on what the first rank of each stage sent; clipping on all ranks."""
+    each = "a token and rank" if split.pp_size == 1 else "a token, the first ranks of all stages together"
+    bits = "nothing" if report.bits_per_value is None else f"{report.bits_per_value:.4f} bits a value"
+    uncompressed = ", ".join(f"{name} {nbytes:.0f}" for name, nbytes in report.uncompressed_bytes_per_token.items())
+    return (
+        f"sent {bits}, {report.wire_bytes_per_token:.0f} bytes {each}"
+        + (f"; uncompressed besides, bytes {each}: {uncompressed}" if uncompressed else "")
+        + (f"; {report.num_saturated} values clipped on all ranks" if report.num_saturated else "")
+        + (f"; {report.num_non_finite} values not finite" if report.num_non_finite else "")
+        + (f"; {report.num_guarded} tokens coded by the guard (far out of range)" if report.num_guarded else "")
+    )

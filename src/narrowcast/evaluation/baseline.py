@@ -1,0 +1,63 @@
+"""A baseline: the figures of an earlier evaluation, by sequence, and the conditions under which they were found."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from narrowcast.errors import InvalidInputError
+from narrowcast.evaluation.evaluation import Evaluation
+from narrowcast.evaluation.verdict import Change, changes
+from narrowcast.files import read_report
+from narrowcast.scores import Items
+
+REMEDY = "Write one with evaluate --json."
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """The report in `path`, as `Evaluation.to_json` gave it."""
+
+    path: Path
+    report: Mapping[str, Any]
+    figures: Mapping[str, Items]
+
+    @classmethod
+    def load(cls, path: Path) -> "Baseline":
+        """InvalidInputError for what is no report, or none of an evaluation."""
+        report = read_report(path, remedy=REMEDY)
+        try:
+            figures = {name: Items.from_json(items) for name, items in report["by_sequence"].items()}
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InvalidInputError(
+                str(path), expected="figures by sequence", found=f"{type(error).__name__}: {error}", remedy=REMEDY
+            ) from error
+        return cls(path, report, figures)
+
+    def check(self, conditions: Mapping[str, Any]) -> None:
+        """InvalidInputError unless its figures were found under these conditions."""
+        for name, mine in conditions.items():
+            if (theirs := self.report.get(name)) != mine:
+                raise InvalidInputError(
+                    str(self.path),
+                    expected=f"figures found under the same conditions, {name} {_short(mine)}",
+                    found=_short(theirs),
+                    remedy="Score the same model, split and text with the same options, or make another report.",
+                )
+
+    def changes(self, found: Evaluation) -> dict[str, Change]:
+        """The change of each figure; InvalidInputError unless all were found for the same sequences."""
+        self.check({**found.conditions, "reference": found.reference})
+        now = found.score.by_sequence
+        for name, items in self.figures.items():
+            if name not in now or now[name].weights != items.weights:
+                other = "other items" if name in now else "none"
+                raise InvalidInputError(
+                    str(self.path), expected=f"items of {name} as scored", found=other, remedy=REMEDY
+                )
+        return changes(self.figures, now)
+
+
+def _short(value: object) -> str:
+    """A condition in a sentence: of a digest, enough to tell it from another."""
+    return str(value)[:12] if value is not None else "none"

@@ -1,0 +1,35 @@
+"""Greedy continuations of prompts."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from narrowcast.engines import device_of, engine_of
+
+
+@torch.no_grad()
+def continuations(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
+    """Ids that `model` adds to each prompt [1, T], up to the end of text.
+
+    All prompts go in one batch, padded on the left; through a pipeline one by one, as only its first stage knows of
+    padding.
+    """
+    if len(prompts) > 1 and engine_of(model).split_of(model).pp_size > 1:
+        return [ids for prompt in prompts for ids in continuations(model, [prompt], max_new_tokens)]
+    width = max(prompt.shape[1] for prompt in prompts)
+    ids = torch.cat([functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts])
+    mask = torch.cat([functional.pad(torch.ones_like(prompt), (width - prompt.shape[1], 0)) for prompt in prompts])
+    device = device_of(model)
+    generated = model.generate(  # type: ignore[operator]
+        ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=0,  # masked wherever it stands
+    )
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    ends = {ends} if isinstance(ends, int) else set(ends or ())  # type: ignore[arg-type]
+    return [list(itertools.takewhile(lambda id: id not in ends, row)) for row in generated[:, width:].tolist()]

@@ -1,0 +1,161 @@
+"""Evaluations on real ranks, each in its own process with its part of the model: started here, or by torchrun."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor, nn
+
+from narrowcast.attach import Handle
+from narrowcast.engines import load_engine
+from narrowcast.evaluation.continuations import continuations
+from narrowcast.evaluation.evaluation import Evaluation, conditions
+from narrowcast.evaluation.progress import Track, untold
+from narrowcast.evaluation.reference import Reference
+from narrowcast.evaluation.scoring import at_work, scored, standing_by
+from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
+from narrowcast.launch import is_first_rank, run
+from narrowcast.plan import Plan
+from narrowcast.plan.decisions import Decisions
+from narrowcast.plan.split import Split
+from narrowcast.runtime.counters import Report, SiteReport
+from narrowcast.scores import Score
+from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, transports_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The work of ranks that share the model of a folder or hub name, under each of `plans` in turn.
+
+    They score `batches` (ids [B, T]) and answer `tasks`, both beside the uncompressed model, then continue `prompts`
+    (ids [1, T]). `timeout_s`: how long they wait for one of them before it counts as lost.
+    """
+
+    model: str
+    plans: Sequence[Path]
+    algorithm: str = "auto"
+    transport: str = "auto"
+    timeout_s: float = DEFAULT_TIMEOUT_S
+    batches: Sequence[Tensor] = ()
+    tasks: TaskSet | None = None
+    prompts: Sequence[Tensor] = ()
+    max_new_tokens: int = 0
+    track: Track = untold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """The outcome of one plan on the first rank. `report`: of scoring, or, without batches, of continuing prompts."""
+
+    report: Report
+    reference: Literal["whole", "split"] | None = None
+    score: Score | None = None
+    tasks: AnsweredTasks | None = None
+    continuations: list[list[int]] = field(default_factory=list)
+
+
+def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
+    """One outcome a plan. Under torchrun, ranks but the first know their reports and continuations alone."""
+    return run(_on_rank, split.world_size, job, split, timeout_s=job.timeout_s)[0]
+
+
+def evaluate_on_ranks(
+    model: str,
+    path: Path,
+    batches: Sequence[Tensor],
+    *,
+    algorithm: str = "auto",
+    tasks: TaskSet | None = None,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    track: Track = untold,
+) -> Evaluation | None:
+    """Evaluate the plan in `path` on real ranks, as `evaluate` does on virtual ones of the same model.
+
+    None on ranks but the first under torchrun.
+    """
+    plan = Plan.load(path)
+    job = Job(
+        model=model, plans=[path], algorithm=algorithm, timeout_s=timeout_s, batches=batches, tasks=tasks, track=track
+    )
+    (outcome,) = run_on_ranks(job, plan.split)
+    if not is_first_rank():
+        return None
+    assert outcome.score is not None and outcome.reference is not None, "the first rank scores batches"
+    return Evaluation(
+        plan=plan,
+        conditions=conditions(plan, batches, algorithm),
+        reference=outcome.reference,
+        real=True,
+        score=outcome.score,
+        report=outcome.report,
+        tasks=outcome.tasks,
+    )
+
+
+def _on_rank(job: Job, split: Split) -> list[Outcome]:
+    model = load_engine().load(job.model, split=split)
+    plans = [Plan.load(path) for path in job.plans]
+    if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
+        plans = [replace(plan, decisions=Decisions()) for plan in plans]
+    options = {"algorithm": job.algorithm, "transport": job.transport, "timeout_s": job.timeout_s}
+    with standing_by(model, plans, **options) as handles:
+        outcomes = _compared(job, model, handles) if job.batches else None
+        said = [_said(job, model, handle) for handle in handles]
+        if outcomes is None:
+            outcomes = [Outcome(report=_report(model, handle)) for handle in handles]
+    return [replace(outcome, continuations=ids) for outcome, ids in zip(outcomes, said, strict=True)]
+
+
+def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Outcome]:
+    """Scores and tasks, beside the uncompressed model."""
+    reference = Reference(job.model, model)
+    batches = job.track(job.batches, "scoring")
+    scores: Sequence[Score | None] = scored(model, handles, batches, reference.log_probs(job.batches))
+    outcomes = [
+        Outcome(report=_report(model, handle), reference=reference.kind, score=score)
+        for handle, score in zip(handles, scores or [None] * len(handles), strict=True)
+    ]
+    tasks, tokenizer = job.tasks, load_engine().load_tokenizer(job.model)
+    if tasks is None:
+        return outcomes
+    plain = reference.ask(lambda whole: answer(whole, tokenizer, tasks))
+    for place, handle in enumerate(handles):
+        with at_work(handle):
+            coded = answer(model, tokenizer, tasks)
+        if plain is not None:
+            outcomes[place] = replace(outcomes[place], tasks=AnsweredTasks(tasks, plain, coded))
+    return outcomes
+
+
+def _said(job: Job, model: nn.Module, handle: Handle) -> list[list[int]]:
+    if not job.prompts:
+        return []
+    with at_work(handle):
+        return continuations(model, job.prompts, job.max_new_tokens)
+
+
+def _report(model: nn.Module, handle: Handle) -> Report:
+    """The report of the first rank of every stage, and clipping on all ranks, as the simulation counts it."""
+    tp, pp = transports_of(load_engine().groups(model))
+    report = handle.report()
+    if tp is not None:
+        ranks = _shared(tp, report)
+        report = Report(
+            sites={
+                name: site.counting([each.sites[name] for each in ranks if name in each.sites])
+                for name, site in ranks[0].sites.items()
+            }
+        )
+    if pp is not None:
+        sites: dict[str, SiteReport] = {}
+        for stage in _shared(pp, report):
+            sites |= {name: sites[name] + site if name in sites else site for name, site in stage.sites.items()}
+        report = Report(sites=sites)
+    return report
+
+
+def _shared(ranks: Transport, report: Report) -> list[Report]:
+    texts = ranks.share(json.dumps(report.to_json()), "adding up reports")
+    return [Report.from_json(json.loads(text)) for text in texts]

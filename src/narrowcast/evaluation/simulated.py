@@ -1,0 +1,72 @@
+"""Evaluating a plan on a whole model, all ranks simulated in this process."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from narrowcast.errors import InvalidInputError
+from narrowcast.evaluation.evaluation import Evaluation, conditions
+from narrowcast.evaluation.progress import Track, untold
+from narrowcast.evaluation.scoring import at_work, scored, standing_by
+from narrowcast.evaluation.sites import SiteError, site_errors
+from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
+from narrowcast.plan import Plan
+from narrowcast.plan.decisions import Decisions
+from narrowcast.scores import log_probs
+
+NUM_SITE_BATCHES = 4
+
+
+def evaluate(
+    model: nn.Module,
+    plan: Plan,
+    batches: Sequence[Tensor],
+    *,
+    algorithm: str = "auto",
+    reference: Sequence[Tensor] | None = None,
+    sites: bool = False,
+    tasks: TaskSet | None = None,
+    tokenizer: Any = None,
+    track: Track = untold,
+) -> Evaluation:
+    """Score `plan` on text: token ids [B, T], each row a sequence of two tokens or more.
+
+    Each batch goes through `model`, whole and uncompressed, then through the same with the plan attached; nothing but
+    figures is kept of it. `reference`: log-probabilities [B, T, V] of the uncompressed model for each batch, where they
+    are at hand. Of a tuned plan, too, every sum is coded: what it leaves uncoded for speed makes answers only better.
+    `sites`: measure too what each site alone adds to the KL divergence, on the first batches.
+    `tasks`: let lm-evaluation-harness ask both models, too, which takes the `tokenizer`.
+    Raises InvalidInputError for what `attach` refuses, and for no batches.
+    """
+    if not batches:
+        raise InvalidInputError("batches", expected="one or more", found="none", remedy="Pass token ids [B, T].")
+
+    def uncompressed(num_batches: int) -> Iterable[Tensor]:
+        some = batches[:num_batches]
+        return (log_probs(model, ids) for ids in some) if reference is None else reference[:num_batches]
+
+    coded = replace(plan, decisions=Decisions())
+    with standing_by(model, [coded], simulate=True, algorithm=algorithm) as (handle,):
+        (score,) = scored(model, [handle], track(batches, "scoring"), uncompressed(len(batches)))
+        report = handle.report()
+        answered = None
+        if tasks is not None:
+            plain = answer(model, tokenizer, tasks)
+            with at_work(handle):
+                answered = AnsweredTasks(tasks, plain, answer(model, tokenizer, tasks))
+    errors: Sequence[SiteError] = ()
+    if sites:
+        first = batches[:NUM_SITE_BATCHES]
+        errors = site_errors(model, coded, track(first, "sites"), uncompressed(len(first)), algorithm=algorithm)
+    return Evaluation(
+        plan=plan,
+        conditions=conditions(plan, batches, algorithm),
+        reference="whole",
+        real=False,
+        score=score,
+        report=report,
+        sites=errors,
+        tasks=answered,
+    )
