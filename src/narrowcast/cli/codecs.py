@@ -31,7 +31,7 @@ def codecs() -> None:
     console.print(
         f"\nBits a value of {NUM_FEATURES} features; us to encode a token of as many and to add two up, on one thread. "
         "needs: text for ranges of features; the whole model on text, gradients too. transform also multiplies each "
-        "sum by a matrix, which the plan holds. Any other codec is spelt out likewise, on the command line as in Python."
+        "sum by a matrix, which the plan holds. Any other codec is spelt out likewise, in Python as here."
     )
 
 
