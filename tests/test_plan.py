@@ -192,7 +192,7 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
 
 def signed(path: Path, header: object) -> None:
     """A file with a valid digest over whatever `header` says: what a hostile or broken writer may leave."""
-    from narrowcast.plan import _digest
+    from narrowcast.plan.plan import _digest
 
     text = json.dumps(header)
     metadata = {"narrowcast": text, "sha256": _digest(text, {})}

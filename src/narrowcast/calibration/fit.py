@@ -15,6 +15,7 @@ from narrowcast.calibration.moments import Moments
 from narrowcast.codecs import AllocatedCodec, Codec, FittedRecipe, TransformRecipe
 from narrowcast.codecs.allocation import BLOCK, UNIT_NBYTES, Entry, allocate, in_blocks
 from narrowcast.codecs.fitted import fitted
+from narrowcast.collectives import named
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.transform import Part, Remix, Transform
 
@@ -61,7 +62,7 @@ def fit(moments: Mapping[str, Moments], recipe: FittedRecipe, *, bits: float, al
             found=bits,
             remedy="Ask for more.",
         )
-    recoded = recodes(algorithm)
+    recoded = named(algorithm).recodes
     hops = {site: hop_axes(each, recipe, recoded=recoded) for site, each in moments.items()}
     entries, nbytes = [], 0.0
     for site, (partial, total) in hops.items():
@@ -69,11 +70,6 @@ def fit(moments: Mapping[str, Moments], recipe: FittedRecipe, *, bits: float, al
         nbytes += (1 + recoded) * (bits * moments[site].partial.shape[1] / 8 - 1)
     widths = iter(allocate(entries, nbytes))
     return {site: _fitted(recipe, *axes, next(widths), next(widths)) for site, axes in hops.items()}
-
-
-def recodes(algorithm: str) -> bool:
-    """True where the sum travels again, coded."""
-    return algorithm == "two_shot"
 
 
 def hop_axes(moments: Moments, recipe: FittedRecipe, *, recoded: bool) -> tuple[Axes, Axes]:
