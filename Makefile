@@ -1,7 +1,8 @@
-# make demo [ARGS="--tp 4"], make test [ARGS="-k plan"]: each prepares .venv first, once.
+# make demo [ARGS="-tp 4"], make test [ARGS="-k plan"]: each prepares .venv first, once. make test-slow: what is slow
+# by nature, such as sanitizers, emulated links and ranks that hang.
 PYTHON ?= python3
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-slow lint clean
 
 demo: .venv/ready
 	.venv/bin/narrowcast demo $(ARGS)
@@ -9,12 +10,15 @@ demo: .venv/ready
 test: .venv/ready
 	.venv/bin/pytest $(ARGS)
 
+test-slow: .venv/ready
+	.venv/bin/pytest -m slow $(ARGS)
+
 lint: .venv/ready
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 
-.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*)
+.venv/ready: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*/*)
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $@

@@ -1,45 +1,60 @@
-"""What every codec costs: bits a value, error of the sums, and how far the model's answers move.
+"""Costs of every codec: bits a value, error of the sums, and how far the model's answers move.
 
-usage: python benchmarks/codecs.py [--json FILE] [--text FILE] [--sequences N] [PRESET...]
-       python benchmarks/codecs.py --draw FILE.png --json FILE      (draws what an earlier run wrote)
+usage: python benchmarks/codecs.py [--json FILE] [--sequences N] [CODEC...]
+       python benchmarks/codecs.py --draw FILE.png --json FILE      (draws an earlier run)
 
 The bundled model is calibrated on its own calibration.txt and scored on its scoring.txt (both sampled from it), TP 8
-simulated in one process, every row-parallel layer coded. Prints, for each preset (by default for all of them) and
+simulated in one process, every row-parallel layer coded. Prints, for each codec (by default of every family) and
 both algorithms: bits a value, the relative RMS error of the sums (root of the mean square over sites, all that comes
 before a site being exact), and KL in nats from the uncompressed model with its standard error over sequences.
 """
 
-import argparse
-import json
-import shlex
 import statistics
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import reporting
+from scoring import MODEL, setting_of, text
+
 from narrowcast.calibration import Observations, observe
-from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
-from narrowcast.codecs import PRESETS
 from narrowcast.engines import load_engine
 from narrowcast.evaluation import evaluate
-from narrowcast.files import check_report, write_report
 from narrowcast.scores import log_probs
 
-MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 TP_SIZE, NUM_CALIBRATION = 8, 32
 
+# Formats over their widths: each is a curve.
+CURVES = {
+    "the paper: static, outliers in BF16": [f"feature(bits={bits})" for bits in range(2, 9)],
+    "groups of 128 (Flash Communication)": [f"group(bits={bits}, size=128)" for bits in range(2, 9)],
+    "groups of 32 (Flash Communication)": [f"group(bits={bits}, size=32)" for bits in range(2, 9)],
+    "groups of 32, symmetric (QuickReduce)": [f"group(bits={bits}, size=32, symmetric=true)" for bits in range(2, 9)],
+    "groups of 128, spikes (FlashCommunication V2)": [
+        f"group(bits={bits}, size=128, spikes=true)" for bits in range(2, 5)
+    ],
+}
+POINTS = {
+    "fp8": "fp8",
+    "mxfp8": "minifloat(element=e4m3, scale=e8m0, size=32)",
+    "mxfp6-e2m3": "minifloat(element=e2m3, scale=e8m0, size=32)",
+    "mxfp4": "mxfp4",
+    "nvfp4": "nvfp4",
+}
+UNCOMPRESSED = "bf16"
+CODECS = [UNCOMPRESSED, "int4", "int4-random", *(each for curve in CURVES.values() for each in curve), *POINTS.values()]
 
-def rows(seen: Observations, text: Sequence[Any], presets: Sequence[str]) -> Iterator[dict[str, Any]]:
+
+def rows(seen: Observations, batches: Sequence[Any], codecs: Sequence[str]) -> Iterator[dict[str, Any]]:
     model = seen.model
-    reference = [log_probs(model, ids) for ids in text]
-    for preset in presets:
-        plan = seen.plan(preset)
+    reference = [log_probs(model, ids) for ids in batches]
+    for codec in codecs:
+        plan = seen.plan(codec)
         for algorithm in ("one_shot", "two_shot"):
-            found = evaluate(model, plan, text, algorithm=algorithm, reference=reference)
+            found = evaluate(model, plan, batches, algorithm=algorithm, reference=reference)
             score, report = found.score, found.report
             yield {
-                "preset": preset,
+                "codec": codec,
                 "algorithm": algorithm,
                 "bits_per_value": report.bits_per_value,
                 "relative_rms": statistics.mean(site.error[algorithm] ** 2 for site in plan.sites.values()) ** 0.5,
@@ -50,17 +65,6 @@ def rows(seen: Observations, text: Sequence[Any], presets: Sequence[str]) -> Ite
             }
 
 
-# Formats by the end of their presets' names: each is a curve over its widths.
-CURVES = {
-    "the paper: static, outliers in BF16": "-feature",
-    "groups of 128 (Flash Communication)": "-group128",
-    "groups of 32 (Flash Communication)": "-group32",
-    "groups of 32, symmetric (QuickReduce)": "-group32-sym",
-    "groups of 128, spikes (FlashCommunication V2)": "-group128-spike",
-}
-POINTS = "fp8-e4m3-token", "mxfp8", "mxfp6-e2m3", "mxfp4", "nvfp4"
-
-
 def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
     """KL against bits, a panel for each algorithm."""
     from matplotlib.figure import Figure
@@ -68,17 +72,16 @@ def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, algorithm in zip(panels, ("one_shot", "two_shot"), strict=True):
-        found = {row["preset"]: row for row in table if row["algorithm"] == algorithm}
-        for label, end in CURVES.items():
-            names = [f"int{bits}{end}" for bits in range(2, 9) if f"int{bits}{end}" in found]
-            spots = [(found[name]["bits_per_value"], found[name]["kl_nats"]) for name in names]
+        found = {row["codec"]: row for row in table if row["algorithm"] == algorithm}
+        for label, codecs in CURVES.items():
+            spots = [(found[codec]["bits_per_value"], found[codec]["kl_nats"]) for codec in codecs]
             axes.plot(*zip(*spots, strict=True), "o-", markersize=4, linewidth=1.2, label=label)
-        for name in POINTS:
-            spot = found[name]["bits_per_value"], found[name]["kl_nats"]
+        for name, codec in POINTS.items():
+            spot = found[codec]["bits_per_value"], found[codec]["kl_nats"]
             offset = (5, -9) if name.startswith("fp8") else (5, 4)
             axes.plot(*spot, "k^", markersize=5)
             axes.annotate(name, spot, offset, fontsize=7, textcoords="offset points")
-        axes.axhline(found["bf16"]["kl_nats"], color="gray", linestyle=":", linewidth=1)
+        axes.axhline(found[UNCOMPRESSED]["kl_nats"], color="gray", linestyle=":", linewidth=1)
         axes.set_yscale("log")
         axes.set_xlim(1.8, 10)
         axes.set_title(f"{algorithm}, TP {TP_SIZE}")
@@ -90,39 +93,24 @@ def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("presets", nargs="*", metavar="PRESET", default=list(PRESETS))
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--text", type=Path, default=MODEL / "scoring.txt")
+    parser = reporting.parser(__doc__)
+    parser.add_argument("codecs", nargs="*", metavar="CODEC", default=CODECS)
     parser.add_argument("--sequences", type=int, default=16)
-    parser.add_argument("--draw", type=Path)
+    parser.add_argument("--draw", type=Path, metavar="FILE.png")
     arguments = parser.parse_args()
     if arguments.draw:
-        draw(json.loads(arguments.json.read_text(encoding="utf8"))["rows"], arguments.draw)
+        draw(reporting.read(arguments.json)[0]["rows"], arguments.draw)
         return
-    check_report(arguments.json)
-    engine = load_engine()
-    model, tokenizer = engine.load(MODEL), engine.load_tokenizer(MODEL)
-    calibration = sequences(tokenizer, MODEL / "calibration.txt", length=DEFAULT_LENGTH, limit=NUM_CALIBRATION)
-    text = sequences(tokenizer, arguments.text, length=DEFAULT_LENGTH, limit=arguments.sequences)
-    table = []
-    for row in rows(observe(model, calibration, tp_size=TP_SIZE), text, arguments.presets):
+    seen = observe(load_engine().load(MODEL), text("calibration.txt", NUM_CALIBRATION), tp_size=TP_SIZE)
+    batches, table = text("scoring.txt", arguments.sequences), []
+    for row in rows(seen, batches, arguments.codecs):
         table.append(row)
         line = (
-            "{preset:20} {algorithm}  bits {bits_per_value:7.4f}  RMS {relative_rms:.4f}  KL {kl_nats:.5f} ±"
+            "{codec:40} {algorithm}  bits {bits_per_value:7.4f}  RMS {relative_rms:.4f}  KL {kl_nats:.5f} ±"
             " {standard_error:.5f}  top-1 {top1_agreement:.2%}  clipped {saturated}"
         )
         print(line.format(**row), flush=True)
-    if arguments.json:
-        setting = {
-            "command": shlex.join(["python", *sys.argv]),
-            "model": MODEL.name,
-            "text": arguments.text.name,
-            "tp_size": TP_SIZE,
-            "num_sequences": len(text),
-            "num_tokens": sum(ids.numel() for ids in text),
-        }
-        write_report(arguments.json, setting | {"rows": table})
+    reporting.write(arguments.json, tp_size=TP_SIZE, **setting_of(batches), rows=table)
 
 
 if __name__ == "__main__":

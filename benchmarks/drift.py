@@ -1,4 +1,4 @@
-"""What the guard of `feature` is worth: on ordinary text, on text unlike the calibration's, and on planted values.
+"""The worth of the guard of `feature`: on ordinary text, on text unlike the calibration's, and on planted values.
 
 usage: python benchmarks/drift.py [--json FILE]
 
@@ -9,24 +9,22 @@ without it. Then the relative error of features that are no outliers, in random 
 20 and 400 times as large as others.
 """
 
-import argparse
 import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import reporting
 import torch
-from scoring import MODEL, standard_error, text
+from scoring import MODEL, text
 from torch import Tensor, nn
 
 import narrowcast
 from narrowcast import Plan
-from narrowcast.codecs import PRESETS, Codec, Ranges, feature
+from narrowcast.codecs import Codec, Ranges, feature, recipe
 from narrowcast.engines import load_engine
-from narrowcast.files import check_report, write_report
 from narrowcast.scores import compare, log_probs
 
 NUM_FEATURES = 512
@@ -35,7 +33,7 @@ LARGER = "token, 4 times"
 
 
 def guarded(on: bool) -> AbstractContextManager[Any]:
-    """Whether codecs made and used inside have a guard."""
+    """Codecs made and used inside have a guard, or none."""
     return nullcontext() if on else mock.patch.object(feature, "guard_for", lambda *_: None)
 
 
@@ -49,8 +47,8 @@ def rows_of_text(model: nn.Module) -> Iterator[dict[str, Any]]:
     ordinary = text("scoring.txt", 32)
     texts = {"ordinary": ordinary, "in capitals": in_capitals(ordinary)}
     references = {name: [log_probs(model, ids) for ids in batches] for name, batches in texts.items()}
-    for preset in ("int4-feature", "int6-feature", "int8-feature"):
-        made = narrowcast.calibrate(model, text("calibration.txt", 128), tp_size=8, codec=preset).to_bytes()
+    for codec in ("int4-feature", "int6-feature", "int8-feature"):
+        made = narrowcast.calibrate(model, text("calibration.txt", 128), tp_size=8, codec=codec).to_bytes()
         for (name, batches), algorithm, on in itertools.product(texts.items(), ("one_shot", "two_shot"), (False, True)):
             with guarded(on):
                 plan = Plan.from_bytes(made, "plan")  # its codecs have not been used yet
@@ -62,11 +60,11 @@ def rows_of_text(model: nn.Module) -> Iterator[dict[str, Any]]:
             num_codings = report.num_tokens * len(report.sites) * (8 + (algorithm == "two_shot"))
             yield {
                 "text": name,
-                "preset": preset,
+                "codec": codec,
                 "algorithm": algorithm,
                 "guard": on,
                 "kl_nats": statistics.mean(kl),
-                "standard_error": standard_error(kl),
+                "standard_error": statistics.stdev(kl) / len(kl) ** 0.5,
                 "guarded": report.num_guarded / num_codings,
                 "saturated": report.num_saturated,
             }
@@ -92,43 +90,32 @@ def relative_error(codec: Codec, x_TE: Tensor, which_E: Tensor) -> float:
 
 
 def rows_of_planted() -> Iterator[dict[str, Any]]:
-    for preset, times in itertools.product(("int2-feature", "int4-feature", "int8-feature"), (1, 20, 400)):
+    for name, times in itertools.product(("feature(bits=2)", "int4-feature", "int8-feature"), (1, 20, 400)):
         generator = torch.Generator().manual_seed(0)
         spread_E = torch.ones(NUM_FEATURES)
         spread_E[torch.randperm(NUM_FEATURES, generator=generator)[:8]] = times
         ranges = Ranges.of(torch.randn(1, 400, NUM_FEATURES, generator=generator) * spread_E)
         for what, on in itertools.product((*FAR, LARGER), (False, True)):
             with guarded(on):
-                codec = PRESETS[preset].codec(ranges)
+                codec = recipe(name).codec(ranges)
                 which_E = torch.ones(NUM_FEATURES, dtype=torch.bool).index_fill_(0, codec.outliers, False)
                 error = relative_error(codec, planted(codec, spread_E, what), which_E)
-            yield {"preset": preset, "outliers_times": times, "far": what, "guard": on, "relative_error": error}
+            yield {"codec": name, "outliers_times": times, "far": what, "guard": on, "relative_error": error}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    check_report(arguments.json)
+    arguments = reporting.parser(__doc__).parse_args()
     torch.set_num_threads(1)
     texts, values = [], []
     for row in rows_of_text(load_engine().load(MODEL)):
         texts.append(row)
-        print("{text:11} {preset:12} {algorithm:8}  guard {guard!s:5}  KL {kl_nats:.5f} ± {standard_error:.5f}"
+        print("{text:11} {codec:12} {algorithm:8}  guard {guard!s:5}  KL {kl_nats:.5f} ± {standard_error:.5f}"
               "  guarded {guarded:.3%}  saturated {saturated}".format(**row), flush=True)  # fmt: skip
     for row in rows_of_planted():
         values.append(row)
-        print("{preset:12} outliers x{outliers_times:<3}  far: {far:15}  guard {guard!s:5}"
+        print("{codec:15} outliers x{outliers_times:<3}  far: {far:15}  guard {guard!s:5}"
               "  relative error of the others {relative_error:.4f}".format(**row), flush=True)  # fmt: skip
-    if arguments.json:
-        write_report(
-            arguments.json,
-            {
-                "command": "python benchmarks/drift.py --json benchmarks/results/2026-11-21-drift.json",
-                "text": texts,
-                "planted": values,
-            },
-        )
+    reporting.write(arguments.json, text=texts, planted=values)
 
 
 if __name__ == "__main__":

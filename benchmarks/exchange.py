@@ -1,4 +1,4 @@
-"""How long an exchange between two ranks on loopback takes, by transport and size, and a large sum beside gloo's.
+"""The time of an exchange between two ranks on loopback, by transport and size, and of a large sum beside gloo's.
 
 usage: python benchmarks/exchange.py [--json FILE]
 
@@ -7,23 +7,18 @@ its calls. A time is from when the last rank starts to when the last one is done
 percentile. Then the sum of a 64 MB BF16 tensor: the group's own, and at 4.19 bits over our mesh, buffers reused.
 """
 
-import argparse
-import shlex
 import statistics
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from narrowcast import PRESETS
-from narrowcast.codecs import Ranges
-from narrowcast.collectives import Pending, Stages, all_reduce_steps
-from narrowcast.files import check_report, write_report
-from narrowcast.launch.ranks import run
+from narrowcast.codecs import Ranges, recipe
+from narrowcast.collectives import Hops, Pending, all_reduce_steps
+from narrowcast.launch import run
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99
 from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
 
@@ -44,12 +39,12 @@ def on_rank() -> dict[str, list[Span]]:
                 for key, spans in interleaved(cases, IN_A_BLOCK).items():
                     found.setdefault(key, []).extend(spans if block else [])
     x_RTE = torch.randn(2, *SUM, generator=torch.Generator().manual_seed(0)).bfloat16()
-    stages = Stages((PRESETS["int4-feature"].codec(Ranges.of(x_RTE)),))
+    hops = Hops((recipe("int4-feature").codec(Ranges.of(x_RTE)),))
     x_TE, buffer = x_RTE[dist.get_rank()].clone(), x_RTE[0].clone()
     del x_RTE
     sums = {
         "sum native": Case(lambda: dist.all_reduce(buffer)),
-        "sum tcp": Case(coded(x_TE, stages, transports["tcp"])),
+        "sum tcp": Case(coded(x_TE, hops, transports["tcp"])),
     }
     interleaved(sums, 2)
     return found | interleaved(sums, SUMS)
@@ -63,30 +58,26 @@ def exchange(transport: Transport, nbytes: int, tag: int) -> Callable[[], None]:
     return lambda: transport.exchange(sends, recvs, tag=next(tags)).wait()
 
 
-def coded(x_TE: Tensor, stages: Stages, transport: Transport) -> Callable[[], Tensor]:
+def coded(x_TE: Tensor, hops: Hops, transport: Transport) -> Callable[[], Tensor]:
     y_TE = torch.empty_like(x_TE)
-    return lambda: Pending(all_reduce_steps(x_TE, stages, transport, "one_shot", out=y_TE), transport).wait()
+    return lambda: Pending(all_reduce_steps(x_TE, hops, transport, "one_shot", out=y_TE), transport).wait()
 
 
 def rows() -> Iterator[dict[str, Any]]:
-    by_rank = run(on_rank, 2, None)
+    by_rank = run(on_rank, 2)
     for key in by_rank[0]:
         times = over_ranks([found[key] for found in by_rank])
         yield {"case": key, "median_us": 1e6 * statistics.median(times), "p99_us": 1e6 * p99(times)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    check_report(arguments.json)
+    arguments = reporting.parser(__doc__).parse_args()
     table = []
     print("| case | median us | p99 us |\n| --- | ---: | ---: |")
     for row in rows():
         table.append(row)
         print("| {case} | {median_us:.1f} | {p99_us:.1f} |".format(**row), flush=True)
-    if arguments.json:
-        write_report(arguments.json, {"command": shlex.join(["python", *sys.argv]), "rows": table})
+    reporting.write(arguments.json, rows=table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Families of models x ways to split them x codecs: do real ranks answer as the simulation does, bit for bit?
+"""Families of models x ways to split them x codecs: real ranks against the simulation, bit for bit.
 
 usage: python benchmarks/families.py [--json FILE] [--odd] [--seed N] [FAMILY...]
 
@@ -9,10 +9,8 @@ nothing divides instead, on 3, 5 and 6 ranks too. Prints a table whose cells cou
 every case that was not equal, with its numbers.
 """
 
-import argparse
 import functools
 import itertools
-import shlex
 import sys
 import tempfile
 import time
@@ -21,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 from torch import Tensor
 from transformers import Gemma2Config, LlamaConfig, MixtralConfig, Olmo2Config, Phi3Config, Qwen3MoeConfig
@@ -33,17 +32,16 @@ from models import CONFIGS, SMALL, random_ids, save_random
 from narrowcast import NarrowcastError, Plan
 from narrowcast.calibration import Observations, observe
 from narrowcast.engines import load_engine
-from narrowcast.files import check_report, write_report
 from narrowcast.plan.split import KINDS, Split
 from narrowcast.runtime.counters import Report
-from ranks import RankError, Ranks
+from ranks import Ranks
 
 CODECS = [
     "bf16",
     "int4-feature",
     "int4-group32-sym",
     "int4-group128",
-    "fp8-e4m3-token",
+    "fp8",
     "mxfp4",
     "nvfp4",
     "int2-group32-spike",
@@ -126,7 +124,7 @@ class Pools(dict[int, Ranks]):
 def differences(
     split: Split, expected: tuple[Tensor, Tensor, Report], found: Sequence[tuple[Tensor, Tensor, Report]]
 ) -> list[str]:
-    """What differs between the simulation and the ranks, in words; nothing if they are equal."""
+    """Differences between the simulation and the ranks, in words; none if they are equal."""
     logits, text, simulated = expected
     lines = []
     for rank, (theirs, continued, _) in enumerate(found):
@@ -177,7 +175,7 @@ def cell(pools: Pools, folder: Path, split: Split, codecs: Sequence[str]) -> dic
         try:
             plan = seen.plan(dict.fromkeys(KINDS, codec))
             wire_bytes[codec], lines = run(pools[split.world_size], folder, seen, plan)
-        except (RankError, TimeoutError) as error:
+        except (NarrowcastError, TimeoutError) as error:
             pools.close(split.world_size)
             lines = [str(error)]
         except Exception:
@@ -190,7 +188,7 @@ def cell(pools: Pools, folder: Path, split: Split, codecs: Sequence[str]) -> dic
 
 
 def fits(name: str, split: Split) -> bool:
-    """Whether the model can be split so: by whole heads, and by whole experts if it has any."""
+    """True where the model can be split so: by whole heads, and by whole experts if it has any."""
     config = CONFIGS[name]()
     experts = getattr(config, "num_experts", None) or getattr(config, "num_local_experts", 0)
     if split.experts != "slices" and (not experts or experts % split.tp_size):
@@ -221,6 +219,12 @@ def markdown(table: Sequence[dict[str, Any]], splits: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def _kept(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its bytes in the order of the codecs."""
+    sent = row.get("wire_bytes_per_token", {})
+    return {**row, "wire_bytes_per_token": [sent.get(codec) for codec in CODECS]}
+
+
 def _count(row: dict[str, Any]) -> str:
     if "refused" in row:
         return "refused"
@@ -228,13 +232,11 @@ def _count(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__)
     parser.add_argument("families", nargs="*", metavar="FAMILY")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--odd", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    check_report(arguments.json)
     torch.set_num_threads(1)  # as the ranks compute
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -254,9 +256,7 @@ def main() -> None:
     for row in table:
         if "refused" in row:
             print(f"\n{row['family']}, {row['split']}: {row['refused']}")
-    if arguments.json:
-        setting = {"command": shlex.join(["python", *sys.argv]), "codecs": CODECS, "seed": arguments.seed}
-        write_report(arguments.json, setting | {"rows": table})
+    reporting.write(arguments.json, codecs=CODECS, seed=arguments.seed, rows=[*map(_kept, table)])
 
 
 if __name__ == "__main__":

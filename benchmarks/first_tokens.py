@@ -1,30 +1,31 @@
-"""What it costs when the first tokens of a sequence count, or do not count, in calibration.
+"""The cost of first tokens of a sequence that count, or do not count, in calibration.
 
-usage: python benchmarks/first_tokens.py [--json FILE] [--plot FILE.png] MODEL...
+usage: python benchmarks/first_tokens.py [--json FILE] [--plot FILE.png] [MODEL...]
 
-Each model is calibrated and scored on text sampled from itself (temperature 1, a fixed seed each), at TP 2 and 8,
-for every way of counting; so is a Llama with random weights, whose first tokens stick out most. Prints KL in nats
-from the uncompressed model, with its standard error over sequences, and how much larger the first token's partial
-sums are than those of tokens from 64 on (mean over ranks of the largest magnitude; the site where it is most).
+Each model (the bundled one) is calibrated and scored on text sampled from itself (temperature 1, a fixed seed each),
+at TP 2 and 8, for every way of counting; so is a Llama with random weights, whose first tokens stick out most.
+Prints KL in nats from the uncompressed model, with its standard error over sequences, and how much larger the first
+token's partial sums are than those of tokens from 64 on (mean over ranks of the largest magnitude; the site where it is
+most).
 """
 
-import argparse
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import reporting
 import torch
-from matplotlib.figure import Figure
+from scoring import MODEL
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import narrowcast
-from narrowcast.calibration import FirstTokens
+from narrowcast.calibration.observers import FirstTokens
+from narrowcast.calibration.observing import observed
 from narrowcast.engines import load_engine
-from narrowcast.engines.forwards import split_virtually
 from narrowcast.evaluation import evaluate
-from narrowcast.files import check_report, write_report
+from narrowcast.plan.split import Split
 from narrowcast.scores import log_probs
 
 RANDOM = LlamaConfig(
@@ -51,20 +52,32 @@ def sample(model: nn.Module, start: Tensor, seed: int, num_sequences: int) -> Te
     return model.generate(ids, max_length=length, do_sample=True, top_k=0, top_p=1.0, pad_token_id=0)
 
 
+class Magnitudes:
+    """Ratios by site of the first token's magnitude over the median of tokens from 64 on."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        self.shape = shape  # sequences, tokens
+        self.ratios: dict[str, float] = {}
+
+    def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
+        magnitude_T = torch.stack(list(partials)).view(len(partials), *self.shape, -1).float().abs().amax(-1)
+        magnitude_T = magnitude_T.mean((0, 1))
+        self.ratios[site] = (magnitude_T[0] / magnitude_T[64:].median()).item()
+
+    def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
+        """Columns are no sum."""
+
+    def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
+        """Nor is what travels once."""
+
+
 def first_token_ratio(model: nn.Module, ids: Tensor, tp_size: int) -> float:
-    """Largest over sites of (first token's magnitude) / (median magnitude of tokens from 64 on)."""
-    ratios = []
-
-    def reduce(partials: Sequence[Tensor], name: str) -> Tensor:
-        magnitude_T = torch.stack(list(partials)).float().abs().amax(-1).mean((0, 1))
-        ratios.append((magnitude_T[0] / magnitude_T[64:].median()).item())
-        return torch.stack(list(partials)).float().sum(0).to(partials[0].dtype)
-
-    forwards = split_virtually(load_engine().row_parallel_layers(model), tp_size, reduce)
-    with torch.no_grad():
-        model(ids)
-    forwards.restore()
-    return max(ratios)
+    """The largest ratio over the sums."""
+    split, seen = Split(tp_size=tp_size), Magnitudes(ids.shape)
+    with observed([seen], model, split), torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    kinds = load_engine().sites(model, split)
+    return max(ratio for site, ratio in seen.ratios.items() if kinds[site] == "sum")
 
 
 def rows(name: str, model: nn.Module, start: Tensor) -> Iterator[dict[str, Any]]:
@@ -94,6 +107,8 @@ def rows(name: str, model: nn.Module, start: Tensor) -> Iterator[dict[str, Any]]
 
 def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
     """One panel a model: KL of each way of counting over that of counting every token, TP 8."""
+    from matplotlib.figure import Figure
+
     table = [row for row in table if row["tp_size"] == 8]
     names = list(dict.fromkeys(row["model"] for row in table))
     figure = Figure(figsize=(9, 3), layout="constrained")
@@ -118,19 +133,16 @@ def draw(table: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL")
-    parser.add_argument("--json", type=Path)
+    parser = reporting.parser(__doc__)
+    parser.add_argument("models", nargs="*", type=Path, metavar="MODEL", default=[MODEL])
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    check_report(arguments.json)
     table = []
     for row in itertools.chain.from_iterable(rows(*each) for each in models(arguments.models)):
         table.append(row)
         print("{model:16} ratio {first_token_ratio:4.1f}  TP {tp_size} {algorithm}  {first_tokens:8} {num_first:2}"
               "  KL {kl_nats:.5f} ± {standard_error:.5f}  saturated {saturated}".format(**row), flush=True)  # fmt: skip
-    if arguments.json:
-        write_report(arguments.json, {"command": "python benchmarks/first_tokens.py MODEL...", "rows": table})
+    reporting.write(arguments.json, rows=table)
     if arguments.plot:
         draw(table, arguments.plot)
 

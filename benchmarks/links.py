@@ -1,4 +1,4 @@
-"""How well the link emulator keeps to rate and delay, by plain TCP sockets between two ranks (root only).
+"""Rate and delay of emulated links beside what they are set to, by plain TCP sockets of two ranks (root only).
 
 usage: python benchmarks/links.py [--json FILE] [--seconds S] [LINK...]
 
@@ -7,23 +7,18 @@ throughput of a long stream beside the most that its packets' headers leave (20 
 core that the emulator took meanwhile.
 """
 
-import argparse
 import os
-import shlex
 import socket
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch.distributed as dist
 
-from narrowcast.cli.bench import machine
-from narrowcast.files import check_report, write_report
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
-from narrowcast.perf import emulation
+from narrowcast.launch import Link, emulation, run
+from narrowcast.perf.machine import machine
 
 LINKS = "100Mbps,1ms", "100Mbps,10ms", "1Gbps,100us", "1Gbps,1ms", "10Gbps,50us"
 NUM_TRIPS, CHUNK, HEADERS, PORT = 500, 1 << 20, 52, 7000
@@ -82,7 +77,7 @@ def _cpu_s(process: Path) -> float:
 
 def row(link: Link, seconds: float) -> dict[str, Any]:
     num_bytes = max(int(link.rate_bps / 8 * seconds) // CHUNK, 1) * CHUNK
-    trip, took, cpu = run(measure, 2, link, num_bytes)[0]
+    trip, took, cpu = run(measure, 2, num_bytes, link=link)[0]
     mtu = emulation.mtu_of(link)
     return {
         "link": str(link),
@@ -96,12 +91,10 @@ def row(link: Link, seconds: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__)
     parser.add_argument("links", nargs="*", metavar="LINK", default=LINKS)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--seconds", type=float, default=3)
     arguments = parser.parse_args()
-    check_report(arguments.json)
     rows = []
     for link in map(Link.parse, arguments.links):
         rows.append(row(link, arguments.seconds))
@@ -110,9 +103,7 @@ def main() -> None:
             "{mbps:7.1f} of {mbps_limit:7.1f} Mb/s  CPU {emulator_cpu:.0%}".format(**rows[-1]),
             flush=True,
         )
-    if arguments.json:
-        command = shlex.join(["python", *sys.argv])
-        write_report(arguments.json, {"command": command, "machine": machine(), "rows": rows})
+    reporting.write(arguments.json, machine=machine(), rows=rows)
 
 
 if __name__ == "__main__":

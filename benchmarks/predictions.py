@@ -1,27 +1,23 @@
-"""How far `cost.py`, on which `narrowcast predict` stands, is from measured sums.
+"""The errors of `narrowcast estimate --link`: predicted times of sums against measured ones.
 
-usage: python benchmarks/predictions.py REPORT.json ... [--json FILE]
+usage: python benchmarks/predictions.py [REPORT.json ...] [--json FILE]
 
-REPORT.json: what `narrowcast bench collective --link ... --json REPORT.json` wrote on this machine. Prints predicted
-and measured microseconds of each row on a link, and the distribution of their ratio by link.
+REPORT.json: reports of `narrowcast bench collective --link ...` on this machine; by default the result that is kept.
+Prints predicted and measured microseconds of each row on a link, and the distribution of their ratio by link.
 """
 
-import argparse
-import json
-import shlex
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import Stages
-from narrowcast.files import check_report, write_report
+from narrowcast.collectives import Hops
 from narrowcast.launch.link import Link
-from narrowcast.perf.estimate import CostModel, measure_coding, plain_coding
+from narrowcast.perf.cost import CostModel, measure_coding, plain_coding
 from narrowcast.plan.decisions import Choice
 
 
@@ -30,14 +26,14 @@ def predicted_us(row: dict[str, Any]) -> float:
     num_tokens, name = row["nbytes"] // 2 // num_features, "bf16" if row["codec"] == "native" else row["codec"]
     made = recipe(name)
     ranges = (Ranges.of(torch.ones(sources, 1, num_features)) for sources in (row["world_size"], 1))
-    stages = Stages(tuple(made.codec(each) for each in ranges))
+    hops = Hops(tuple(made.codec(each) for each in ranges))
     cost = CostModel(
-        stages=stages,
+        hops=hops,
         num_features=num_features,
         world_size=row["world_size"],
         link=Link.parse(row["link"]),
         transport=row["transport"],
-        coded=measure_coding(stages.codecs[0], num_features),
+        coded=measure_coding(hops.codecs[0], num_features),
         plain=plain_coding(num_features),
     )
     native = row["codec"] == "native"
@@ -47,15 +43,13 @@ def predicted_us(row: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("reports", nargs="+", type=Path, metavar="REPORT.json")
-    parser.add_argument("--json", type=Path)
+    parser = reporting.parser(__doc__)
+    parser.add_argument("reports", nargs="*", type=Path, metavar="REPORT.json")
     arguments = parser.parse_args()
-    check_report(arguments.json)
     torch.set_num_threads(1)
     table = []
-    for report in arguments.reports:
-        for row in json.loads(report.read_text(encoding="utf8"))["rows"]:
+    for report in arguments.reports or [reporting.RESULTS / "bench-collective.json"]:
+        for row in (row for run in reporting.read(report) for row in run["rows"]):
             if row["link"] is not None and row["transport"] != "socket":
                 figures = {key: row[key] for key in ("link", "transport", "codec", "algorithm", "world_size", "nbytes")}
                 predicted, measured = predicted_us(row), row["median_us"]
@@ -75,8 +69,7 @@ def main() -> None:
     ]  # fmt: skip
     for each in summary:
         print("{link} {transport}: median error {median:.0%}, largest {largest:.0%} of {num_sums} sums".format(**each))
-    if arguments.json:
-        write_report(arguments.json, {"command": shlex.join(["python", *sys.argv]), "summary": summary, "rows": table})
+    reporting.write(arguments.json, summary=summary)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""What benchmarks of quality share: the bundled model, its text, and how far a plan moves its answers."""
+"""The bundled model, its text, and how far a plan moves its answers: for benchmarks of quality."""
 
+import argparse
+import lzma
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from narrowcast import Plan
@@ -13,12 +17,18 @@ from narrowcast.engines import load_engine
 from narrowcast.evaluation import evaluate
 from narrowcast.scores import Score, log_probs
 
+SEED = 5
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 
 
 def text(name: str, limit: int) -> list[Tensor]:
     """Token ids [1, T] of the model's calibration.txt or scoring.txt, both sampled from it."""
     return sequences(load_engine().load_tokenizer(MODEL), MODEL / name, length=DEFAULT_LENGTH, limit=limit)
+
+
+def setting_of(batches: Sequence[Tensor]) -> dict[str, Any]:
+    """The model and the size of the text, for a result."""
+    return {"model": MODEL.name, "num_sequences": len(batches), "num_tokens": sum(ids.numel() for ids in batches)}
 
 
 @dataclass(frozen=True)
@@ -48,3 +58,55 @@ def figures(score: Score, base: Score) -> dict[str, Any]:
         "added_standard_error": added.standard_error,
         "top1_agreement": score.top1_agreement,
     }
+
+
+@dataclass(frozen=True)
+class Texts(Scorer):
+    """A model with texts of one's choice: `calibration` ids [1, T], and the batches that plans are scored on."""
+
+    folder: Path
+    calibration: Sequence[Tensor]
+    setting: dict[str, Any]
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Let `parser` take what `of` needs."""
+        parser.add_argument("--model", type=Path, default=MODEL, metavar="FOLDER")
+        parser.add_argument("--calibrate", type=Path, default=MODEL / "calibration.txt", metavar="TEXT")
+        parser.add_argument("--score", type=Path, default=MODEL / "scoring.txt", metavar="TEXT")
+        parser.add_argument("--calibration-sequences", type=int, default=64)
+        parser.add_argument("--sequences", type=int, default=16)
+
+    @classmethod
+    def of(cls, asked: argparse.Namespace) -> "Texts":  # type: ignore[override]
+        """The model and texts of a command line."""
+        engine = load_engine()
+        model, tokenizer = engine.load(asked.model), engine.load_tokenizer(asked.model)
+        batches = places(tokenizer, asked.score, asked.sequences)
+        return cls(
+            model=model,
+            batches=batches,
+            reference=[log_probs(model, ids) for ids in batches],
+            folder=asked.model,
+            calibration=places(tokenizer, asked.calibrate, asked.calibration_sequences),
+            setting={
+                "model": asked.model.parent.name if asked.model.name == "hf" else asked.model.name,
+                "calibrated_on": asked.calibrate.name,
+                "scored_on": asked.score.name,
+                "num_calibration_sequences": asked.calibration_sequences,
+                "num_sequences": asked.sequences,
+            },
+        )
+
+
+def places(tokenizer: Any, path: Path, number: int) -> list[Tensor]:
+    """Ids [1, DEFAULT_LENGTH] from random places of a text, perhaps compressed."""
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf8") as file:
+        text, chance = file.read(), random.Random(SEED)
+    found: list[Tensor] = []
+    while len(found) < number:
+        start = chance.randrange(max(1, len(text) - 6000))
+        ids = tokenizer(text[start : start + 6000], verbose=False).input_ids[4 : 4 + DEFAULT_LENGTH]
+        if len(ids) == DEFAULT_LENGTH:
+            found.append(torch.tensor([ids]))
+    return found

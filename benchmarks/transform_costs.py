@@ -1,25 +1,21 @@
-"""What transforms cost a model of Llama 2 7B's shape over 8 ranks, by form: bytes of the plan, multiply-adds a token.
+"""The costs of transforms for a model of Llama 2 7B's shape over 8 ranks, by form: bytes and multiply-adds.
 
 usage: python benchmarks/transform_costs.py [--json FILE]
 
 Counted from shapes, nothing is run. A plan holds each site's matrices and its codecs' scales, orders and widths. A rank
 computes its own components in place of the row-parallel product, and then the synthesis of all features; between the
-stages of two_shot it may mix its share of the tokens. Multiply-adds are of one rank and token, over those of the
+hops of two_shot it may mix its share of the tokens. Multiply-adds are of one rank and token, over those of the
 row-parallel products without a plan.
 """
 
-import argparse
-import shlex
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import reporting
 import torch
 from torch import Tensor
 
 from narrowcast.codecs.allocation import BLOCK
-from narrowcast.files import check_report, write_report
 from narrowcast.plan.transform import Part, Remix, Transform
 
 LAYERS, HIDDEN, RANKS = 32, 4096, 8
@@ -96,7 +92,7 @@ def costs(transform: Transform | None, num_features: int, num_inputs: int, num_r
 
 
 def forms(num_inputs: int) -> dict[str, Transform | None]:
-    """What a site of as many inputs may travel as; a rank's partial sums span no more axes than it has inputs."""
+    """Forms in which a site of as many inputs may travel; a rank's partial sums span no more axes than that."""
     each = min(HIDDEN, num_inputs // RANKS)
     return {
         "features": None,
@@ -127,10 +123,7 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    check_report(arguments.json)
+    arguments = reporting.parser(__doc__).parse_args()
     table = list(rows())
     print("| form | plan, MiB | folded weights, MiB a rank | products | + synthesis (one_shot) | + (two_shot) |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
@@ -139,8 +132,7 @@ def main() -> None:
             "| {form} | {plan_mib:.1f} | {folded_mib_a_rank:.0f} | {product:.2f} | {synthesis_one_shot:.2f} "
             "| {synthesis_two_shot:.2f} |".format(**row)
         )
-    if arguments.json:
-        write_report(arguments.json, {"command": shlex.join(["python", *sys.argv]), "rows": table})
+    reporting.write(arguments.json, rows=table)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does the TCP mesh stand by its promises? Ranks killed at random moments, and strangers at the door.
+"""The promises of the TCP mesh put to the test: ranks killed at random moments, and strangers at the door.
 
 usage: python benchmarks/trust.py [--kills N] [--strangers N] [--seed N] [--json FILE]
 
@@ -8,11 +8,9 @@ handshake recorded from rank 1, half-open or reset, and with the right protocol 
 and the ranks must end with the right sum. Exits with 1 if anything of this fails.
 """
 
-import argparse
 import contextlib
 import os
 import random
-import shlex
 import signal
 import socket
 import statistics
@@ -237,15 +235,13 @@ def kills(count: int, seed: int) -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    from narrowcast.files import check_report, write_report  # which ranks, who import this file too, need not
+    import reporting  # which ranks, who import this file too, need not
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--strangers", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    check_report(arguments.json)
     rows = list(kills(arguments.kills, arguments.seed))
     failures = [row for row in rows if row["failure"]]
     at_work = [row["seconds"] for row in rows if not row["failure"] and not row["connecting"]]
@@ -260,9 +256,7 @@ def main() -> None:
     print(f"kills: {killed}", flush=True)
     met = strangers(arguments.strangers, arguments.seed) if arguments.strangers else None
     print(f"strangers: {met}")
-    if arguments.json:
-        setting = {"command": shlex.join(["python", *sys.argv]), "seed": arguments.seed, "world_size": WORLD_SIZE}
-        write_report(arguments.json, setting | {"kills": killed, "strangers": met})
+    reporting.write(arguments.json, seed=arguments.seed, world_size=WORLD_SIZE, kills=killed, strangers=met)
     sys.exit(bool(failures) or (met is not None and (met["admitted"] > 0 or met["right_sums"] < WORLD_SIZE)))
 
 

@@ -1,9 +1,9 @@
-"""What the forms of embedding and logits cost and save: plain, coded, replicated.
+"""Costs and savings of the forms of embedding and logits: plain, coded, replicated.
 
 usage: python benchmarks/vocabulary.py [--json FILE] [--sequences N]
 
 The bundled model at TP 2 and 4, sums at int4-feature. Plain: rows of the embedding and logits travel in BF16. Coded:
-one of them, or both, with a preset. Replicated: every rank holds both matrices, and nothing travels. Plain and coded
+one of them, or both, with a codec. Replicated: every rank holds both matrices, and nothing travels. Plain and coded
 forms are simulated; the replicated one runs on real ranks (with tests/ranks.py: run this from a clone).
 
 Prints bytes a token and rank in decoding (one token) and in prefill (a sequence, with logits for its last token or
@@ -12,8 +12,6 @@ both with standard errors over sequences, and top-1 agreement. Then the same byt
 two large models, and what replication takes of each rank's memory.
 """
 
-import argparse
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +23,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from scoring import MODEL, Scorer, figures, text
+import reporting
+from scoring import MODEL, Scorer, figures, setting_of, text
 
 import narrowcast
 import ranks
@@ -33,15 +32,14 @@ from narrowcast import Plan
 from narrowcast.calibration import Observations, observe
 from narrowcast.codecs import FeatureCodec, Ranges, recipe
 from narrowcast.engines import load_engine
-from narrowcast.engines.transformers.weights import local
-from narrowcast.files import check_report, write_report
+from narrowcast.engines.transformers.sharding import local
 from narrowcast.plan.split import UNCODED, Split
-from narrowcast.runtime.communicator import SiteCodecs
 from narrowcast.runtime.simulator import Simulator
+from narrowcast.runtime.sites import Sites
 from narrowcast.scores import Score, compare, log_probs
 
 SUM = "int4-feature"
-PRESETS = ["int8-feature", "int4-feature", "int8-group128", "int4-group128", "fp8-e4m3-token"]
+CODECS = ["int8-feature", "int4-feature", "int8-group128", "int4-group128", "fp8"]
 NUM_CALIBRATION = 64
 PROMPT = 1024  # tokens of a prompt, in the arithmetic
 
@@ -54,11 +52,11 @@ def measured(scorer: Scorer) -> Iterator[dict[str, Any]]:
         base = scorer.score(plain)
         setting = {"tp_size": tp_size, "sums": sums}
         yield {**setting, "form": "plain", "of": "both", **sent(seen, plain), **figures(base, base)}
-        for preset in PRESETS:
+        for codec in CODECS:
             for kinds in (UNCODED[:1], UNCODED[1:], UNCODED):
-                plan = seen.plan({"sum": sums, **dict.fromkeys(kinds, preset)})
+                plan = seen.plan({"sum": sums, **dict.fromkeys(kinds, codec)})
                 of = kinds[0] if len(kinds) == 1 else "both"
-                yield {**setting, "form": preset, "of": of, **sent(seen, plan), **figures(scorer.score(plan), base)}
+                yield {**setting, "form": codec, "of": of, **sent(seen, plan), **figures(scorer.score(plan), base)}
         if sums == SUM:
             score, found = replicated(plain, scorer.batches)
             yield {**setting, "form": "replicated", "of": "both", **found, **figures(score, base)}
@@ -66,7 +64,7 @@ def measured(scorer: Scorer) -> Iterator[dict[str, Any]]:
 
 @torch.no_grad()
 def clipped(scorer: Scorer) -> dict[str, float]:
-    """Why static scales fail for logits: what those of int8-feature do by clipping alone, without any rounding."""
+    """The reason why static scales fail for logits: clipping by those of int8-feature alone, without any rounding."""
     seen = observe(scorer.model, text("calibration.txt", NUM_CALIBRATION), tp_size=2)
     (site,) = seen.plan({"logits": "int8-feature"}).sites.values()
     (codec,) = site.codecs[:1]
@@ -176,18 +174,21 @@ def summed(shape: Shape, preset: str, tp_size: int, num_tokens: int) -> float:
     """Bytes a token of one sum."""
     partials = torch.rand(tp_size, num_tokens, shape.hidden_size, dtype=torch.bfloat16)
     ranges = Ranges.of(partials), Ranges.of(partials[:1])
-    sites = SiteCodecs({"": [recipe(preset).codec(seen) for seen in ranges]}, (), "auto", torch.device("cpu"))
-    Simulator(sites).all_reduce(list(partials), "")
-    return sites.monitor.sites[""].wire_bytes / num_tokens
+    sites = Sites({"": [recipe(preset).codec(seen) for seen in ranges]}, (), "auto", torch.device("cpu"))
+    Simulator(sites, tp_size).sum(list(partials), "")
+    return sites.report().sites[""].wire_bytes / num_tokens
 
 
 def gathered(shape: Shape, preset: str, tp_size: int) -> float:
     """Bytes of one token's logits."""
     logits = torch.rand(1, shape.vocab_size, dtype=torch.bfloat16)
     codec = recipe(preset).codec(Ranges.of(logits[None]))
-    sites = SiteCodecs({"": [codec]}, (), "auto", torch.device("cpu"))
-    Simulator(sites).all_gather_features(list(logits.chunk(tp_size, dim=1)), "")
-    return float(sites.monitor.sites[""].wire_bytes)
+    sites = Sites({"": [codec]}, (), "auto", torch.device("cpu"))
+    parts = logits.chunk(tp_size, dim=1)
+    simulator = Simulator(sites, tp_size)
+    simulator.column_parallel("", [part.shape[1] for part in parts])
+    simulator.gather_features(parts, "")
+    return float(sites.report().sites[""].wire_bytes)
 
 
 def print_measured(row: dict[str, Any]) -> None:
@@ -212,11 +213,9 @@ def print_arithmetic(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser = reporting.parser(__doc__)
     parser.add_argument("--sequences", type=int, default=32)
     arguments = parser.parse_args()
-    check_report(arguments.json)
     scorer = Scorer.of(load_engine().load(MODEL), text("scoring.txt", arguments.sequences))
     rows, shapes = [], []
     print("Bytes: embedding + logits.\n")
@@ -236,14 +235,9 @@ def main() -> None:
     for row in by_arithmetic():
         shapes.append(row)
         print_arithmetic(row)
-    if arguments.json:
-        setting = {
-            "command": shlex.join(["python", *sys.argv]),
-            "model": MODEL.name,
-            "num_sequences": len(scorer.batches),
-            "num_tokens": sum(ids.numel() for ids in scorer.batches),
-        }
-        write_report(arguments.json, setting | {"rows": rows, "int8_feature_clipping": clipping, "shapes": shapes})
+    reporting.write(
+        arguments.json, **setting_of(scorer.batches), rows=rows, int8_feature_clipping=clipping, shapes=shapes
+    )
 
 
 if __name__ == "__main__":

@@ -1,74 +1,57 @@
-"""Where a forward's time goes on a rank: the model's own arithmetic, coding, the link, waiting, and our own Python.
+"""The time of a forward on a rank by what it is spent on: the model, coding, the link, waiting, our own Python.
 
-usage: python benchmarks/where_time_goes.py [--link RATE,DELAY ...] [--codec PRESET] [--parameters 380M]
-                                            [--json FILE] [--plot FILE.png]
+usage: python benchmarks/where_time_goes.py [--link RATE,DELAY ...] [--codec CODEC]
+       [--json FILE] [--plot FILE.png]
 
-Two ranks of a random Llama, each link in turn (root only; without --link, loopback). Rank 0 times what its thread does
-in a prefill of 512 tokens and in decoding; of the time in which it waits for bytes, the link's share is what they take
-there (delay of each exchange, payload over rate) at most, the rest is waiting: for the other rank, or for the kernel.
-What travels while the rank computes is not waited for, and does not show.
+Two ranks of a random Llama of 380 M parameters, each link in turn (root only; without --link, loopback). Rank 0 times
+what its thread does in a prefill of 512 tokens and in decoding; of the time in which it waits for bytes, the link's
+share is what they take there (delay of each exchange, payload over rate) at most, the rest is waiting: for the other
+rank, or for the kernel. What travels while the rank computes is not waited for, and does not show.
 Medians over rounds. The engine's own sums over gloo are timed as a whole, in the same rounds.
 """
 
-import argparse
-import shlex
 import statistics
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import reporting
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import narrowcast
-from narrowcast import communicator
-from narrowcast.codecs.kernels.cpu import Kernel
-from narrowcast.collectives.base import Deferred
+from narrowcast.attach import Handle
 from narrowcast.engines import load_engine
-from narrowcast.files import check_report, write_report
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
-from narrowcast.perf.model import WEIGHTS, Job, prepared
-from narrowcast.perf.shapes import VOCAB_SIZE, shape_of
+from narrowcast.engines.transformers.seam.embedding import Lookup
+from narrowcast.launch import Link, run
+from narrowcast.perf.model import VOCAB_SIZE, WEIGHTS, Job, prepared
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
-from narrowcast.runtime.communicator import Communicator
-from narrowcast.transport.tcp import TcpTransport, TcpWork
+from narrowcast.runtime.planned import PlannedWires
+from narrowcast.runtime.products import Dense
+from narrowcast.transport.tcp import TcpTransport
 
 PARTS = "compute", "encode", "decode", "link", "waiting", "overhead"
 PREFILL, DECODE, ROUNDS = 512, 16, 5
 
 
 class Clock:
-    """Seconds by what the thread does, from functions that were replaced by timed ones; and bytes handed over."""
+    """Seconds of the thread in our sums and in products there; and those of the link for what is handed over."""
 
     def __init__(self, link: Link | None) -> None:
         self.seconds: Counter[str] = Counter()
         self._link, self._arrival = link, 0.0
         for owner, name, part in (
-            (Kernel, "encode", "encode"),
-            (Kernel, "recode", "encode"),
-            (Kernel, "decode_sum", "decode"),
-            (TcpWork, "wait", "wire"),
-            (Communicator, "_sum", "ours"),
-            (Communicator, "all_gather_features", "ours"),
+            (PlannedWires, "sum_products", "ours"),
+            (PlannedWires, "gather_features", "ours"),
+            (Dense, "__call__", "product"),  # the model's, though they are computed inside of our sum
+            (Lookup, "__call__", "product"),
         ):
             setattr(owner, name, self._timed(getattr(owner, name), part))
-        communicator.Deferred = self._deferred()  # type: ignore[assignment, misc]
-        TcpTransport.exchange = self._timed(self._noted(TcpTransport.exchange), "wire")  # type: ignore[method-assign]
-
-    def _deferred(self) -> Callable[..., Deferred]:
-        """Products are the model's, though they are computed inside of our sum."""
-
-        def deferred(num_tokens: int, num_features: int, tokens: Callable[[slice], Tensor]) -> Deferred:
-            return Deferred(num_tokens, num_features, self._timed(tokens, "product"))
-
-        deferred.of = Deferred.of  # type: ignore[attr-defined]
-        return deferred
+        TcpTransport.exchange = self._noted(TcpTransport.exchange)  # type: ignore[method-assign]
 
     def _timed(self, call: Callable[..., Any], part: str) -> Callable[..., Any]:
         def timed(*args: Any, **kwargs: Any) -> Any:
@@ -81,7 +64,7 @@ class Clock:
         return timed
 
     def _noted(self, exchange: Callable[..., Any]) -> Callable[..., Any]:
-        """What the link needs for an exchange: it starts where the one before has left the rank."""
+        """Note what the link needs for an exchange: it starts where the one before has left the rank."""
 
         def noted(transport: Any, sends: Any, recvs: Any, *, tag: int) -> Any:
             nbytes = sum(buffer.nbytes for buffer in sends if buffer is not None)
@@ -95,20 +78,26 @@ class Clock:
 
         return noted
 
-    def parts(self, total_s: float) -> dict[str, float]:
-        """Milliseconds of PARTS, which add up to the total."""
-        found = self.seconds
-        link_s = min(found["link"], found["wire"])
+    def parts(self, total_s: float, report: Counter[str]) -> dict[str, float]:
+        """Milliseconds of PARTS, which add up to the total: by what was noted here and by the plan's own counters."""
+        found, wire_s = self.seconds, report["exchange_s"] + report["waiting_s"]
+        coding_s = report["encode_s"] + report["recode_s"], report["decode_s"]
+        link_s = min(found["link"], wire_s)
         parts = {
             "compute": total_s - found["ours"] + found["product"],
-            "encode": found["encode"],
-            "decode": found["decode"],
+            "encode": coding_s[0],
+            "decode": coding_s[1],
             "link": link_s,
-            "waiting": found["wire"] - link_s,
-            "overhead": found["ours"] - found["product"] - found["encode"] - found["decode"] - found["wire"],
+            "waiting": wire_s - link_s,
+            "overhead": found["ours"] - found["product"] - sum(coding_s) - wire_s,
         }
         self.seconds.clear()
         return {f"{part}_ms": 1e3 * seconds for part, seconds in parts.items()}
+
+
+def counted(handle: Handle) -> Counter[str]:
+    """Seconds over all sites, since the plan was attached."""
+    return sum((Counter(dict(site.seconds)) for site in handle.report().sites.values()), Counter())
 
 
 def on_rank(job: Job, folder: Path, codec: str, link: Link | None) -> dict[str, list[dict[str, float]]]:
@@ -117,44 +106,38 @@ def on_rank(job: Job, folder: Path, codec: str, link: Link | None) -> dict[str, 
     found: dict[str, list[dict[str, float]]] = {"prefill": [], "decode": []}
     for round_ in range(-1, ROUNDS):
         native = answer(model)
-        with narrowcast.attach(model, plan, transport="tcp"):
+        with narrowcast.attach(model, plan, transport="tcp", timed=True) as handle:
             clock.seconds.clear()
-            coded = answer(model, clock)
+            coded = answer(model, clock, handle)
         for phase in found if round_ >= 0 else ():
             found[phase].append({"native_ms": native[phase]["total_ms"], **coded[phase]})
     return found
 
 
 @torch.no_grad()
-def answer(model: nn.Module, clock: Clock | None = None) -> dict[str, dict[str, float]]:
+def answer(model: nn.Module, clock: Clock | None = None, handle: Handle | None = None) -> dict[str, dict[str, float]]:
     ids, state = torch.randint(VOCAB_SIZE, (1, PREFILL), generator=torch.Generator().manual_seed(0)), None
     found = {}
     for phase, num_forwards in (("prefill", 1), ("decode", DECODE)):
+        before = counted(handle) if handle else Counter()
         dist.barrier()
         start = time.perf_counter()
         for _ in range(num_forwards):
             outputs = model(input_ids=ids, past_key_values=state, use_cache=True, logits_to_keep=1)  # type: ignore[operator]
             ids, state = outputs.logits[:, -1:].argmax(-1), outputs.past_key_values
         total_s = time.perf_counter() - start
-        figures = {"total_ms": 1e3 * total_s} | (clock.parts(total_s) if clock else {})
+        figures = {"total_ms": 1e3 * total_s} | (
+            clock.parts(total_s, counted(handle) - before) if clock and handle else {}
+        )
         found[phase] = {name: value / num_forwards for name, value in figures.items()}
     return found
 
 
-def rows(links: list[Link | None], codec: str, num_parameters: int) -> Iterator[dict[str, Any]]:
-    job = Job(
-        shape=shape_of(num_parameters),
-        codecs=[codec],
-        transports=["tcp"],
-        tp_size=2,
-        prefill=PREFILL,
-        decode=DECODE,
-        rounds=ROUNDS,
-        replicate_vocabulary=False,
-    )
+def rows(links: list[Link | None], codec: str) -> Iterator[dict[str, Any]]:
+    job = Job(codecs=[codec])
     with prepared(job) as folder:
         for link in links:
-            first, *_ = run(on_rank, 2, link, job, folder, codec, link)
+            first, *_ = run(on_rank, 2, job, folder, codec, link, link=link)
             for phase, rounds in first.items():
                 figures = {name: statistics.median(each[name] for each in rounds) for name in rounds[0]}
                 yield {"link": None if link is None else str(link), "phase": phase, "codec": codec, **figures}
@@ -184,24 +167,20 @@ def draw(table: list[dict[str, Any]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = reporting.parser(__doc__)
     parser.add_argument("--link", action="append", type=Link.parse, default=[])
     parser.add_argument("--codec", default="int4-feature")
-    parser.add_argument("--parameters", type=float, default=380, help="millions")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    check_report(arguments.json)
     table = []
     print("| link | phase | native ms | total ms | " + " | ".join(PARTS) + " |\n" + "| --- " * (4 + len(PARTS)) + "|")
-    for row in rows([None, *arguments.link], arguments.codec, round(arguments.parameters * 1e6)):
+    for row in rows([None, *arguments.link], arguments.codec):
         table.append(row)
         cells = [f"{row[name]:.2f}" for name in ("native_ms", "total_ms", *(f"{part}_ms" for part in PARTS))]
         print(f"| {row['link']} | {row['phase']} | {' | '.join(cells)} |", flush=True)
     if arguments.plot:
         draw(table, arguments.plot)
-    if arguments.json:
-        write_report(arguments.json, {"command": shlex.join(["python", *sys.argv]), "rows": table})
+    reporting.write(arguments.json, rows=table)
 
 
 if __name__ == "__main__":

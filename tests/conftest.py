@@ -11,6 +11,8 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import pytest
 import torch
 
+from narrowcast.errors import InvalidInputError
+from narrowcast.launch import emulation
 from ranks import Ranks
 
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
@@ -32,6 +34,15 @@ def ranks() -> Iterator[Callable[[int], Ranks]]:
     yield of
     for pool in pools.values():
         pool.close()
+
+
+@pytest.fixture
+def emulator() -> None:
+    """Skips the test where links cannot be emulated."""
+    try:
+        emulation.check_possible(2)
+    except InvalidInputError as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="session")

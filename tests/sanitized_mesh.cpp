@@ -12,7 +12,7 @@
 #include <string>
 #include <thread>
 
-#include "../csrc/mesh.h"
+#include "../csrc/mesh/mesh.h"
 
 using namespace narrowcast;
 

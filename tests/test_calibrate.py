@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.calibration import EMA_FACTOR, observe
+from narrowcast.calibration import observe
+from narrowcast.calibration.observers import EMA_FACTOR
 from narrowcast.codecs import FeatureCodec, FeatureRecipe
 from narrowcast.engines import load_engine
 from narrowcast.engines.forwards import chunk

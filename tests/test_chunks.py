@@ -9,11 +9,13 @@ from torch.nn import functional
 
 from narrowcast import PRESETS, InvalidInputError, all_reduce
 from narrowcast.codecs import Ranges
-from narrowcast.collectives import Pending, Stages, all_reduce_steps, simulate
+from narrowcast.collectives import Hops, Pending, all_reduce_steps, simulate
 from narrowcast.collectives.algorithms import named
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import MAX_CHUNKS, chunks_of
-from narrowcast.runtime.communicator import Communicator, SiteCodecs
+from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.products import Dense
+from narrowcast.runtime.sites import Sites
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 
@@ -24,12 +26,12 @@ def inputs(world_size: int, num_tokens: int) -> Tensor:
     return torch.randn(world_size, num_tokens, NUM_FEATURES, generator=torch.Generator().manual_seed(3)).bfloat16()
 
 
-def stages_of(world_size: int, algorithm: str) -> Stages:
+def hops_of(world_size: int, algorithm: str) -> Hops:
     seen = torch.randn(world_size, 64, NUM_FEATURES, generator=torch.Generator().manual_seed(4))
     groups = tuple((rank, rank + 1) for rank in range(0, world_size, 2)) if algorithm == "hierarchical" else ()
     codec = PRESETS["int4-feature"].codec
     sums = torch.stack([seen[list(group)].sum(0) for group in groups]) if groups else seen[:1]
-    return Stages(tuple(codec(Ranges.of(each)) for each in (seen, seen.sum(0)[None], sums)), groups)
+    return Hops(tuple(codec(Ranges.of(each)) for each in (seen, seen.sum(0)[None], sums)), groups)
 
 
 def chunked_sum(algorithm: str, num_tokens: int, chunk_nbytes: int) -> tuple[Tensor, Traffic, int]:
@@ -38,7 +40,7 @@ def chunked_sum(algorithm: str, num_tokens: int, chunk_nbytes: int) -> tuple[Ten
     rank, world_size = transport.rank, transport.world_size
     counted: list[Traffic] = []
     x_TE = inputs(world_size, num_tokens)[rank]
-    steps = all_reduce_steps(x_TE, stages_of(world_size, algorithm), transport, algorithm, out=x_TE)
+    steps = all_reduce_steps(x_TE, hops_of(world_size, algorithm), transport, algorithm, out=x_TE)
     y_TE = Pending(steps, transport, counted.append).wait()
     assert y_TE is x_TE, "in place"
     return y_TE, Traffic(*(sum(figures) for figures in zip(*counted, strict=True))), len(counted)
@@ -51,26 +53,26 @@ def chunked_sum(algorithm: str, num_tokens: int, chunk_nbytes: int) -> tuple[Ten
 def test_chunks_change_neither_bits_nor_bytes(
     ranks: Callable[[int], Ranks], world_size: int, algorithm: str, num_tokens: int
 ) -> None:
-    stages = stages_of(world_size, algorithm)
+    hops = hops_of(world_size, algorithm)
     expected = simulate.all_reduce(
-        list(inputs(world_size, num_tokens)), codec=stages.codecs, algorithm=algorithm, groups=stages.groups
+        list(inputs(world_size, num_tokens)), codec=hops.codecs, algorithm=algorithm, groups=hops.groups
     )
     for rank, (y_TE, traffic, num_exchanges) in enumerate(
         ranks(world_size).run(chunked_sum, algorithm, num_tokens, 500)
     ):
         assert torch.equal(y_TE, expected)
-        assert traffic == named(algorithm).sent(stages, num_tokens, NUM_FEATURES, rank, world_size)
+        assert traffic == named(algorithm).sent(hops, num_tokens, NUM_FEATURES, rank, world_size)
         assert num_exchanges > 3
 
 
 def test_chunks_are_shared_evenly_and_few() -> None:
-    stages = stages_of(4, "two_shot")
-    nbytes = stages.codecs[0].payload_nbytes(1, NUM_FEATURES)
-    assert chunks_of(stages, 1000, NUM_FEATURES, 4, None) == [slice(0, 1000)]
-    assert chunks_of(stages, 1000, NUM_FEATURES, 4, 1000 * nbytes) == [slice(0, 1000)]
-    assert chunks_of(stages, 7, NUM_FEATURES, 4, 1) == [slice(0, 7)], "two chunks would not be shared evenly"
-    assert len(chunks_of(stages, 1003, NUM_FEATURES, 4, 100 * nbytes)) == 11
-    chunks = chunks_of(stages, 9003, NUM_FEATURES, 4, nbytes)
+    hops = hops_of(4, "two_shot")
+    nbytes = hops.codecs[0].payload_nbytes(1, NUM_FEATURES)
+    assert chunks_of(hops, 1000, NUM_FEATURES, 4, None) == [slice(0, 1000)]
+    assert chunks_of(hops, 1000, NUM_FEATURES, 4, 1000 * nbytes) == [slice(0, 1000)]
+    assert chunks_of(hops, 7, NUM_FEATURES, 4, 1) == [slice(0, 7)], "two chunks would not be shared evenly"
+    assert len(chunks_of(hops, 1003, NUM_FEATURES, 4, 100 * nbytes)) == 11
+    chunks = chunks_of(hops, 9003, NUM_FEATURES, 4, nbytes)
     assert len(chunks) == MAX_CHUNKS
     assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
     assert (chunks[0].start, chunks[-1].stop) == (0, 9003)
@@ -82,14 +84,14 @@ def summed_products(num_tokens: int) -> tuple[Tensor, list[str]]:
     transport = TorchDistributedTransport()
     transport.chunk_nbytes = 500  # type: ignore[misc]
     rank, world_size = transport.rank, transport.world_size
-    sites = SiteCodecs({"s": stages_of(world_size, "one_shot").codecs}, (), "one_shot", torch.device("cpu"))
+    sites = Sites({"s": hops_of(world_size, "one_shot").codecs}, (), "one_shot", torch.device("cpu"))
     communicator, order = Communicator(sites, tp=transport, pp=None), []
     exchange, linear = transport.exchange, functional.linear
     transport.exchange = lambda *args, **kwargs: (order.append("exchange"), exchange(*args, **kwargs))[1]  # type: ignore[func-returns-value, method-assign]
     functional.linear = lambda *args: (order.append("product"), linear(*args))[1]  # type: ignore[func-returns-value]
     try:
         x_TF = inputs(world_size, num_tokens)[rank].view(1, num_tokens, -1)
-        return communicator.all_reduce_linear(x_TF, weight_of(), "s"), order
+        return communicator.row_parallel("s", [Dense(weight_of, NUM_FEATURES)])(x_TF), order
     finally:
         functional.linear = linear
 
@@ -100,7 +102,7 @@ def weight_of() -> Tensor:
 
 def test_products_are_made_while_others_travel(ranks: Callable[[int], Ranks]) -> None:
     partials = [functional.linear(x_TF, weight_of()) for x_TF in inputs(2, 60)]
-    expected = simulate.all_reduce(partials, codec=stages_of(2, "one_shot").codecs, algorithm="one_shot")
+    expected = simulate.all_reduce(partials, codec=hops_of(2, "one_shot").codecs, algorithm="one_shot")
     for y, order in ranks(2).run(summed_products, 60):
         assert torch.equal(y[0], expected)
         assert len(order) > 8
@@ -111,7 +113,7 @@ def several_at_once(num_tokens: int) -> list[Tensor]:
     transport = TorchDistributedTransport()
     transport.chunk_nbytes = 500  # type: ignore[misc]
     rank, world_size = transport.rank, transport.world_size
-    codec, x_TE = stages_of(world_size, "two_shot").codecs[:2], inputs(world_size, num_tokens)[rank]
+    codec, x_TE = hops_of(world_size, "two_shot").codecs[:2], inputs(world_size, num_tokens)[rank]
     pending = [
         all_reduce(x_TE, codec=codec, group=transport, algorithm=algorithm, async_op=True)
         for algorithm in ("two_shot", "one_shot", "two_shot")
@@ -122,7 +124,7 @@ def several_at_once(num_tokens: int) -> list[Tensor]:
 
 
 def test_chunked_sums_may_be_under_way_together(ranks: Callable[[int], Ranks]) -> None:
-    codecs = stages_of(2, "two_shot").codecs[:2]
+    codecs = hops_of(2, "two_shot").codecs[:2]
     for found in ranks(2).run(several_at_once, 50):
         for y_TE, algorithm in zip(found, ("two_shot", "one_shot", "two_shot"), strict=True):
             assert torch.equal(y_TE, simulate.all_reduce(list(inputs(2, 50)), codec=codecs, algorithm=algorithm))

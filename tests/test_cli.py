@@ -1,4 +1,4 @@
-"""The command line as its user meets it: separate processes, exit codes, one sentence an error."""
+"""The command line as its user meets it: what it prints, exit codes, one sentence an error."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import pytest
 import torch
 import typer
 
-from commands import run
+from commands import run, typed
 from conftest import MODEL
 from models import save_random
 from narrowcast import Plan
@@ -27,13 +27,17 @@ TEXT = str(MODEL / "scoring.txt")
 
 
 def narrowcast(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "narrowcast", *map(str, arguments)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=150, env={**os.environ, "COLUMNS": "80", **environment}
-    )
+    """What a command prints: in this process, or in one of its own if that has another environment."""
+    done = in_a_process(*arguments, **environment) if environment else typed(*arguments)
     assert not check or done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def in_a_process(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "narrowcast", *map(str, arguments)]
+    settings = {**os.environ, "COLUMNS": "80", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=150, env=settings)
 
 
 def refused(*arguments: object) -> str:
@@ -129,31 +133,6 @@ def test_evaluate_real_equals_simulated(plan: Path, tmp_path: Path) -> None:
     assert real["perplexity"] == pytest.approx(simulated["perplexity"], rel=0.01)
     assert 0.7 < real["top1_agreement"] < 1
     assert real["uncompressed_bytes_per_token"] == {"model.embed_tokens": 512.0, "lm_head": 4096.0}
-
-
-def test_count_shows_what_would_travel_before_there_is_a_plan(tmp_path: Path) -> None:
-    """Per token of two ranks: 134 of 512 bytes at each sum; an embedding row and half of the logits as they are."""
-    path = tmp_path / "report.json"
-    shown = narrowcast("count", MODEL, "-tp", 2, "--tokens", 10, "--json", path).stdout
-    report = json.loads(path.read_text(encoding="utf8"))
-    rows = {row.pop("site"): row for row in report["sites"]}
-    coded = {
-        "kind": "sum",
-        "number": 8,
-        "prompt": 80 * 134,
-        "prompt_plain": 80 * 512,
-        "token": 1072,
-        "token_plain": 4096,
-    }
-    assert rows["model.layers.*.mlp.down_proj"] == rows["model.layers.*.self_attn.o_proj"] == coded
-    assert (rows["model.embed_tokens"]["prompt"], rows["lm_head"]["prompt"]) == (10 * 512, 4096)
-    assert "1.90 times fewer for a token" in shown
-    assert "--tp or --pp above 1, found one rank" in refused("count", MODEL)
-    assert "at most 512, the model's context, found 513" in refused("count", MODEL, "-tp", 2, "--tokens", 513)
-    assert "Use KIND=PRESET, once a kind" in refused(
-        "count", MODEL, "-tp", 2, "--codec", "sum=bf16", "--codec", "sum=int4"
-    )
-    assert "one that this PyTorch can use" in refused("count", MODEL, "-tp", 2, "--device", "no-such-device")
 
 
 def test_calibrate_on_ranks_writes_the_plan_of_one_process(plan: Path, tmp_path: Path) -> None:
@@ -338,13 +317,19 @@ def started(*arguments: object) -> subprocess.Popen[str]:
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of its ranks, once all have been started for a while."""
-    for _ in range(100):
-        found = subprocess.run(["pgrep", "-P", str(process.pid), "-f", "spawn_main"], capture_output=True, text=True)
-        if len(found.stdout.split()) == 2:
+    for _ in range(200):
+        server = children_of(process.pid, "forkserver")
+        ranks = children_of(*server) if server else []
+        if len(ranks) == 2:
             time.sleep(6)
-            return [int(pid) for pid in found.stdout.split()]
+            return ranks
         time.sleep(0.2)
     raise AssertionError("no ranks were started")
+
+
+def children_of(pid: int, command: str = "") -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", command], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
 
 
 def running(pid: int) -> bool:
@@ -404,6 +389,6 @@ def test_a_killed_rank_ends_all_and_is_named(plan: Path) -> None:
     os.kill(max(ranks), signal.SIGKILL)
     _, errors = generating.communicate(timeout=60)
     assert generating.returncode == 1
-    assert "narrowcast: error: rank 1: Signal 9 (SIGKILL)" in errors
+    assert "narrowcast: error: rank 1 was ended by SIGKILL" in errors
     assert "Traceback" not in errors
     assert not any(running(pid) for pid in ranks)

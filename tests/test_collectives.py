@@ -13,7 +13,7 @@ from torch import Tensor
 import narrowcast
 from models import calibrated
 from narrowcast.codecs import PRESETS, CastCodec
-from narrowcast.collectives import ALGORITHMS, Pending, Stages, choose, simulate
+from narrowcast.collectives import ALGORITHMS, Hops, Pending, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.two_shot import shares
 from narrowcast.errors import InvalidInputError
@@ -102,9 +102,9 @@ def test_stages_of_different_granularity(ranks: Pools, world_size: int) -> None:
 def test_shares_are_whole_groups_and_cover_all(
     num_tokens: int, num_features: int, world_size: int, presets: tuple[str, str]
 ) -> None:
-    stages = Stages(tuple(PRESETS[preset] for preset in presets))
-    owners = shares(stages, num_tokens, num_features, world_size)
-    grains = [codec.granularity for codec in stages.codecs]
+    hops = Hops(tuple(PRESETS[preset] for preset in presets))
+    owners = shares(hops, num_tokens, num_features, world_size)
+    grains = [codec.granularity for codec in hops.codecs]
     if owners is None:
         assert num_tokens < world_size
         assert None in grains or -(-num_features // math.lcm(*grains)) < world_size
@@ -119,12 +119,12 @@ def test_shares_are_whole_groups_and_cover_all(
 
 def test_with_fewer_groups_than_ranks_one_shot_runs() -> None:
     codec = PRESETS["int4-group128"]
-    stages = Stages((codec, codec))
-    assert choose("two_shot", stages, 1, 4096, 8) == "two_shot"
-    assert choose("two_shot", stages, 1, 7 * 128, 8) == "one_shot"
-    assert choose("two_shot", stages, 1, 7 * 128 + 1, 8) == "two_shot"
-    assert choose("auto", Stages((PRESETS["nvfp4"],) * 2), 7, 4096, 8) == "one_shot"
-    assert choose("auto", Stages((PRESETS["nvfp4"],) * 2), 8, 4096, 8) == "two_shot"
+    hops = Hops((codec, codec))
+    assert choose("two_shot", hops, 1, 4096, 8) == "two_shot"
+    assert choose("two_shot", hops, 1, 7 * 128, 8) == "one_shot"
+    assert choose("two_shot", hops, 1, 7 * 128 + 1, 8) == "two_shot"
+    assert choose("auto", Hops((PRESETS["nvfp4"],) * 2), 7, 4096, 8) == "one_shot"
+    assert choose("auto", Hops((PRESETS["nvfp4"],) * 2), 8, 4096, 8) == "two_shot"
 
 
 def check_scatter_and_gather(preset: str) -> None:
@@ -251,7 +251,7 @@ def test_a_group_of_some_ranks(ranks: Pools) -> None:
     preset=st.sampled_from(["bf16", "int4-feature", "int3-feature"]),
 )
 def test_auto_sends_the_fewest_bytes(world_size: int, num_tokens: int, num_features: int, preset: str) -> None:
-    codecs = Stages(calibrated(preset, torch.ones(world_size, 1, num_features)))
+    codecs = Hops(calibrated(preset, torch.ones(world_size, 1, num_features)))
 
     def total(name: str) -> int | None:
         sent: Sequence[Traffic | None] = [
@@ -270,7 +270,7 @@ def test_the_choice_depends_on_nothing_that_was_chosen_before() -> None:
     """Codecs of other widths must not pass for each other: ranks that disagree would exchange garbage."""
     x_RTE = torch.ones(2, 1, 128)
     fine, coarse = calibrated("int8-feature", x_RTE), calibrated("int4-feature", x_RTE)
-    fine_first, coarse_first = Stages((fine[0], coarse[1])), Stages((coarse[0], fine[1]))
+    fine_first, coarse_first = Hops((fine[0], coarse[1])), Hops((coarse[0], fine[1]))
     assert fine[0] != coarse[0]
     for _ in range(2):
         assert choose("auto", fine_first, 8, 128, 2) == "two_shot"
@@ -279,7 +279,7 @@ def test_the_choice_depends_on_nothing_that_was_chosen_before() -> None:
 
 def test_one_shot_at_the_papers_bits_moves_more_than_a_bf16_ring_from_eight_ranks_on() -> None:
     """Why auto counts: 7 payloads of 4.19 bits against 2 * 7 / 8 of 16."""
-    codecs = Stages(calibrated("int4-feature", torch.ones(8, 1, 4096)))
+    codecs = Hops(calibrated("int4-feature", torch.ones(8, 1, 4096)))
     one, two = (ALGORITHMS[name].sent(codecs, 512, 4096, 0, 8) for name in ("one_shot", "two_shot"))
     assert one is not None and two is not None
     ring = 2 * 7 * 512 * 4096 * 2 // 8
@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InvalidInputError, match="calibrated for 3 ranks, or for the sum"):
         simulate.all_gather(inputs, codec=partial)
     for wrong in ("int4-feature", PRESETS["int4-feature"]):
-        with pytest.raises(InvalidInputError, match=r"a codec, or several by stage"):
+        with pytest.raises(InvalidInputError, match=r"a codec, or several by hop"):
             simulate.all_reduce(inputs, codec=wrong)  # type: ignore[arg-type]
     with pytest.raises(InvalidInputError, match=r"torch.distributed to be initialised"):
         narrowcast.all_reduce(inputs[0], codec=reduced)

@@ -28,9 +28,10 @@ from narrowcast.plan import ModelFingerprint, Site
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
 from narrowcast.plan.transform import Part, Remix, Transform
-from narrowcast.runtime.communicator import Communicator, SiteCodecs, plain
+from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.counters import Report
 from narrowcast.runtime.simulator import Simulator
+from narrowcast.runtime.sites import Sites, plain
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 
@@ -84,9 +85,9 @@ def test_a_choice_that_is_none_is_refused(text: str) -> None:
 def decided_sums(sizes: list[int]) -> list[Tensor]:
     transport = TorchDistributedTransport()
     rank, world_size = transport.rank, transport.world_size
-    sites = SiteCodecs({"s": codecs(world_size)}, (), "auto", CPU, decisions=TABLE)
+    sites = Sites({"s": codecs(world_size)}, (), "auto", CPU, decisions=TABLE)
     communicator = Communicator(sites, tp=transport, pp=None)
-    return [communicator.all_reduce(inputs(num_tokens, world_size)[rank], "s") for num_tokens in sizes]
+    return [communicator.sum([inputs(num_tokens, world_size)[rank]], "s") for num_tokens in sizes]
 
 
 def test_ranks_and_simulation_go_the_way_that_was_decided(ranks: Callable[[int], Ranks]) -> None:
@@ -100,7 +101,7 @@ def test_ranks_and_simulation_go_the_way_that_was_decided(ranks: Callable[[int],
             8: simulate.all_reduce(given, codec=pair, algorithm="one_shot"),
             20: simulate.all_reduce(given, codec=pair, algorithm="two_shot"),
         }[num_tokens]
-        simulated = Simulator(SiteCodecs({"s": pair}, (), "auto", CPU, decisions=TABLE)).all_reduce(given, "s")
+        simulated = Simulator(Sites({"s": pair}, (), "auto", CPU, decisions=TABLE), 3).sum(given, "s")
         for found in (*(results[place] for results in per_rank), simulated):
             if num_tokens == 1:  # gloo adds in BF16: two additions, half an ulp (2**-9) each of what is at most 12
                 assert torch.allclose(found.float(), expected.float(), atol=2 * 12 * 2**-9, rtol=0)
@@ -109,25 +110,24 @@ def test_ranks_and_simulation_go_the_way_that_was_decided(ranks: Callable[[int],
 
 
 def test_a_named_algorithm_and_deterministic_ignore_the_table() -> None:
-    named = SiteCodecs({"s": codecs(3)}, (), "one_shot", CPU, decisions=TABLE)
-    fixed = SiteCodecs({"s": codecs(3)}, (), "auto", CPU, decisions=TABLE, deterministic=True)
+    named = Sites({"s": codecs(3)}, (), "one_shot", CPU, decisions=TABLE)
+    fixed = Sites({"s": codecs(3)}, (), "auto", CPU, decisions=TABLE, deterministic=True)
     for num_tokens in (1, 5, 16, 1000):
         assert named.choice("s", num_tokens, NUM_FEATURES, 3) == ONE
         assert fixed.choice("s", num_tokens, NUM_FEATURES, 3) == TWO
     per_token_scales = PRESETS["fp8-e4m3-token"].codec(Ranges.of(torch.ones(1, 1, 1)))
-    fixed = SiteCodecs({"s": (per_token_scales,) * 2}, (), "auto", CPU, deterministic=True)
+    fixed = Sites({"s": (per_token_scales,) * 2}, (), "auto", CPU, deterministic=True)
     assert {str(fixed.choice("s", num_tokens, NUM_FEATURES, 3)) for num_tokens in (1, 5, 1000)} == {"coded one_shot"}
 
 
 def test_deterministic_results_do_not_depend_on_the_batch() -> None:
     """A token's sum has the same bits alone and among others."""
-    sites = SiteCodecs({"s": codecs(3, "int4-group32")}, (), "auto", CPU, decisions=TABLE, deterministic=True)
+    sites = Sites({"s": codecs(3, "int4-group32")}, (), "auto", CPU, decisions=TABLE, deterministic=True)
     given = inputs(20, 3)
-    whole = Simulator(sites).all_reduce(given, "s")
+    whole = Simulator(sites, 3).sum(given, "s")
     for token in range(20):
-        assert torch.equal(
-            Simulator(sites).all_reduce([x_TE[token : token + 1] for x_TE in given], "s")[0], whole[token]
-        )
+        alone = Simulator(sites, 3).sum([x_TE[token : token + 1] for x_TE in given], "s")
+        assert torch.equal(alone[0], whole[token])
 
 
 def test_a_coded_way_must_gain_enough() -> None:
@@ -279,7 +279,7 @@ def run_cli(*arguments: str) -> Any:
 
 
 def run_tune(*arguments: str) -> Any:
-    return run_cli("plan", "tune", *arguments)
+    return run_cli("tune", *arguments)
 
 
 def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +289,7 @@ def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.Monk
     a_plan(2).save(plan)
     before = plan.read_bytes()
     assert "not tuned: every sum is coded" in run_cli("inspect", str(plan)).output
-    done = run_tune(str(plan), "--seconds", "0.2", "--output", str(new))
+    done = run_tune(str(plan), "--output", str(new))
     assert done.exit_code == 0, done.output
     assert not list(temporary.glob("narrowcast-*")), "the launcher's logs are gone"
     assert f"sums of {NUM_FEATURES} features" in run_cli("inspect", str(new)).output

@@ -14,7 +14,7 @@ from models import calibrated
 from narrowcast.calibration.text import sequences
 from narrowcast.cli.generate import summary
 from narrowcast.codecs import PRESETS, Codec, FeatureCodec, GroupCodec, feature, kernels, ops
-from narrowcast.collectives import all_reduce_steps, checked_stages, choose, simulate
+from narrowcast.collectives import all_reduce_steps, checked_hops, choose, simulate
 from narrowcast.collectives.pending import Pending
 from narrowcast.engines import load_engine
 from narrowcast.plan import Plan
@@ -308,12 +308,12 @@ def check_drift(algorithm: str, groups: list[list[int]]) -> list[int]:
         x_RTE = torch.stack(partials(transport.world_size, 30, shape[1], seed=1))
         partial, reduced = calibrated("int4-feature", x_RTE)
         nodes_NTE = torch.stack([x_RTE[group].sum(dim=0) for group in groups or [[0]]])
-        stages = checked_stages((partial, reduced, calibrated("int4-feature", nodes_NTE)[0]), len(x_RTE), groups)
+        hops = checked_hops((partial, reduced, calibrated("int4-feature", nodes_NTE)[0]), len(x_RTE), groups)
         inputs, stats = drifted(transport.world_size, *shape), torch.zeros(2, 3, dtype=torch.int64)
-        assert choose(algorithm, stages, *shape, transport.world_size) == algorithm
-        steps = all_reduce_steps(inputs[transport.rank], stages, transport, algorithm, stats[0])
+        assert choose(algorithm, hops, *shape, transport.world_size) == algorithm
+        steps = all_reduce_steps(inputs[transport.rank], hops, transport, algorithm, stats[0])
         found = Pending(steps, transport).wait()
-        expected = simulate.all_reduce(inputs, codec=stages.codecs, groups=groups, algorithm=algorithm, stats=stats[1])
+        expected = simulate.all_reduce(inputs, codec=hops.codecs, groups=groups, algorithm=algorithm, stats=stats[1])
         assert same_bits(found, expected), (algorithm, shape)
         dist.all_reduce(stats[0])
         assert stats[0].tolist() == stats[1].tolist()

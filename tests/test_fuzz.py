@@ -1,4 +1,4 @@
-"""Random bytes through every C++ kernel, built with address and undefined-behaviour sanitizers (csrc/fuzz.cpp)."""
+"""Random bytes through every C++ kernel, built with sanitizers (csrc/kernels/fuzz.cpp)."""
 
 import shutil
 import subprocess
@@ -16,6 +16,7 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="the sources are not here")
 @pytest.mark.skipif(not all(map(shutil.which, tools)), reason=f"needs {' and '.join(tools)}")

@@ -33,7 +33,7 @@ class Doorway:
         return socket.create_connection(self.address, timeout=10)
 
     def enter(self, who: Credentials, timeout_s: float = 10.0) -> bool:
-        """Whether `who` gets in."""
+        """True if `who` gets in."""
         met = Meeting(who, listen("127.0.0.1"), {0: self.address}).meet(timeout_s)
         for connection in met.values():
             connection.close()
@@ -53,7 +53,7 @@ def doorway() -> Iterator[Doorway]:
 
 
 def dropped(connection: socket.socket) -> bool:
-    """Whether the other end has closed the connection without another byte than its greeting."""
+    """True if the other end has closed the connection without another byte than its greeting."""
     greeting = connection.recv(40, socket.MSG_WAITALL)
     try:
         return len(greeting) == 40 and connection.recv(1) == b""
@@ -95,7 +95,7 @@ def test_a_proof_for_another_end_opens_nothing(doorway: Doorway) -> None:
 
 
 def record_handshake(doorway: Doorway) -> bytes:
-    """What a rank says to get in."""
+    """Record the words of a rank that gets in."""
     connection = doorway.knock()
     steps = credentials(1).dial(0)
     next(steps)

@@ -1,4 +1,4 @@
-"""hierarchical on real gloo ranks: nodes of equal and unequal size, with the codecs that their stages need."""
+"""hierarchical on real gloo ranks: nodes of equal and unequal size, with the codecs that their hops need."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ from torch import Tensor
 import narrowcast
 from models import calibrated
 from narrowcast.codecs import CastCodec, Codec
-from narrowcast.collectives import Pending, Stages, all_reduce_steps, checked_stages, choose, named, simulate
+from narrowcast.collectives import Hops, Pending, all_reduce_steps, checked_hops, choose, named, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.errors import InvalidInputError
 from narrowcast.transport import TorchDistributedTransport
@@ -60,7 +60,7 @@ def check_nodes(groups: Groups, kind: str) -> None:
     transport = TorchDistributedTransport()
     for num_tokens, num_features in SHAPES:
         codecs = codecs_for(kind, groups, num_features)
-        stages = checked_stages(codecs, transport.world_size, groups)
+        hops = checked_hops(codecs, transport.world_size, groups)
         for dtype in (torch.bfloat16, torch.float32):
             inputs = partials(transport.world_size, num_tokens, num_features, dtype=dtype)
             x_TE = inputs[transport.rank]
@@ -68,15 +68,15 @@ def check_nodes(groups: Groups, kind: str) -> None:
             for algorithm in ("auto", "hierarchical"):
                 found = narrowcast.all_reduce(x_TE, codec=codecs, groups=groups, algorithm=algorithm)
                 assert same_bits(found, expected), (groups, num_tokens, num_features, dtype)
-            check_counts(x_TE, stages, transport)
+            check_counts(x_TE, hops, transport)
 
 
-def check_counts(x_TE: Tensor, stages: Stages, transport: TorchDistributedTransport) -> None:
+def check_counts(x_TE: Tensor, hops: Hops, transport: TorchDistributedTransport) -> None:
     """What `sent` promises is what travels, and what a rank clips is counted once."""
-    name = choose("hierarchical", stages, *x_TE.shape, transport.world_size)
-    promised = named(name).sent(stages, *x_TE.shape, transport.rank, transport.world_size)
+    name = choose("hierarchical", hops, *x_TE.shape, transport.world_size)
+    promised = named(name).sent(hops, *x_TE.shape, transport.rank, transport.world_size)
     counted: list[Traffic] = []
-    Pending(all_reduce_steps(x_TE, stages, transport, name), transport, counted.append).wait()
+    Pending(all_reduce_steps(x_TE, hops, transport, name), transport, counted.append).wait()
     assert promised == tuple(map(sum, zip(*counted, strict=True)))
 
 
@@ -88,16 +88,16 @@ def test_hierarchical_equals_its_twin(ranks: Pools, groups: Groups, kind: str) -
 
 def check_clipping(groups: Groups) -> tuple[int, int]:
     transport = TorchDistributedTransport()
-    stages = checked_stages(codecs_for("int8", groups, 70), transport.world_size, groups)
+    hops = checked_hops(codecs_for("int8", groups, 70), transport.world_size, groups)
     inputs = [x * 40 for x in partials(transport.world_size, 11, 70)]
     inputs[1][3, 5] = torch.nan
     stats = torch.zeros(3, dtype=torch.int64)
-    steps = all_reduce_steps(inputs[transport.rank], stages, transport, "hierarchical", stats)
+    steps = all_reduce_steps(inputs[transport.rank], hops, transport, "hierarchical", stats)
     y_TE = Pending(steps, transport).wait()
     assert y_TE.isnan().nonzero().tolist() == [[3, 5]]
     dist.all_reduce(stats)
     counted = torch.zeros(3, dtype=torch.int64)
-    simulate.all_reduce(inputs, codec=stages.codecs, groups=groups, algorithm="hierarchical", stats=counted)
+    simulate.all_reduce(inputs, codec=hops.codecs, groups=groups, algorithm="hierarchical", stats=counted)
     assert stats.tolist() == counted.tolist()
     return counted[0].item(), counted[1].item()
 
@@ -138,7 +138,7 @@ def test_several_under_way_at_once(ranks: Pools) -> None:
 def test_the_twin_is_a_sum_within_the_bounds_of_its_codecs(
     nodes: list[int], num_tokens: int, num_features: int, data: st.DataObject
 ) -> None:
-    """Nodes of any shape: rounding of three stages is all that parts the result from the exact sum."""
+    """Nodes of any shape: rounding of three hops is all that parts the result from the exact sum."""
     groups = [[rank for rank, node in enumerate(nodes) if node == each] for each in sorted(set(nodes))]
     inputs = partials(len(nodes), num_tokens, num_features, seed=data.draw(st.integers(0, 99)))
     found = simulate.all_reduce(inputs, codec=CastCodec(dtype=torch.bfloat16), groups=groups, algorithm="hierarchical")
@@ -159,21 +159,21 @@ def test_ranks_of_a_node_are_added_up_in_rank_order() -> None:
 def test_between_nodes_travels_less_than_a_flat_sum_sends_there() -> None:
     """Two nodes of four: an owner sends a quarter of one 4-bit payload to the other node."""
     groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
-    stages = checked_stages(codecs_for("int8", groups, 256), 8, groups)
-    sent = named("hierarchical").sent(stages, 512, 256, 0, 8)
-    within, reduced, between = (codec.payload_nbytes(512, 256) for codec in stages.codecs)
+    hops = checked_hops(codecs_for("int8", groups, 256), 8, groups)
+    sent = named("hierarchical").sent(hops, 512, 256, 0, 8)
+    within, reduced, between = (codec.payload_nbytes(512, 256) for codec in hops.codecs)
     assert sent is not None
     assert sent.nbytes == (3 * within + 3 * reduced + between) // 4
-    assert choose("auto", stages, 512, 256, 8) == "hierarchical"
+    assert choose("auto", hops, 512, 256, 8) == "hierarchical"
 
 
 def test_auto_falls_back_where_hierarchical_cannot_run() -> None:
     groups = [[0, 1], [2, 3]]
     codecs = codecs_for("int8", groups, 70)
-    assert choose("auto", checked_stages(codecs, 4, groups), 8, 70, 4) == "hierarchical"
-    assert choose("auto", checked_stages(codecs, 4), 8, 70, 4) == "two_shot"  # no nodes
-    assert choose("auto", checked_stages(codecs[:2], 4, groups), 8, 70, 4) == "two_shot"  # no codec between them
-    one_feature = checked_stages(CastCodec(dtype=torch.float32), 4, groups)
+    assert choose("auto", checked_hops(codecs, 4, groups), 8, 70, 4) == "hierarchical"
+    assert choose("auto", checked_hops(codecs, 4), 8, 70, 4) == "two_shot"  # no nodes
+    assert choose("auto", checked_hops(codecs[:2], 4, groups), 8, 70, 4) == "two_shot"  # no codec between them
+    one_feature = checked_hops(CastCodec(dtype=torch.float32), 4, groups)
     for algorithm in ("auto", "hierarchical"):
         assert choose(algorithm, one_feature, 1, 1, 4) == "one_shot"  # nothing for a second owner
 

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = [ROOT / "tests" / "sanitized_mesh.cpp", ROOT / "csrc" / "mesh.cpp", ROOT / "csrc" / "connection.cpp"]
+SOURCES = [ROOT / "tests" / "sanitized_mesh.cpp", *(ROOT / "csrc" / "mesh").glob("*.cpp")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sanitizers", "what"), [("address,undefined", "fuzz 5000"), ("thread", "threads 150")])
 def test_the_mesh_under_sanitizers(tmp_path: Path, sanitizers: str, what: str) -> None:
     compiler = shutil.which("c++")

@@ -45,7 +45,7 @@ def fresh() -> Iterator[Callable[[int], Ranks]]:
 
 
 def pattern(src: int, dst: int, tag: int, nbytes: int) -> Tensor:
-    """What `src` sends to `dst` under a tag."""
+    """Bytes that `src` sends to `dst` under a tag."""
     generator = torch.Generator().manual_seed(1_000_003 * src + 1009 * dst + tag)
     return torch.randint(256, (nbytes,), dtype=torch.uint8, generator=generator)
 
@@ -165,7 +165,7 @@ def test_a_wait_in_one_mesh_moves_the_bytes_of_another(ranks: Pools) -> None:
 
 
 def check_progress_without_waiting() -> float:
-    """How long rank 1 waits for 32 MB from rank 0, which does something else for two seconds meanwhile."""
+    """Seconds that rank 1 waits for 32 MB from rank 0, which does something else for two seconds meanwhile."""
     transport = TcpTransport(timeout_s=30)
     payload, room = torch.ones(32 << 20, dtype=torch.uint8), torch.empty(32 << 20, dtype=torch.uint8)
     if transport.rank == 0:
@@ -430,7 +430,8 @@ def test_a_rank_lost_while_connecting_is_named(fresh: Pools, how: str) -> None:
 
 
 def be_interrupted() -> str:
-    """Ctrl-C reaches a rank that waits."""
+    """Ctrl-C reaches a rank that waits, and does not leave it to whoever started it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     transport = TcpTransport(timeout_s=60)
     dist.barrier()
     if transport.rank == 1:
@@ -478,7 +479,7 @@ def test_a_forked_child_keeps_no_connection(fresh: Pools, tmp_path: Path) -> Non
 
 
 def broken_peer(sent: bytes, *, close: bool) -> tuple[Any, bytes]:
-    """What comes of waiting for 64 bytes under tag 5 from a peer that sends something else; and the room for them."""
+    """Outcome of waiting for 64 bytes under tag 5 from a peer that sends something else; and the room for them."""
     ours, theirs = socket.socketpair()
     mesh = _native.Mesh([-1, theirs.detach()], spin=False)
     room = bytearray(64)

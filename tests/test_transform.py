@@ -27,8 +27,10 @@ from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
 from narrowcast.plan.transform import Part, Remix, Transform
-from narrowcast.runtime.communicator import Communicator, SiteCodecs
+from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.products import Dense, components
 from narrowcast.runtime.simulator import Simulator
+from narrowcast.runtime.sites import Sites
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
 from test_attach import check_against_simulation
@@ -157,11 +159,11 @@ def test_matrices_that_do_not_fit_are_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
 def test_weights_that_are_codes_are_refused(dtype: torch.dtype) -> None:
     """Into 8 bits, whose scale stands elsewhere, nothing can be folded."""
-    sites = SiteCodecs({}, (), "auto", torch.device("cpu"), transforms={"s": TRANSFORMS["blocks"]})
+    product = Dense(lambda: torch.ones(24, 16).to(dtype), 24)
     with pytest.raises(
         InvalidInputError, match=rf"floating point of 16 bits or more.*found {str(dtype)[6:]}. Load the"
     ):
-        sites.folded("s", torch.ones(24, 16).to(dtype), 0)
+        components(product, TRANSFORMS["blocks"], 0)
 
 
 def save_with_heads(num_heads: int, folder: Path) -> Path:
@@ -448,12 +450,15 @@ def chunked(num_tokens: int) -> tuple[Tensor, Tensor]:
     ]
     weights = [orthogonal(64, rank)[:, :48].bfloat16() for rank in range(3)]
 
-    def sites() -> SiteCodecs:
-        return SiteCodecs({"s": site.codecs}, (), "two_shot", torch.device("cpu"), transforms={"s": site.transform})
+    def sites() -> Sites:
+        return Sites({"s": site.codecs}, (), "two_shot", torch.device("cpu"), transforms={"s": site.transform})
 
     communicator = Communicator(sites(), tp=transport, pp=None)
-    real = communicator.all_reduce_linear(inputs[transport.rank], weights[transport.rank], "s")
-    return real, Simulator(sites()).all_reduce_linear(inputs, weights, "s")
+    real = communicator.row_parallel("s", [Dense(lambda: weights[transport.rank], 64)])(inputs[transport.rank])
+    columns = [slice(48 * rank, 48 * (rank + 1)) for rank in range(3)]
+    products = [Dense(lambda weight=weight: weight, 64, own) for weight, own in zip(weights, columns, strict=True)]  # type: ignore[misc]
+    simulator = Simulator(sites(), 3)
+    return real, simulator.row_parallel("s", products)(torch.cat(inputs, dim=1))
 
 
 def test_components_travel_in_chunks(ranks: Pools) -> None:

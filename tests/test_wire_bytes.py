@@ -60,16 +60,17 @@ def main(folder: str) -> None:
 def sums(preset: str, repeats: int) -> int:
     """Bytes that this rank counted while it summed `repeats` times."""
     from models import calibrated
-    from narrowcast.runtime.communicator import Communicator, SiteCodecs
+    from narrowcast.runtime.communicator import Communicator
+    from narrowcast.runtime.sites import Sites
     from narrowcast.transport import TorchDistributedTransport
 
-    codecs = SiteCodecs({"site": calibrated(preset, torch.ones(2, 1, NUM_FEATURES))}, (), "auto", torch.device("cpu"))
+    codecs = Sites({"site": calibrated(preset, torch.ones(2, 1, NUM_FEATURES))}, (), "auto", torch.device("cpu"))
     communicator = Communicator(codecs, tp=TorchDistributedTransport(), pp=None)
     dist.barrier()
     for _ in range(repeats):
-        communicator.all_reduce(torch.ones(NUM_TOKENS, NUM_FEATURES), "site")
+        communicator.sum([torch.ones(NUM_TOKENS, NUM_FEATURES)], "site")
     dist.barrier()
-    report = codecs.monitor.report()
+    report = codecs.report()
     assert report.num_tokens == NUM_TOKENS * repeats
     return round(report.wire_bytes_per_token * report.num_tokens)
 

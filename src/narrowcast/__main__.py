@@ -20,6 +20,7 @@ def main() -> None:
             print("narrowcast: interrupted; no file was left half-written", file=sys.stderr)
         raise
     except NarrowcastError as error:
+        print(*getattr(error, "__notes__", ()), sep="", end="", file=sys.stderr)  # the traceback of a rank that crashed
         sys.exit(f"narrowcast: error: {error}")
     except OSError as error:
         sys.exit(f"narrowcast: error: {error.filename or ''}: {error.strerror or error}")

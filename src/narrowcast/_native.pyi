@@ -1,6 +1,9 @@
-"""The compiled module (csrc/module.cpp). Tensors are passed as addresses; dtypes as 0 (bf16), 1 (fp16), 2 (fp32)."""
+"""The compiled module (csrc/bindings/native.cpp).
 
-# Kernels (csrc/kernels_module.cpp). Strides are in values, or in bytes for payloads.
+Tensors are passed as addresses; dtypes as 0 (bf16), 1 (fp16), 2 (fp32).
+"""
+
+# Kernels (csrc/bindings/kernels.cpp). Strides are in values, or in bytes for payloads.
 
 class Format: ...
 
@@ -84,15 +87,7 @@ def paths() -> list[str]: ...
 def path() -> str: ...
 def use_path(name: str) -> None: ...
 
-# The link emulator (csrc/link.cpp).
-
-def enter_namespace(address: str, mtu: int) -> int:
-    """Move the calling thread into a network namespace of its own; the descriptor of its TUN device."""
-
-def carry(devices: list[int], rate_bps: float, delay_s: float, queue_bytes: int) -> None:
-    """Carry packets between TUN devices, rank 0's first, as links of that rate and delay do; never returns."""
-
-# The TCP mesh: csrc/mesh_bindings.cpp.
+# The TCP mesh: csrc/bindings/mesh.cpp.
 
 class Exchange:
     def wait(self, timeout_s: float) -> tuple[str, int, str, int, int] | None: ...

@@ -13,9 +13,10 @@ from narrowcast.engines.forwards import Forwards
 from narrowcast.errors import InvalidInputError, PlanMismatchError
 from narrowcast.plan import Plan
 from narrowcast.plan.split import SUMS, Split
-from narrowcast.runtime.communicator import Communicator, SiteCodecs
-from narrowcast.runtime.counters import Monitor, Report
+from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.counters import Report
 from narrowcast.runtime.simulator import Simulator
+from narrowcast.runtime.sites import Sites
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, transports_of
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,14 @@ class Handle:
     Several suspended handles may stand by on one model; one at most is at work.
     """
 
-    def __init__(self, model: nn.Module, forwards: Forwards, monitor: Monitor) -> None:
-        self._model, self._monitor = model, monitor
+    def __init__(self, model: nn.Module, forwards: Forwards, sites: Sites) -> None:
+        self._model, self._sites = model, sites
         self._forwards: Forwards | None = forwards
         setattr(model, _ATTACHED, self)
 
     def report(self) -> Report:
-        """What this rank has sent since `attach`."""
-        return self._monitor.report()
+        """The figures of what this rank has sent since `attach`."""
+        return self._sites.report()
 
     def suspend(self) -> None:
         """Give the model back the forwards that it had until `resume`; a second call does nothing."""
@@ -80,6 +81,7 @@ def attach(
     count_only: bool = False,
     algorithm: str = "auto",
     deterministic: bool = False,
+    timed: bool = False,
     transport: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Handle:
@@ -88,9 +90,10 @@ def attach(
     `model`: one that its engine has split as the plan says, or, with `simulate=True`, a whole one, which then does
     the same arithmetic for all ranks in this process.
     `count_only=True`: everything travels uncoded, and the report says what would have been sent.
-    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast plan
+    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast
     tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
     `deterministic=True`: one algorithm for all sizes, always coded, so that no result depends on the batch.
+    `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
     `timeout_s`: how long to wait for a rank before it counts as lost.
@@ -100,7 +103,7 @@ def attach(
     engine, device = engine_of(model), device_of(model)
     _check_arguments(plan, algorithm, transport)
     codecs = {name: site.codecs for name, site in plan.sites.items()}
-    sites = SiteCodecs(
+    sites = Sites(
         codecs,
         plan.groups,
         algorithm,
@@ -108,11 +111,12 @@ def attach(
         transforms={name: site.transform for name, site in plan.sites.items() if site.transform is not None},
         decisions=plan.decisions,
         deterministic=deterministic,
+        timed=timed,
     )
     if simulate:
         _check_attachable(engine, model, plan, whole=True)
-        simulator = Simulator(sites, count_only=count_only)
-        return Handle(model, engine.split_virtually(model, plan.split, simulator), sites.monitor)
+        simulator = Simulator(sites, plan.tp_size, count_only=count_only)
+        return Handle(model, engine.take_over(model, plan.split, simulator), sites)
     if engine.split_of(model) == Split():
         raise InvalidInputError(
             type(model).__name__,
@@ -130,7 +134,7 @@ def attach(
     if tp is not None and tuned_over not in ("", tp.name):
         logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)
     logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
-    return Handle(model, engine.take_over(model, communicator), sites.monitor)
+    return Handle(model, engine.take_over(model, plan.split, communicator), sites)
 
 
 def check_detached(model: nn.Module) -> None:
@@ -157,7 +161,7 @@ def _check_arguments(plan: Plan, algorithm: str, transport: str) -> None:
 def _check_on_all_ranks(
     engine: Engine, model: nn.Module, plan: Plan, connected: Sequence[Transport], mine: Mapping[str, str]
 ) -> None:
-    """What any rank refuses all refuse, and they take the same plan with the same options."""
+    """Refuse on all ranks what any of them refuses, and other plans or options than those of the rest."""
     refusal = None
     try:
         _check_attachable(engine, model, plan, whole=False)

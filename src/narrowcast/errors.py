@@ -1,4 +1,4 @@
-"""What can go wrong, as types.
+"""The exceptions, as a tree.
 
 NarrowcastError
 ├── InvalidInputError (also ValueError)   a user's value cannot be used

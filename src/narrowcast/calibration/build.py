@@ -14,8 +14,8 @@ from narrowcast.attach import attach
 from narrowcast.calibration.fit import DEFAULT_BITS, Fitted, ModelRecipe, fit, least_bits
 from narrowcast.calibration.moments import Moments
 from narrowcast.calibration.observers import ErrorObserver
+from narrowcast.calibration.observing import observed, run
 from narrowcast.calibration.recipes import CodecByKind, described, recipes_by_kind
-from narrowcast.calibration.running import run, travelling_over
 from narrowcast.codecs import Codec, Ranges, Recipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.engines import engine_of
@@ -144,7 +144,7 @@ class Observations:
     def _finished(self, sites: Mapping[str, Site], asked: Mapping[str, Any]) -> Plan:
         """The plan of these sites, with the errors that they make."""
         observer = ErrorObserver(sites, self.groups)
-        with travelling_over(observer, self.model, self.split):
+        with observed([observer], self.model, self.split):
             for ids in self.head:
                 run(self.model, ids)
         errors = observer.errors()

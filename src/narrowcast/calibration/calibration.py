@@ -17,8 +17,8 @@ from narrowcast.calibration.batches import Batch, sequences
 from narrowcast.calibration.build import Observations
 from narrowcast.calibration.moments import MomentObserver, Moments, MomentsNeeded, fisher_information
 from narrowcast.calibration.observers import EMA_FACTOR, FirstTokens, RangeObserver
+from narrowcast.calibration.observing import Observer, observed, run
 from narrowcast.calibration.recipes import CodecByKind, asked_for, moments_needed
-from narrowcast.calibration.running import run, travelling_over
 from narrowcast.codecs import Recipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.collectives import checked_groups
@@ -117,11 +117,11 @@ def observe(
         )
     num_held_out = 0 if moments == "none" else min(len(found) // HELD_OUT_SHARE, MAX_HELD_OUT)
     ranges = RangeObserver(first_tokens, num_first, nodes)
-    of_moments = MomentObserver(ranges, full=moments == "full")
+    of_moments = MomentObserver(full=moments == "full")
     num_done = itertools.count(1)
-    observers = ranges, ranges if moments == "none" else of_moments
-    for observer, some in zip(observers, (found[:num_held_out], found[num_held_out:]), strict=True):
-        with travelling_over(observer, model, split):
+    fitted: list[Observer] = [ranges] if moments == "none" else [ranges, of_moments]
+    for observers, some in (([ranges], found[:num_held_out]), (fitted, found[num_held_out:])):
+        with observed(observers, model, split):
             for ids in some:
                 run(model, ids)
                 if progress is not None:
@@ -143,7 +143,7 @@ def observe(
 def _moments(
     model: nn.Module, seen: MomentObserver, found: Sequence[Tensor], sites: Mapping[str, str]
 ) -> dict[str, Moments]:
-    """What was seen of sums, and how much the loss minds errors in them, for which the model must be whole."""
+    """Moments of sums, and of the loss's gradient in them, for which the model must be whole."""
     engine = engine_of(model)
     if engine.split_of(model) != Split():
         raise InvalidInputError(
@@ -169,7 +169,7 @@ def _check_options(first_tokens: str, num_first: int) -> None:
 
 
 def _split(engine: Engine, model: nn.Module, tp_size: int | None, pp_size: int, experts: Experts) -> Split:
-    """What was asked for, which a model that is split already must be."""
+    """The split that was asked for, by which a model that is split already must be."""
     found = engine.split_of(model)
     asked = Split(tp_size=1 if tp_size is None else tp_size, pp_size=pp_size, experts=experts)
     if found == Split():

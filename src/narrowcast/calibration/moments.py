@@ -11,8 +11,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from narrowcast.runtime.wires import Wires
-
 MomentsNeeded = Literal["none", "diagonal", "full"]
 
 LABEL_SEED = 241107942  # of the labels that are drawn for the Fisher information
@@ -38,35 +36,27 @@ class Moments:
         return Moments(partial=partial, total=total, fisher=fisher)
 
 
-class MomentObserver(Wires):
-    """Adds up moments of sums on their way, which go on to `wires`."""
+class MomentObserver:
+    """Sums of moments of partial sums and of their sum."""
 
-    def __init__(self, wires: Wires, *, full: bool) -> None:
-        self._wires, self.full = wires, full
+    def __init__(self, *, full: bool) -> None:
+        self.full = full
         self._moments: dict[str, list[Tensor]] = {}
         self._num_tokens: dict[str, int] = {}
 
-    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
+    def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
         """Look at partial sums and their sum."""
-        total = self._wires.all_reduce(partials, site)
-        stages = torch.stack([x.flatten(0, -2) for x in partials]).float(), total.flatten(0, -2)[None].float()
-        new = [second_moment(x_RTE, full=self.full) for x_RTE in stages]
+        hops = torch.stack([x.flatten(0, -2) for x in partials]).float(), total.flatten(0, -2)[None].float()
+        new = [second_moment(x_RTE, full=self.full) for x_RTE in hops]
         old = self._moments.get(site)
         self._moments[site] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
-        self._num_tokens[site] = self._num_tokens.get(site, 0) + stages[0].shape[1]
-        return total
+        self._num_tokens[site] = self._num_tokens.get(site, 0) + hops[0].shape[1]
 
-    def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
-        """Nothing is added up here."""
-        return self._wires.all_gather_features(parts, site)
+    def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
+        """Nothing is fitted to columns."""
 
-    def move(self, x: Tensor, site: str, num_sent: int) -> Tensor:
-        """Nothing is added up here."""
-        return self._wires.move(x, site, num_sent)
-
-    def all_to_all(self, x_PE: Tensor, site: str, num_sent: int) -> Tensor:
-        """Nothing is added up here."""
-        return self._wires.all_to_all(x_PE, site, num_sent)
+    def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
+        """Nothing is fitted to what travels once."""
 
     def moments(self, fishers: Mapping[str, Tensor]) -> dict[str, Moments]:
         """Means over tokens, of the sites that `fishers` has."""

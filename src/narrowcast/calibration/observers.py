@@ -1,7 +1,4 @@
-"""What calibration remembers of a site: averaged ranges by stage, and the error that finished codecs make.
-
-Both are `Wires`: a model's values travel over them, uncoded, and are looked at on the way.
-"""
+"""Observers: what calibration remembers of a site, averaged ranges by hop and the error that finished codecs make."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
@@ -10,10 +7,9 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Ranges
-from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS, Stages, choose, simulate
+from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS, Hops, choose, named, simulate
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Site
-from narrowcast.runtime.wires import Wires
 
 EMA_FACTOR = 0.01  # weight of each new sequence (gamma in peers' words; the first sequence initialises)
 
@@ -26,7 +22,7 @@ FirstTokens = Literal["count", "choosing", "skip"]
 Groups = Sequence[Sequence[int]]
 
 
-class RangeObserver(Wires):
+class RangeObserver:
     """Moving averages of the ranges of every site: for what the ranks put in [R, E], for sums [1, E], and, where
     there are `groups`, for the sums of these nodes [N, E].
     """
@@ -37,49 +33,40 @@ class RangeObserver(Wires):
         self._first_scale = 0 if first_tokens == "count" else num_first  # tokens left out in scales
         self._extremes: dict[str, list[Tensor]] = {}
 
-    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
-        """Look at partial sums and their sum, and add up as an uncompressed model would."""
-        total = exact_sum(partials)
-        stages = [torch.stack([_flat(x) for x in partials]), _flat(total)[None]]
+    def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
+        """Look at partial sums, their sum, and the sums of nodes."""
+        hops = [torch.stack([_flat(x) for x in partials]), _flat(total)[None]]
         if self._groups:
             sums = [exact_sum([_flat(partials[rank]).float() for rank in group]) for group in self._groups]
-            stages.append(torch.stack(sums))
-        self._see(site, stages)
-        return total
+            hops.append(torch.stack(sums))
+        self._see(site, hops)
 
-    def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
+    def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
         """Look at all features as the values of one source."""
-        x = torch.cat(list(parts), dim=-1)
-        return self.move(x, site, 0)
+        self.see(torch.cat(list(parts), dim=-1), site)
 
-    def move(self, x: Tensor, site: str, num_sent: int) -> Tensor:
-        """Look at `x`, the values of one source."""
-        self._see(site, [_flat(x)[None]])
-        return x
+    def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
+        """Look at the values of one source. Of tokens that are in no order, all count."""
+        if len(x):
+            self._see(site, [_flat(x)[None]], left_out=None if ordered else (0, 0))
 
-    def all_to_all(self, x_PE: Tensor, site: str, num_sent: int) -> Tensor:
-        """Look at tokens that are in no order: all of them count."""
-        if len(x_PE):
-            self._see(site, [x_PE[None]], left_out=(0, 0))
-        return x_PE
-
-    def _see(self, site: str, stages: Sequence[Tensor], left_out: tuple[int, int] | None = None) -> None:
+    def _see(self, site: str, hops: Sequence[Tensor], left_out: tuple[int, int] | None = None) -> None:
         left_out = left_out or (self._first_choosing, self._first_scale)
-        seen = [torch.cat([_extremes(x_RTE, num) for num in left_out]) for x_RTE in stages]
+        seen = [torch.cat([_extremes(x_RTE, num) for num in left_out]) for x_RTE in hops]
         if old := self._extremes.get(site):
             seen = [before + EMA_FACTOR * (new - before) for before, new in zip(old, seen, strict=True)]
         self._extremes[site] = seen
 
     def ranges(self, sites: Iterable[str]) -> dict[str, list[Ranges]]:
-        """Ranges by site and stage; InvalidInputError if a site gave values that are not finite, or none."""
+        """Ranges by site and hop; InvalidInputError if a site gave values that are not finite, or none."""
         if missing := set(sites) - self._extremes.keys():
             raise InvalidInputError(
                 min(missing), expected="values from the calibration text", found="none", remedy="Pass more text."
             )
-        return {site: [_ranges(site, stage) for stage in self._extremes[site]] for site in sites}
+        return {site: [_ranges(site, hop) for hop in self._extremes[site]] for site in sites}
 
 
-class ErrorObserver(Wires):
+class ErrorObserver:
     """Relative RMS error of each site's codecs by algorithm, all that comes before the site being exact."""
 
     def __init__(self, sites: Mapping[str, Site], groups: Groups = ()) -> None:
@@ -89,13 +76,12 @@ class ErrorObserver(Wires):
         self._power: dict[str, float] = {}
         self._noise: dict[str, dict[str, float]] = {}
 
-    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
+    def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
         """Compare every algorithm's sum with the exact one."""
         if site in self._codecs:
             wide = [_flat(x).float() for x in partials]
             names = *ALGORITHMS, *(NODE_ALGORITHMS if self._groups else ())
             self._count(site, exact_sum(wide), {name: self._coded(site, wide, name) for name in names})
-        return exact_sum(partials)
 
     def _coded(self, site: str, partials: Sequence[Tensor], algorithm: str) -> Tensor:
         codecs, transform = self._codecs[site], self._transforms[site]
@@ -105,27 +91,21 @@ class ErrorObserver(Wires):
         mix = None if transform.remix is None else transform.remix.mix
         total = simulate.all_reduce(components, codec=codecs, algorithm=algorithm, mix=mix)
         num_tokens, num_ranks = len(total), len(partials)
-        runs = choose(algorithm, Stages(tuple(codecs), mix=mix), num_tokens, transform.num_components, num_ranks)
-        return transform.synthesize(total, remixed=runs == "two_shot")
+        runs = choose(algorithm, Hops(tuple(codecs), mix=mix), num_tokens, transform.num_components, num_ranks)
+        return transform.synthesize(total, remixed=named(runs).recodes)
 
-    def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
-        """Compare what was coded part by part with what it was."""
+    def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
+        """Compare columns that were coded rank by rank with what they were."""
         if site in self._codecs:
             wide = [_flat(x).float() for x in parts]
             coded = simulate.all_gather_features(wide, codec=self._codecs[site][0])
             self._count(site, torch.cat(wide, dim=-1), {"once": coded})
-        return torch.cat(list(parts), dim=-1)
 
-    def move(self, x: Tensor, site: str, num_sent: int) -> Tensor:
-        """Compare what was coded with what it was."""
+    def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
+        """Compare what was coded once with what it was."""
         if site in self._codecs:
             wide = _flat(x).float()
             self._count(site, wide, {"once": simulate.send(wide, src=0, world_size=1, codec=self._codecs[site][0])})
-        return x
-
-    def all_to_all(self, x_PE: Tensor, site: str, num_sent: int) -> Tensor:
-        """The same for tokens that are in no order."""
-        return self.move(x_PE, site, num_sent)
 
     def _count(self, site: str, exact: Tensor, coded: Mapping[str, Tensor]) -> None:
         self._power[site] = self._power.get(site, 0.0) + _power(exact)

@@ -4,20 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli import (
-    bench,
-    calibrate,
-    codecs,
-    count,
-    demo,
-    doctor,
-    evaluate,
-    generate,
-    inspect,
-    predict,
-    rotate,
-    tune,
-)
+from narrowcast.cli import bench, calibrate, codecs, demo, doctor, estimate, evaluate, generate, inspect, rotate, tune
 from narrowcast.files import versions
 
 app = typer.Typer(
@@ -39,15 +26,14 @@ def version(
 
 
 app.command()(demo.demo)
-app.command()(count.count)
-app.command()(predict.predict)
+app.command()(estimate.estimate)
 app.command()(calibrate.calibrate)
 app.command()(evaluate.evaluate)
 app.command()(inspect.inspect)
 app.command()(tune.tune)
 app.command()(generate.generate)
 app.command()(rotate.rotate)
-app.add_typer(bench.app, name="bench")
+app.command()(bench.bench)
 app.command()(codecs.codecs)
 app.command()(doctor.doctor)
 

@@ -42,7 +42,7 @@ from narrowcast.cli.progress import calibrating
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_writable
-from narrowcast.launch.torchrun import is_first_rank, on_ranks
+from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.transport import DEFAULT_TIMEOUT_S
@@ -91,7 +91,7 @@ def calibrate(
         )
     found = sequences(load_engine().load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
     if real:
-        plan = on_ranks(_on_ranks, split.world_size, timeout, model, found, split, chosen, options)
+        (plan, *_) = run(_on_rank, split.world_size, model, found, split, chosen, options, timeout_s=timeout)
     else:
         plan = _plan(load_engine().load(model, device=device), found, split, chosen, options)
     if is_first_rank():
@@ -127,7 +127,7 @@ def codec_by_kind(options: Sequence[str]) -> CodecByKind:
     return codec
 
 
-def _on_ranks(model: str, found: Sequence[Tensor], split: Split, codec: CodecByKind, options: dict[str, Any]) -> Plan:
+def _on_rank(model: str, found: Sequence[Tensor], split: Split, codec: CodecByKind, options: dict[str, Any]) -> Plan:
     return _plan(load_engine().load(model, split=split), found, split, codec, options)
 
 

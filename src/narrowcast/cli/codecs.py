@@ -8,7 +8,7 @@ from rich.table import Table
 from narrowcast.calibration import recipes_by_kind
 from narrowcast.calibration.fit import ModelRecipe
 from narrowcast.codecs import PRESETS, Codec, Ranges
-from narrowcast.perf.estimate import measure_coding
+from narrowcast.perf.cost import measure_coding
 
 NUM_FEATURES, NUM_SOURCES = 4096, 2
 

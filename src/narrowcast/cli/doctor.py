@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 
 from narrowcast.codecs import kernels
+from narrowcast.errors import InvalidInputError
 from narrowcast.files import versions
+from narrowcast.launch import emulation
 from narrowcast.transport.tcp import COMPILED
 
 
@@ -29,6 +31,7 @@ def doctor() -> None:
     for backend, available in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())):
         table.add_row(f"transport torch.distributed, {backend}", "available" if available else "not in this PyTorch")
     table.add_row("transport tcp", "available" if COMPILED else "needs the compiled module")
+    table.add_row("emulated links, for benchmarks", _emulated_links())
     Console().print(table)
 
 
@@ -41,6 +44,14 @@ def _cpu_kernels() -> str:
             " see why a build fails."
         )
     return f"{selected} (C++); also {', '.join(reversed(others))}"
+
+
+def _emulated_links() -> str:
+    try:
+        emulation.check_possible(2)
+    except InvalidInputError as error:
+        return str(error)
+    return "available"
 
 
 def _gpus() -> list[str]:

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich import box
 from rich.console import Console
@@ -12,12 +11,11 @@ from rich.table import Table
 
 from narrowcast.cli.options import Timeout, TransportOption
 from narrowcast.files import check_writable
-from narrowcast.launch.torchrun import is_first_rank, on_ranks
-from narrowcast.perf.tune import Tuning
-from narrowcast.perf.tune import tune as tune_plan
+from narrowcast.launch import is_first_rank
+from narrowcast.perf.tune import Tuning, tune_on_ranks
 from narrowcast.plan import Plan
 from narrowcast.plan.decisions import FORMS
-from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport, connect_group
+from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 
 def tune(
@@ -27,10 +25,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Leave PLAN as it is, and write a new file.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the new file if it exists.")] = False,
-    seconds: Annotated[
-        float, typer.Option(min=0.1, help="How long to measure, about: longer where other work makes times unsteady.")
-    ] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the new file if it exists.")] = False,
     transport: TransportOption = "auto",
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -42,9 +37,7 @@ def tune(
     if output is not None:
         check_writable(output, overwrite=overwrite)
     plan = Plan.load(path)
-    check_transport(transport)
-    data, world_size = plan.to_bytes(), plan.split.world_size
-    tuning = on_ranks(_tune_on_rank, world_size, timeout, data, path, transport, seconds, timeout)
+    tuning = tune_on_ranks(plan, transport=transport, timeout_s=timeout)
     if is_first_rank():
         tuned = replace(plan, decisions=tuning.decisions)
         tuned.save(output or path, overwrite=overwrite or output is None)
@@ -53,13 +46,8 @@ def tune(
         console.print(f"decisions written into {output or path}", markup=False)
 
 
-def _tune_on_rank(data: bytes, path: Path, transport: str, seconds: float, timeout_s: float) -> Tuning:
-    ranks = connect_group(None, transport=transport, device=torch.device("cpu"), timeout_s=timeout_s)
-    return tune_plan(Plan.from_bytes(data, path), ranks, budget_s=seconds)
-
-
 def _timings(tuning: Tuning) -> Table:
-    """Median microseconds by size and way; the chosen one in bold, what was not measured in italics."""
+    """Median microseconds by size and way; the chosen one with a star, what was not measured with a tilde."""
     ways = list(dict.fromkeys(choice for timing in tuning.timings for choice in timing.seconds))
     table = Table(title="us a sum; *: chosen; ~: extrapolated", title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("tokens", "bytes", *map(str, ways)):

@@ -7,12 +7,12 @@ from narrowcast.collectives.algorithms import (
     check_algorithm,
     check_name,
     checked_groups,
-    checked_stages,
+    checked_hops,
     choose,
     named,
 )
 from narrowcast.collectives.all_to_all import all_to_all, all_to_all_steps
-from narrowcast.collectives.base import Stages
+from narrowcast.collectives.base import Hops
 from narrowcast.collectives.gather import (
     all_gather,
     all_gather_features_steps,
@@ -33,8 +33,8 @@ from narrowcast.collectives.reduce import (
 __all__ = [
     "ALGORITHMS",
     "NODE_ALGORITHMS",
+    "Hops",
     "Pending",
-    "Stages",
     "all_gather",
     "all_gather_features_steps",
     "all_gather_steps",
@@ -47,7 +47,7 @@ __all__ = [
     "check_algorithm",
     "check_name",
     "checked_groups",
-    "checked_stages",
+    "checked_hops",
     "choose",
     "deferred_all_reduce_steps",
     "named",

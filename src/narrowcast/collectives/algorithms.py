@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives.base import Algorithm, Stages
+from narrowcast.collectives.base import Algorithm, Hops
 from narrowcast.collectives.hierarchical import HIERARCHICAL
 from narrowcast.collectives.one_shot import ONE_SHOT
 from narrowcast.collectives.two_shot import TWO_SHOT
@@ -14,29 +14,36 @@ from narrowcast.errors import InvalidInputError
 ALGORITHMS: dict[str, Algorithm] = {"one_shot": ONE_SHOT, "two_shot": TWO_SHOT}
 NODE_ALGORITHMS: dict[str, Algorithm] = {"hierarchical": HIERARCHICAL}
 
+FALLBACK = "one_shot"  # which can run on any tensor
 
-def choose(algorithm: str, stages: Stages, num_tokens: int, num_features: int, world_size: int) -> str:
+# The codecs of a sum, by hop.
+HOPS = {
+    "partial": "the partial sums",
+    "reduced": "the reduced sum, which travels again",
+    "between": "the sums of nodes",
+}
+
+
+def choose(algorithm: str, hops: Hops, num_tokens: int, num_features: int, world_size: int) -> str:
     """The algorithm to run: "auto" takes hierarchical where there are nodes and a codec for what travels between
     them, otherwise the one whose ranks send the fewest bytes, one_shot where they are equal.
 
     Where another has neither a token nor a feature for every rank that adds up, one_shot runs in its place.
     """
-    check_algorithm(algorithm, stages.codecs, stages.groups)
+    check_algorithm(algorithm, hops.codecs, hops.groups)
     # With a token for every rank or more, all that is sent grows in proportion to the tokens.
     shape = min(num_tokens, world_size), num_features
     if algorithm != "auto":
-        return algorithm if named(algorithm).sent(stages, *shape, 0, world_size) else "one_shot"
+        return algorithm if named(algorithm).sent(hops, *shape, 0, world_size) else FALLBACK
     for name, each in NODE_ALGORITHMS.items():
-        if each.sent(stages, *shape, 0, world_size):
+        if each.sent(hops, *shape, 0, world_size):
             return name
-    totals = {name: _total_nbytes(each, stages, *shape, world_size) for name, each in ALGORITHMS.items()}
+    totals = {name: _total_nbytes(each, hops, *shape, world_size) for name, each in ALGORITHMS.items()}
     return min((name for name in totals if totals[name] is not None), key=lambda name: totals[name] or 0)
 
 
-def _total_nbytes(
-    algorithm: Algorithm, stages: Stages, num_tokens: int, num_features: int, world_size: int
-) -> int | None:
-    sent = [algorithm.sent(stages, num_tokens, num_features, rank, world_size) for rank in range(world_size)]
+def _total_nbytes(algorithm: Algorithm, hops: Hops, num_tokens: int, num_features: int, world_size: int) -> int | None:
+    sent = [algorithm.sent(hops, num_tokens, num_features, rank, world_size) for rank in range(world_size)]
     return None if None in sent else sum(each.nbytes for each in sent if each is not None)
 
 
@@ -59,39 +66,36 @@ def check_name(algorithm: str) -> None:
 def check_algorithm(algorithm: str, codecs: Sequence[Codec], groups: Sequence[Sequence[int]] = ()) -> None:
     """InvalidInputError unless `algorithm` is known, and has the codecs and the groups that it needs."""
     check_name(algorithm)
-    if algorithm == "two_shot" and len(codecs) < 2:
-        raise InvalidInputError(
-            "two_shot",
-            expected="a codec for the reduced sum, which travels again",
-            found="one codec, calibrated for partial sums",
-            remedy="Pass both, codec=(partial, reduced), as `plan.sites[name].codecs` holds them.",
-        )
-    if algorithm in NODE_ALGORITHMS and not groups:
+    if algorithm == "auto":
+        return
+    chosen = named(algorithm)
+    if chosen.needs_groups and not groups:
         raise InvalidInputError(
             algorithm,
             expected="the ranks of each node",
             found="none",
             remedy="Pass groups=[[0, 1], [2, 3]] to all_reduce; elsewhere choose another algorithm.",
         )
-    if algorithm in NODE_ALGORITHMS and len(codecs) < 3:
+    if len(codecs) < chosen.num_hops:
+        needed = dict(list(HOPS.items())[: chosen.num_hops])
         raise InvalidInputError(
             algorithm,
-            expected="codecs for partial sums, for the reduced sum, and for the sums of nodes",
+            expected=f"codecs of {', of '.join(needed.values())}",
             found=f"{len(codecs)}",
-            remedy="Pass all three, codec=(partial, reduced, between).",
+            remedy=f"Pass all, codec=({', '.join(needed)}), as `plan.sites[name].codecs` holds them.",
         )
 
 
-def checked_stages(codec: Codec | Sequence[Codec], world_size: int, groups: Sequence[Sequence[int]] = ()) -> Stages:
-    """The codecs by stage, and the nodes. A single codec without calibrated sources serves all stages.
+def checked_hops(codec: Codec | Sequence[Codec], world_size: int, groups: Sequence[Sequence[int]] = ()) -> Hops:
+    """The codecs by hop, and the nodes. A single codec without calibrated sources serves all hops.
 
     InvalidInputError for a codec that does not fit, and for `groups` that are no partition of the ranks.
     """
     codecs: list[Codec] = list(codec) if isinstance(codec, Sequence) else [codec]
-    if not all(isinstance(stage, Codec) for stage in codecs):
+    if not all(isinstance(hop, Codec) for hop in codecs):
         raise InvalidInputError(
             "codec",
-            expected="a codec, or several by stage, (partial, reduced), such as `plan.sites[name].codecs`",
+            expected="a codec, or several by hop, (partial, reduced), such as `plan.sites[name].codecs`",
             found=repr(codec),
             remedy="Make codecs by calibration, or from a preset's recipe: PRESETS[name].codec(ranges).",
         )
@@ -119,7 +123,7 @@ def checked_stages(codec: Codec | Sequence[Codec], world_size: int, groups: Sequ
             found=f"{codecs[2].num_sources}",
             remedy="Calibrate it on the sums of these groups.",
         )
-    return Stages(tuple(codecs), nodes)
+    return Hops(tuple(codecs), nodes)
 
 
 def checked_groups(groups: Sequence[Sequence[int]], world_size: int) -> tuple[tuple[int, ...], ...]:

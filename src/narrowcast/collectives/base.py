@@ -1,4 +1,4 @@
-"""What every algorithm is: steps that yield exchanges, a one-process twin, and the bytes it sends.
+"""Algorithms: steps that yield exchanges, a one-process twin, the bytes that are sent, and the work that is done.
 
 An algorithm knows no codec's inside and no transport: it encodes, yields an `Exchange`, and goes on when the
 bytes have arrived. Whoever drives it may wait at once or later, let the steps of several chunks of tokens take turns,
@@ -28,7 +28,7 @@ class Exchange(NamedTuple):
 
 
 class Traffic(NamedTuple):
-    """What one rank sends: payload bytes, and the values coded in them."""
+    """The bytes of payloads that one rank sends, and the values coded in them."""
 
     nbytes: int
     num_values: int
@@ -40,7 +40,7 @@ class Begin(NamedTuple):
     exchange: Exchange
 
 
-# What is yielded: an exchange to wait for, one to begin, or the Work of one that was begun.
+# Yielded: an exchange to wait for, one to begin, or the Work of one that was begun.
 Steps = Generator[Exchange | Begin | Work, Any, Tensor]
 Filling = Generator[Exchange, None, None]
 
@@ -55,13 +55,13 @@ class Deferred:
 
     @classmethod
     def of(cls, x_TE: Tensor) -> Self:
-        """What is there already."""
+        """A tensor that is there already."""
         return cls(x_TE.shape[0], x_TE.shape[1], x_TE.__getitem__)
 
 
 @dataclass(frozen=True)
-class Stages:
-    """The codecs of a site by stage, and the nodes that its ranks sit in.
+class Hops:
+    """The codecs of a site by hop, and the nodes that its ranks sit in.
 
     `codecs`: [0] for the partial sums, [1] for the reduced value when it travels again, [2] for the sums of nodes.
     `groups`: the ranks of each node, ascending; empty where all ranks are alike.
@@ -77,22 +77,38 @@ class Stages:
         return num_features if self.mix is None else len(self.mix)
 
 
+class CodingWork(NamedTuple):
+    """The work of one rank in a sum, for the cost model: latencies in a row, and values encoded and decoded."""
+
+    num_latencies: int
+    num_encoded: float
+    num_decoded: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Algorithm:
-    """One way to all-reduce.
+    """One way to all-reduce, and all that others need to know of it.
 
-    `steps(x_TE, y_TE, stages, rank, world_size, stats)` runs on a rank and fills `y_TE` with the sum, reading nothing
-    of `x_TE` once it writes; `twin(partials, stages, stats)` is its specification in one process;
-    `sent(stages, T, E, rank, world_size)` is what the rank sends, None where the algorithm cannot run.
+    `num_hops`: codecs that it needs, one for each kind of transfer (`Hops`).
+    `recodes`: the sum is coded again and travels again, along the axes of `Hops.mix` where these are others.
+    `needs_groups`: it must be told the ranks of each node.
+    `steps(x_TE, y_TE, hops, rank, world_size, stats)` runs on a rank and fills `y_TE` with the sum, reading nothing
+    of `x_TE` once it writes; `twin(partials, hops, stats)` is its specification in one process;
+    `sent(hops, T, E, rank, world_size)` is the traffic of a rank, None where the algorithm cannot run;
+    `work(num_values, world_size)` is what `perf.estimate` predicts its time from, None where that is unknown.
     """
 
-    steps: Callable[[Tensor, Tensor, Stages, int, int, Tensor | None], Filling]
-    twin: Callable[[Sequence[Tensor], Stages, Tensor | None], Tensor]
-    sent: Callable[[Stages, int, int, int, int], Traffic | None]
+    num_hops: int
+    recodes: bool
+    needs_groups: bool = False
+    steps: Callable[[Tensor, Tensor, Hops, int, int, Tensor | None], Filling]
+    twin: Callable[[Sequence[Tensor], Hops, Tensor | None], Tensor]
+    sent: Callable[[Hops, int, int, int, int], Traffic | None]
+    work: Callable[[int, int], CodingWork | None] = lambda num_values, world_size: None
 
 
 def share_of(total: int, rank: int, world_size: int) -> slice:
-    """What `rank` owns of `total` tokens or features: shares differ by one at most."""
+    """The share of `rank` in `total` tokens or features: shares differ by one at most."""
     return slice(rank * total // world_size, (rank + 1) * total // world_size)
 
 

@@ -1,4 +1,4 @@
-"""What every rank ends up with alike: `all_gather` of all ranks' tokens, `broadcast` of one rank's.
+"""Tensors that every rank ends up with alike: `all_gather` of all ranks' tokens, `broadcast` of one rank's.
 
 The sender decodes its own payload too, so that no rank holds other bits than the rest.
 """
@@ -91,7 +91,7 @@ def all_gather_features_steps(
 
 
 def blocks_of(num_features: Sequence[int]) -> list[slice]:
-    """Which columns of the whole each rank holds."""
+    """The columns of the whole that each rank holds."""
     stops = list(accumulate(num_features))
     return [slice(stop - num, stop) for num, stop in zip(num_features, stops, strict=True)]
 

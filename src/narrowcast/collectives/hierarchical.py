@@ -1,9 +1,9 @@
 """hierarchical: sum within each node, then between nodes, so that slow links carry a node's sum and not each rank's.
 
 Of every node the first S ranks (S being the size of the smallest node) own 1/S of the sum each, as in two_shot.
-1. Within a node, each rank sends every owner its share, coded with stage 0; the owner adds the ranks up.
-2. Owners of the same share send each other their node's sum, coded with stage 2, and add the nodes up in order.
-3. Each owner codes the total with stage 1 and sends it within its node; everyone decodes that, the owner too.
+1. Within a node, each rank sends every owner its share, coded with hop 0; the owner adds the ranks up.
+2. Owners of the same share send each other their node's sum, coded with hop 2, and add the nodes up in order.
+3. Each owner codes the total with hop 1 and sends it within its node; everyone decodes that, the owner too.
 
 Three latencies, three roundings. Between nodes a rank sends (N - 1) / S payloads, N being the number of nodes.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives.base import Algorithm, Exchange, Filling, Stages, Traffic, new_payload
+from narrowcast.collectives.base import Algorithm, Exchange, Filling, Hops, Traffic, new_payload
 from narrowcast.collectives.two_shot import Share, shares, twin_shares
 
 
@@ -38,22 +38,22 @@ class Seat(NamedTuple):
         return Exchange(by_peer(sends), by_peer(recvs), num_values)
 
 
-def _seat(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Seat | None:
-    """None where the algorithm cannot run: no nodes, too few codecs, or too small a tensor to share."""
-    if not stages.groups or len(stages.codecs) < 3:
+def _seat(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Seat | None:
+    """None where the algorithm cannot run: no nodes, too few codecs, other axes, or too small a tensor to share."""
+    if not hops.groups or len(hops.codecs) < 3 or hops.mix is not None:
         return None
-    owned = shares(stages, num_tokens, num_features, min(len(group) for group in stages.groups))
+    owned = shares(hops, num_tokens, num_features, min(len(group) for group in hops.groups))
     if owned is None:
         return None
-    node = next(node for node, group in enumerate(stages.groups) if rank in group)
-    members = stages.groups[node]
+    node = next(node for node, group in enumerate(hops.groups) if rank in group)
+    members = hops.groups[node]
     place = members.index(rank)
-    peers = tuple(group[place] for group in stages.groups) if place < len(owned) else ()
+    peers = tuple(group[place] for group in hops.groups) if place < len(owned) else ()
     return Seat(rank, world_size, node, members, dict(zip(members, owned, strict=False)), peers)
 
 
-def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Filling:
-    seat = _seat(stages, len(x_TE), x_TE.shape[1], rank, world_size)
+def _steps(x_TE: Tensor, y_TE: Tensor, hops: Hops, rank: int, world_size: int, stats: Tensor | None) -> Filling:
+    seat = _seat(hops, len(x_TE), x_TE.shape[1], rank, world_size)
     assert seat is not None, "the choice of the algorithm asks `sent` first"
     sum_TE = yield from _sum_in_node(x_TE, seat, stats)
     total_TE = yield from _sum_of_nodes(sum_TE, seat, stats)
@@ -103,14 +103,14 @@ def _gather_in_node(total_TE: Tensor | None, seat: Seat, y_TE: Tensor, stats: Te
         share.reduced.decode(payloads[owner], source=0, out=share.of(y_TE))
 
 
-def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
+def _twin(partials: Sequence[Tensor], hops: Hops, stats: Tensor | None) -> Tensor:
     num_tokens, num_features = partials[0].shape
     y_TE = partials[0].new_empty(num_tokens, num_features)
-    for share in twin_shares(stages, num_tokens, num_features, min(len(group) for group in stages.groups)):
+    for share in twin_shares(hops, num_tokens, num_features, min(len(group) for group in hops.groups)):
         payloads_RTB, between = share.coded(partials, stats), share.codecs[2]
         sums = [
             share.partial.sources(group).decode_sum(payloads_RTB[list(group)], num_features=share.shape[1])
-            for group in stages.groups
+            for group in hops.groups
         ]
         payloads = [between.encode(sum_TE, source=node, stats=stats) for node, sum_TE in enumerate(sums)]
         total_TE = between.decode_sum(torch.stack(payloads), num_features=share.shape[1])
@@ -119,8 +119,8 @@ def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> T
     return y_TE
 
 
-def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:
-    seat = _seat(stages, num_tokens, num_features, rank, world_size)
+def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:
+    seat = _seat(hops, num_tokens, num_features, rank, world_size)
     if seat is None:
         return None
     travelling = [_traffic(share.partial, share, 1) for owner, share in seat.owned.items() if owner != rank]
@@ -137,4 +137,4 @@ def _traffic(codec: Codec, share: Share, peers: int) -> Traffic:
     return Traffic(peers * codec.payload_nbytes(*share.shape), peers * share.num_values)
 
 
-HIERARCHICAL = Algorithm(steps=_steps, twin=_twin, sent=_sent)
+HIERARCHICAL = Algorithm(num_hops=3, recodes=True, needs_groups=True, steps=_steps, twin=_twin, sent=_sent)

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from narrowcast.collectives.base import Algorithm, Filling, Stages, Traffic, to_all
+from narrowcast.collectives.base import Algorithm, CodingWork, Filling, Hops, Traffic, to_all
 
 
-def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Filling:
-    codec = stages.codecs[0]
+def _steps(x_TE: Tensor, y_TE: Tensor, hops: Hops, rank: int, world_size: int, stats: Tensor | None) -> Filling:
+    codec = hops.codecs[0]
     num_tokens, num_features = x_TE.shape
     shape = world_size, num_tokens, codec.row_nbytes(num_features)
     payloads_RTB = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
@@ -22,15 +22,19 @@ def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: in
     codec.decode_sum(payloads_RTB, out=y_TE)
 
 
-def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
-    codec = stages.codecs[0]
+def _twin(partials: Sequence[Tensor], hops: Hops, stats: Tensor | None) -> Tensor:
+    codec = hops.codecs[0]
     payloads_RTB = torch.stack([codec.encode(x_TE, source=rank, stats=stats) for rank, x_TE in enumerate(partials)])
     return codec.decode_sum(payloads_RTB, dtype=partials[0].dtype, num_features=partials[0].shape[1])
 
 
-def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic:
+def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic:
     peers = world_size - 1
-    return Traffic(peers * stages.codecs[0].payload_nbytes(num_tokens, num_features), peers * num_tokens * num_features)
+    return Traffic(peers * hops.codecs[0].payload_nbytes(num_tokens, num_features), peers * num_tokens * num_features)
 
 
-ONE_SHOT = Algorithm(steps=_steps, twin=_twin, sent=_sent)
+def _work(num_values: int, world_size: int) -> CodingWork:
+    return CodingWork(1, num_values, world_size * num_values)
+
+
+ONE_SHOT = Algorithm(num_hops=1, recodes=False, steps=_steps, twin=_twin, sent=_sent, work=_work)

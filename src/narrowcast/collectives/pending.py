@@ -95,7 +95,7 @@ def transport_of(group: Group) -> Transport:
 
 
 def finish(pending: Pending, async_op: bool) -> Tensor | Pending:
-    """What a collective returns: the tensor, or with `async_op` the Pending of it."""
+    """The result of a collective: the tensor, or with `async_op` the Pending of it."""
     return pending if async_op else pending.wait()
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives.algorithms import checked_stages, choose, named
+from narrowcast.collectives.algorithms import checked_hops, choose, named
 from narrowcast.collectives.base import (
     Begin,
     Deferred,
     Exchange,
     Filling,
-    Stages,
+    Hops,
     Steps,
     check_matrix,
     share_of,
@@ -64,7 +64,7 @@ def all_reduce(
 ) -> Tensor | Pending:
     """Sum `x` [..., E] over the ranks of `group`, sending each partial sum coded. Returns a tensor like `x`.
 
-    `codec`: one for the partial sums, or several by stage: (partial, reduced) where two_shot sends the sum again,
+    `codec`: one for the partial sums, or several by hop: (partial, reduced) where two_shot sends the sum again,
     (partial, reduced, between) for hierarchical, where what travels between nodes has a codec with a source a node.
     `algorithm`: "one_shot", "two_shot", "hierarchical", or "auto", which takes hierarchical where it can run and
     otherwise the one that sends fewer bytes.
@@ -74,7 +74,7 @@ def all_reduce(
     Raises InvalidInputError for a codec or groups that do not fit, PeerLostError when a rank is lost.
     """
     transport = transport_of(group)
-    stages = checked_stages(codec, transport.world_size, groups)
+    hops = checked_hops(codec, transport.world_size, groups)
     if x.ndim == 0:
         raise InvalidInputError(
             "all_reduce", expected="a tensor [..., features]", found="a scalar", remedy="Reshape it."
@@ -86,13 +86,13 @@ def all_reduce(
             found=f"{list(out.shape)} in {out.dtype}",
             remedy="Pass torch.empty_like(x), or nothing.",
         )
-    name = choose(algorithm, stages, x.shape[:-1].numel(), x.shape[-1], transport.world_size)
-    return finish(Pending(all_reduce_steps(x, stages, transport, name, out=out), transport), async_op)
+    name = choose(algorithm, hops, x.shape[:-1].numel(), x.shape[-1], transport.world_size)
+    return finish(Pending(all_reduce_steps(x, hops, transport, name, out=out), transport), async_op)
 
 
 def all_reduce_steps(
     x: Tensor,
-    stages: Stages,
+    hops: Hops,
     transport: Transport,
     algorithm: str,
     stats: Tensor | None = None,
@@ -100,34 +100,32 @@ def all_reduce_steps(
 ) -> Steps:
     """The steps of `algorithm`, which can run, on `x` [..., E]."""
     x_TE, y = x.reshape(-1, x.shape[-1]), torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    yield from deferred_all_reduce_steps(Deferred.of(x_TE), y.view(x_TE.shape), stages, transport, algorithm, stats)
+    yield from deferred_all_reduce_steps(Deferred.of(x_TE), y.view(x_TE.shape), hops, transport, algorithm, stats)
     return y
 
 
 def deferred_all_reduce_steps(
-    x: Deferred, y_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, stats: Tensor | None = None
+    x: Deferred, y_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, stats: Tensor | None = None
 ) -> Steps:
     """The same of tokens that are yet to be computed: all at once, or chunks that take turns, computing and sending."""
     steps, rank, world_size = named(algorithm).steps, transport.rank, transport.world_size
-    chunks = chunks_of(stages, x.num_tokens, x.num_features, world_size, transport.chunk_nbytes)
+    chunks = chunks_of(hops, x.num_tokens, x.num_features, world_size, transport.chunk_nbytes)
     if len(chunks) == 1:
-        yield from steps(x.tokens(chunks[0]), y_TE, stages, rank, world_size, stats)
+        yield from steps(x.tokens(chunks[0]), y_TE, hops, rank, world_size, stats)
     else:
-        yield from in_turns(steps(x.tokens(own), y_TE[own], stages, rank, world_size, stats) for own in chunks)
+        yield from in_turns(steps(x.tokens(own), y_TE[own], hops, rank, world_size, stats) for own in chunks)
     return y_TE
 
 
-def chunks_of(
-    stages: Stages, num_tokens: int, num_features: int, world_size: int, chunk_nbytes: int | None
-) -> list[slice]:
+def chunks_of(hops: Hops, num_tokens: int, num_features: int, world_size: int, chunk_nbytes: int | None) -> list[slice]:
     """Tokens that travel together: as many as take `chunk_nbytes` (None: all).
 
     In units that all ranks share evenly, so that each owns and sends as much as without chunks.
     """
-    unit = math.lcm(world_size, *map(len, stages.groups)) if stages.groups else world_size
+    unit = math.lcm(world_size, *map(len, hops.groups)) if hops.groups else world_size
     if chunk_nbytes is None or num_tokens < 2 * unit:
         return [slice(0, num_tokens)]
-    nbytes = stages.codecs[0].payload_nbytes(num_tokens, num_features)
+    nbytes = hops.codecs[0].payload_nbytes(num_tokens, num_features)
     if nbytes <= chunk_nbytes:
         return [slice(0, num_tokens)]
     num_chunks = min(-(-nbytes // chunk_nbytes), MAX_CHUNKS, num_tokens // unit)
@@ -167,9 +165,9 @@ def reduce_scatter(
 ) -> Tensor | Pending:
     """Sum `x_TE` over the ranks; each keeps the tokens [rank * T // R, (rank + 1) * T // R) of the sum."""
     transport = transport_of(group)
-    stages = checked_stages(codec, transport.world_size)
+    hops = checked_hops(codec, transport.world_size)
     check_matrix(x_TE)
-    steps = reduce_scatter_steps(x_TE, stages.codecs[0], transport.rank, transport.world_size)
+    steps = reduce_scatter_steps(x_TE, hops.codecs[0], transport.rank, transport.world_size)
     return finish(Pending(steps, transport), async_op)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives.algorithms import checked_stages, choose, named, source_of
+from narrowcast.collectives.algorithms import checked_hops, choose, named, source_of
 from narrowcast.collectives.all_to_all import check_counts
 from narrowcast.collectives.base import share_of
 from narrowcast.collectives.gather import blocks_of
@@ -32,24 +32,27 @@ def all_reduce(
     again; it then ends with [..., J].
     """
     world_size, shape = len(partials), partials[0].shape
-    stages = replace(checked_stages(codec, world_size, groups), mix=mix)
+    hops = replace(checked_hops(codec, world_size, groups), mix=mix)
     flat = [x.reshape(-1, shape[-1]) for x in partials]
-    name = choose(algorithm, stages, len(flat[0]), shape[-1], world_size)
-    total_TE = named(name).twin(flat, stages, stats)
+    name = choose(algorithm, hops, len(flat[0]), shape[-1], world_size)
+    total_TE = named(name).twin(flat, hops, stats)
     return total_TE.view(*shape[:-1], total_TE.shape[1])
 
 
 def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:
     """The tokens of the sum that each rank ends with; `partials[rank]` [T, E] is what that rank puts in."""
-    stage = checked_stages(codec, len(partials)).codecs[0]
-    payloads_RTB = torch.stack([stage.encode(x_TE, source=rank) for rank, x_TE in enumerate(partials)])
-    total_TE = stage.decode_sum(payloads_RTB, dtype=partials[0].dtype, num_features=partials[0].shape[1])
+    hop = checked_hops(codec, len(partials)).codecs[0]
+    payloads_RTB = torch.stack([hop.encode(x_TE, source=rank) for rank, x_TE in enumerate(partials)])
+    total_TE = hop.decode_sum(payloads_RTB, dtype=partials[0].dtype, num_features=partials[0].shape[1])
     return [total_TE[share_of(len(total_TE), rank, len(partials))] for rank in range(len(partials))]
 
 
-def all_gather(parts: Sequence[Tensor], *, codec: Codec) -> Tensor:
+def all_gather(parts: Sequence[Tensor], *, codec: Codec, stats: Tensor | None = None) -> Tensor:
     """All ranks' tokens [T0 + T1 + ..., E] in rank order, as every rank decodes them."""
-    return torch.cat([send(x_TE, src=rank, world_size=len(parts), codec=codec) for rank, x_TE in enumerate(parts)])
+    world_size = len(parts)
+    return torch.cat(
+        [send(x_TE, src=rank, world_size=world_size, codec=codec, stats=stats) for rank, x_TE in enumerate(parts)]
+    )
 
 
 def all_gather_features(parts: Sequence[Tensor], *, codec: Codec, stats: Tensor | None = None) -> Tensor:
@@ -62,19 +65,21 @@ def all_gather_features(parts: Sequence[Tensor], *, codec: Codec, stats: Tensor 
     return torch.cat(decoded, dim=1)
 
 
-def all_to_all(inputs: Sequence[Tensor], *, codec: Codec, send_counts: Sequence[Sequence[int]]) -> list[Tensor]:
+def all_to_all(
+    inputs: Sequence[Tensor], *, codec: Codec, send_counts: Sequence[Sequence[int]], stats: Tensor | None = None
+) -> list[Tensor]:
     """The tokens that each rank ends with; `send_counts[src][dst]` of those of `inputs[src]` go from src to dst."""
     world_size = len(inputs)
     received: list[list[Tensor]] = [[] for _ in inputs]
     for rank, (x_TE, counts) in enumerate(zip(inputs, send_counts, strict=True)):
         check_counts(counts, [row[rank] for row in send_counts], len(x_TE), rank, world_size)
         for dst, part_TE in enumerate(x_TE.split(list(counts))):
-            received[dst].append(send(part_TE, src=rank, world_size=world_size, codec=codec))
+            received[dst].append(send(part_TE, src=rank, world_size=world_size, codec=codec, stats=stats))
     return [torch.cat(parts) for parts in received]
 
 
 def broadcast(x_TE: Tensor, *, src: int, world_size: int, codec: Codec, dtype: torch.dtype | None = None) -> Tensor:
-    """What every rank ends with when `src` broadcasts `x_TE`."""
+    """The tensor that every rank ends with when `src` broadcasts `x_TE`."""
     return send(x_TE, src=src, world_size=world_size, codec=codec, dtype=dtype)
 
 
@@ -87,7 +92,7 @@ def send(
     dtype: torch.dtype | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
-    """What a rank receives when `src` sends it `x_TE`, in `dtype` (None: that of `x_TE`)."""
+    """The tensor that a rank receives when `src` sends it `x_TE`, in `dtype` (None: that of `x_TE`)."""
     source = source_of(codec, src, world_size)
     payload_TB = codec.encode(x_TE, source=source, stats=stats)
     return codec.decode(payload_TB, source=source, dtype=dtype or x_TE.dtype, num_features=x_TE.shape[1])

@@ -15,9 +15,10 @@ from torch import Tensor
 from narrowcast.codecs import Codec
 from narrowcast.collectives.base import (
     Algorithm,
+    CodingWork,
     Exchange,
     Filling,
-    Stages,
+    Hops,
     Traffic,
     new_payload,
     share_of,
@@ -27,7 +28,7 @@ from narrowcast.collectives.base import (
 
 
 class Share(NamedTuple):
-    """What one rank owns: tokens and features of the sum, with the codecs by stage of just these features."""
+    """A rank's share of the sum: its tokens and features, with the codecs by hop of just these features."""
 
     tokens: slice
     features: slice
@@ -59,27 +60,27 @@ class Share(NamedTuple):
         return torch.stack(payloads)
 
 
-def shares(stages: Stages, num_tokens: int, num_features: int, world_size: int) -> list[Share] | None:
-    """The share of each rank; None where there is no token and no block of features for every rank, or no stage 1."""
-    if len(stages.codecs) < 2:
+def shares(hops: Hops, num_tokens: int, num_features: int, world_size: int) -> list[Share] | None:
+    """The share of each rank; None where there is no token and no block of features for every rank, or no hop 1."""
+    if len(hops.codecs) < 2:
         return None
     if num_tokens >= world_size:
         tokens = [share_of(num_tokens, rank, world_size) for rank in range(world_size)]
-        return [Share(own, slice(0, num_features), stages.codecs) for own in tokens]
-    blocks = _blocks([codec.granularity for codec in stages.codecs], num_features, world_size)
+        return [Share(own, slice(0, num_features), hops.codecs) for own in tokens]
+    blocks = _blocks([codec.granularity for codec in hops.codecs], num_features, world_size)
     if blocks is None:
         return None
     return [
-        Share(slice(0, num_tokens), own, tuple(codec.features(own.start, own.stop) for codec in stages.codecs))
+        Share(slice(0, num_tokens), own, tuple(codec.features(own.start, own.stop) for codec in hops.codecs))
         for own in blocks
     ]
 
 
-def twin_shares(stages: Stages, num_tokens: int, num_features: int, num_owners: int) -> list[Share]:
-    """What `shares` gives, with tokens in one piece: each one's bytes depend on it alone, blocks' on where they end."""
+def twin_shares(hops: Hops, num_tokens: int, num_features: int, num_owners: int) -> list[Share]:
+    """As `shares`, with tokens in one piece: each one's bytes depend on it alone, blocks' on where they end."""
     if num_tokens >= num_owners:
-        return [Share(slice(0, num_tokens), slice(0, num_features), stages.codecs)]
-    owners = shares(stages, num_tokens, num_features, num_owners)
+        return [Share(slice(0, num_tokens), slice(0, num_features), hops.codecs)]
+    owners = shares(hops, num_tokens, num_features, num_owners)
     assert owners is not None, "the choice of the algorithm asks `sent` first"
     return owners
 
@@ -97,9 +98,9 @@ def _blocks(granularities: Sequence[int | None], num_features: int, world_size: 
     return [slice(own.start * unit, min(own.stop * unit, num_features)) for own in owned]
 
 
-def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: int, stats: Tensor | None) -> Filling:
+def _steps(x_TE: Tensor, y_TE: Tensor, hops: Hops, rank: int, world_size: int, stats: Tensor | None) -> Filling:
     num_tokens, num_features = x_TE.shape
-    owners = shares(stages, num_tokens, num_features, world_size)
+    owners = shares(hops, num_tokens, num_features, world_size)
     assert owners is not None, "the choice of the algorithm asks `sent` first"
     own = owners[rank]
     sends = [owner.partial.encode(owner.of(x_TE), source=rank, stats=stats) for owner in owners]
@@ -107,49 +108,53 @@ def _steps(x_TE: Tensor, y_TE: Tensor, stages: Stages, rank: int, world_size: in
     yield Exchange(without(sends, rank), without(partials_RTB.unbind(), rank), x_TE.numel() - own.num_values)
 
     reduced = [
-        new_payload(owner.reduced, owner.shape[0], stages.num_reduced(owner.shape[1]), like=x_TE) for owner in owners
+        new_payload(owner.reduced, owner.shape[0], hops.num_reduced(owner.shape[1]), like=x_TE) for owner in owners
     ]
-    if stages.mix is None:
+    if hops.mix is None:
         own.partial.recode(partials_RTB, own.reduced, num_features=own.shape[1], out=reduced[rank], stats=stats)
     else:
         total = own.partial.decode_sum(partials_RTB, num_features=own.shape[1])
-        own.reduced.encode(_mixed(total, stages.mix), source=0, out=reduced[rank], stats=stats)
+        own.reduced.encode(_mixed(total, hops.mix), source=0, out=reduced[rank], stats=stats)
     yield to_all(reduced[rank], reduced, rank, own.num_values)
     for owner, payload_TB in zip(owners, reduced, strict=True):
-        owner.reduced.decode(payload_TB, source=0, out=_place_of(owner, y_TE, stages))
+        owner.reduced.decode(payload_TB, source=0, out=_place_of(owner, y_TE, hops))
 
 
 def _mixed(total_TE: Tensor, mix_JE: Tensor) -> Tensor:
     return torch.nn.functional.linear(total_TE, mix_JE.float())
 
 
-def _place_of(share: Share, y_TE: Tensor, stages: Stages) -> Tensor:
+def _place_of(share: Share, y_TE: Tensor, hops: Hops) -> Tensor:
     """Where the share's sum goes: along other axes, features are not what they were."""
-    return share.of(y_TE) if stages.mix is None else y_TE[share.tokens]
+    return share.of(y_TE) if hops.mix is None else y_TE[share.tokens]
 
 
-def _twin(partials: Sequence[Tensor], stages: Stages, stats: Tensor | None) -> Tensor:
+def _twin(partials: Sequence[Tensor], hops: Hops, stats: Tensor | None) -> Tensor:
     num_tokens, num_features = partials[0].shape
-    y_TE = partials[0].new_empty(num_tokens, stages.num_reduced(num_features))
+    y_TE = partials[0].new_empty(num_tokens, hops.num_reduced(num_features))
     # A matrix product may round otherwise for another number of tokens.
-    cut = twin_shares if stages.mix is None else shares
-    for share in cut(stages, num_tokens, num_features, len(partials)) or ():
+    cut = twin_shares if hops.mix is None else shares
+    for share in cut(hops, num_tokens, num_features, len(partials)) or ():
         payloads_RTB = share.coded(partials, stats)
         total_TE = share.partial.decode_sum(payloads_RTB, num_features=share.shape[1])
-        total_TE = total_TE if stages.mix is None else _mixed(total_TE, stages.mix)
+        total_TE = total_TE if hops.mix is None else _mixed(total_TE, hops.mix)
         payload_TB = share.reduced.encode(total_TE, source=0, stats=stats)
-        share.reduced.decode(payload_TB, source=0, out=_place_of(share, y_TE, stages))
+        share.reduced.decode(payload_TB, source=0, out=_place_of(share, y_TE, hops))
     return y_TE
 
 
-def _sent(stages: Stages, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:
-    owners = shares(stages, num_tokens, num_features, world_size)
+def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:
+    owners = shares(hops, num_tokens, num_features, world_size)
     if owners is None:
         return None
     own, peers = owners[rank], [owner for peer, owner in enumerate(owners) if peer != rank]
     nbytes = sum(owner.partial.payload_nbytes(*owner.shape) for owner in peers)
-    nbytes += len(peers) * own.reduced.payload_nbytes(own.shape[0], stages.num_reduced(own.shape[1]))
+    nbytes += len(peers) * own.reduced.payload_nbytes(own.shape[0], hops.num_reduced(own.shape[1]))
     return Traffic(nbytes, sum(owner.num_values for owner in peers) + len(peers) * own.num_values)
 
 
-TWO_SHOT = Algorithm(steps=_steps, twin=_twin, sent=_sent)
+def _work(num_values: int, world_size: int) -> CodingWork:
+    return CodingWork(2, num_values + num_values / world_size, 2 * num_values)
+
+
+TWO_SHOT = Algorithm(num_hops=2, recodes=True, steps=_steps, twin=_twin, sent=_sent, work=_work)

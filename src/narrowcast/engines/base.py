@@ -1,4 +1,4 @@
-"""What an engine must tell: where a model's values travel, how to reach these places, and what the model is."""
+"""Engines: their run-time seam (what travels, taking over, giving back), and their model files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +9,38 @@ from torch import Tensor, nn
 from narrowcast.engines.forwards import Forwards
 from narrowcast.plan import ModelFingerprint
 from narrowcast.plan.split import Split
-from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
 
 
-class Engine(Protocol):
-    """One inference engine. Modules of this package fulfil it; no other file imports the engine."""
+class Seam(Protocol):
+    """The run-time seam of an engine: where a model's values travel, and how to reach these places."""
+
+    def split_of(self, model: nn.Module) -> Split:
+        """The way in which the engine has spread the model; Split() if it is whole."""
+        ...
+
+    def sites(self, model: nn.Module, split: Split) -> Mapping[str, str]:
+        """Kinds of the sites by name, of a whole model as if it were split, or of this rank's part of it.
+
+        InvalidInputError if there are none, or if something would travel that is not supported.
+        """
+        ...
+
+    def groups(self, model: nn.Module) -> Groups:
+        """The groups of a split model."""
+        ...
+
+    def take_over(self, model: nn.Module, split: Split, wires: Wires) -> Forwards:
+        """Send over `wires` whatever travels: from this rank's part of a split model, or virtually, from a whole one.
+
+        What is returned gives the engine its forwards back.
+        """
+        ...
+
+
+class ModelFiles(Protocol):
+    """The models of an engine at rest: loading, saving, telling them apart, rotating them."""
 
     def load(
         self, path: str | Path, *, split: Split = ..., replicate_vocabulary: bool = False, device: str | None = None
@@ -34,31 +59,12 @@ class Engine(Protocol):
         """The tokenizer beside the model."""
         ...
 
-    def split_of(self, model: nn.Module) -> Split:
-        """How the engine has spread the model; Split() if it is whole."""
-        ...
-
-    def sites(self, model: nn.Module, split: Split) -> Mapping[str, str]:
-        """Kinds of the sites by name, of a whole model as if it were split, or of this rank's part of it.
-
-        InvalidInputError if there are none, or if something would travel that is not supported.
-        """
+    def save(self, model: nn.Module, path: str | Path) -> None:
+        """Write a whole model into a folder that `load` reads."""
         ...
 
     def fingerprint(self, model: nn.Module) -> ModelFingerprint:
         """The model's fingerprint: the same for the whole model and for any split of it."""
-        ...
-
-    def groups(self, model: nn.Module) -> Groups:
-        """The groups of a split model."""
-        ...
-
-    def split_virtually(self, model: nn.Module, split: Split, wires: Wires) -> Forwards:
-        """Let a whole model compute what all ranks of `split` would, its values travelling over `wires`."""
-        ...
-
-    def take_over(self, model: nn.Module, communicator: Communicator) -> Forwards:
-        """Send through `communicator` whatever the split model sends; what is returned puts the engine back."""
         ...
 
     def num_features(self, model: nn.Module) -> int:
@@ -72,6 +78,6 @@ class Engine(Protocol):
         """
         ...
 
-    def save(self, model: nn.Module, path: str | Path) -> None:
-        """Write a whole model into a folder that `load` reads."""
-        ...
+
+class Engine(Seam, ModelFiles, Protocol):
+    """One inference engine. A package in this folder fulfils it; nothing else imports the engine."""

@@ -64,7 +64,7 @@ _ABSENT = object()
 
 
 def call_with(module: nn.Module, attributes: dict[str, Any], *args: Any, forward: Forward | None = None) -> Any:
-    """What `forward` (by default of the module's class) computes where these parameters and attributes stand in."""
+    """Call `forward` (by default of the module's class) with these parameters and attributes standing in."""
     with _lent(module, attributes):
         return (forward or type(module).forward)(module, *args)
 
@@ -95,7 +95,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def chunk(size: int, rank: int, tp_size: int) -> slice:
-    """What `rank` holds of a dimension by DTensor's rule (torch.chunk): the last ranks may hold less, or none."""
+    """The part of a dimension that `rank` holds by DTensor's rule (torch.chunk): the last may hold less, or none."""
     width = -(-size // tp_size)
     return slice(min(rank * width, size), min((rank + 1) * width, size))
 

@@ -16,7 +16,7 @@ from narrowcast.evaluation.progress import Track, untold
 from narrowcast.evaluation.reference import Reference
 from narrowcast.evaluation.scoring import at_work, scored, standing_by
 from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
-from narrowcast.launch.torchrun import is_first_rank, on_ranks
+from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.split import Split
@@ -58,7 +58,7 @@ class Outcome:
 
 def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
     """One outcome a plan. Under torchrun, ranks but the first know their reports and continuations alone."""
-    return on_ranks(_on_rank, split.world_size, job.timeout_s, job, split)
+    return run(_on_rank, split.world_size, job, split, timeout_s=job.timeout_s)[0]
 
 
 def evaluate_on_ranks(

@@ -1,1 +1,7 @@
-"""Starting ranks, and what a process does that is one."""
+"""The one way to start ranks: `run` for a single function, `Ranks` for one after another."""
+
+from narrowcast.launch.link import Link
+from narrowcast.launch.ranks import Ranks, run
+from narrowcast.launch.torchrun import is_first_rank, under_torchrun
+
+__all__ = ["Link", "Ranks", "is_first_rank", "run", "under_torchrun"]

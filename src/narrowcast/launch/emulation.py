@@ -1,4 +1,4 @@
-"""Ranks in network namespaces of their own, joined by emulated links (csrc/link.cpp).
+"""Ranks in network namespaces of their own, joined by emulated links (csrc/emulator/).
 
 Nothing of it has a name, and nothing of it outlives the process that started it, however that one ends.
 """
@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnContext
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from narrowcast.errors import InvalidInputError, NarrowcastError
 from narrowcast.launch.link import Link
-from narrowcast.launch.process import end_with_parent
+from narrowcast.launch.parent import end_with_parent
 
 DEVICE = "link0"
 QUEUE_BYTES = 4_000_000
@@ -52,18 +52,18 @@ def check_possible(world_size: int) -> None:
             "--link", expected=f"the device {TUN}", found="none", remedy="Give the container that device."
         )
     try:
-        import narrowcast._native  # noqa: F401
+        import narrowcast._emulator  # noqa: F401
     except ImportError as error:
         raise InvalidInputError(
             "--link",
-            expected="the compiled module, which holds the emulator",
+            expected="the compiled module narrowcast._emulator",
             found="an install without it",
             remedy="Install a C++ compiler and narrowcast again.",
         ) from error
 
 
 @contextmanager
-def emulated(link: Link, world_size: int, context: SpawnContext) -> Iterator[tuple[BaseProcess, list[Connection]]]:
+def emulated(link: Link, world_size: int, context: ForkServerContext) -> Iterator[tuple[BaseProcess, list[Connection]]]:
     """The emulator's process, and for each rank the end of a pipe that it passes to `join`."""
     pipes = [context.Pipe() for _ in range(world_size)]
     ours, theirs = [pipe[0] for pipe in pipes], [pipe[1] for pipe in pipes]
@@ -80,10 +80,10 @@ def emulated(link: Link, world_size: int, context: SpawnContext) -> Iterator[tup
 
 def join(link: Link, rank: int, pipe: Connection) -> None:
     """Move this process, which has no other threads that use the network yet, into its own namespace on the link."""
-    from narrowcast import _native
+    from narrowcast import _emulator
 
     try:
-        device = _native.enter_namespace(address_of(rank), mtu_of(link))
+        device = _emulator.enter_namespace(address_of(rank), mtu_of(link))
     except RuntimeError as error:
         raise NarrowcastError(f"the link cannot be emulated here: {error}") from error
     try:
@@ -95,8 +95,8 @@ def join(link: Link, rank: int, pipe: Connection) -> None:
 
 def _emulate(link: Link, pipes: Sequence[Connection]) -> None:
     end_with_parent()
-    from narrowcast import _native
+    from narrowcast import _emulator
 
     with contextlib.suppress(EOFError):  # a rank that ended before it came: whoever started it says so
         devices = [reduction.recv_handle(pipe) for pipe in pipes]
-        _native.carry(devices, link.rate_bps, link.delay_s, QUEUE_BYTES)
+        _emulator.carry(devices, link.rate_bps, link.delay_s, QUEUE_BYTES)

@@ -1,42 +1,134 @@
-"""What a process that is one of several ranks does before its work and after it."""
+"""A process that is a rank: it meets the others, runs what it is given, and answers."""
 
-import contextlib
-import ctypes
-import multiprocessing
+import gc
 import os
+import pickle
 import signal
-import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar, TypeVarTuple
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore, Store
+from torch.distributed.distributed_c10d import _world
 
+from narrowcast.errors import NarrowcastError, PeerLostError
+from narrowcast.launch import emulation
+from narrowcast.launch.link import Link
+from narrowcast.launch.parent import end_with_parent
 from narrowcast.transport import connect
 
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
-
-P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 
-def as_rank(function: Callable[P, T], timeout_s: float, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `function` returns on this rank, joined with the others within `timeout_s`, as the environment says."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started the ranks, who ends them
+class Outcome(IntEnum):
+    """Outcome of a rank's work, the cause of others first: whoever misses a rank fails because of it."""
+
+    ENDED = 0
+    REFUSED = 1
+    CRASHED = 2
+    MISSED = 3
+    RETURNED = 4
+
+
+Answer = tuple[Outcome, Any]  # and the result or the error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a rank runs, with the environment that whoever starts it has; `wire` leads to the emulator of `link`."""
+
+    rank: int
+    world_size: int
+    store: str
+    environment: Mapping[str, str]
+    timeout_s: float
+    num_threads: int | None
+    link: Link | None
+    wire: Connection | None
+
+    def enter(self) -> None:
+        """Make this process that rank, as torchrun would, and move it onto its link."""
+        os.environ.clear()
+        os.environ.update(self.environment)
+        for name in ("RANK", "LOCAL_RANK"):
+            os.environ[name] = str(self.rank)
+        for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+            os.environ[name] = str(self.world_size)
+        if self.link is None or self.wire is None:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        else:
+            os.environ["GLOO_SOCKET_IFNAME"] = emulation.DEVICE
+            emulation.join(self.link, self.rank, self.wire)
+
+
+def as_rank(function: Callable[[*Ts], T], timeout_s: float, *args: *Ts) -> T:
+    """Run `function` on this rank of torchrun's, which meets the others within `timeout_s`; returns its result."""
     end_with_parent()
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
-    connect(timeout_s=timeout_s)
+    with _joined(timeout_s):
+        return function(*args)
+
+
+def serve(pipe: Connection, place: Place) -> None:
+    """Run one pickled function after another, until whoever sends them is gone."""
+    end_with_parent()
     try:
-        return function(*args, **kwargs)
+        place.enter()
+        with _joined(place.timeout_s, FileStore(place.store, place.world_size), place.num_threads):
+            gc.freeze()
+            while True:
+                message = pipe.recv_bytes()
+                _destroy_groups()
+                pipe.send_bytes(_answer(message, place.rank))
+    except EOFError:
+        pass
+    except Exception as error:  # before there was anything to run
+        pipe.send_bytes(pickle.dumps(_failure(error, place.rank)))
+
+
+@contextmanager
+def _joined(timeout_s: float, store: Store | None = None, num_threads: int | None = None) -> Iterator[None]:
+    """The group of all ranks as the default one, and a share of the machine's threads."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started the ranks, who ends them
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(num_threads or max(1, share))
+    connect(timeout_s=timeout_s, store=store)
+    try:
+        yield
     finally:
         dist.destroy_process_group()
 
 
-def end_with_parent() -> None:
-    """Even a parent that is killed does not leave this process behind (Linux)."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    if parent is not None and not parent.is_alive():  # killed before
-        sys.exit(1)
+def _destroy_groups() -> None:
+    """The groups of the function before, with which all ranks are done: each of gloo's wakes up 100 times a second."""
+    for group in list(_world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
+
+
+def _answer(message: bytes, rank: int) -> bytes:
+    try:
+        function, args = pickle.loads(message)
+        return pickle.dumps((Outcome.RETURNED, function(*args)))
+    except Exception as error:
+        return pickle.dumps(_failure(error, rank))
+
+
+def _failure(error: Exception, rank: int) -> Answer:
+    """The error as whoever started the ranks raises it: one sentence that names the rank."""
+    if isinstance(error, PeerLostError):
+        return Outcome.MISSED, error
+    if isinstance(error, NarrowcastError):
+        error.args = (f"rank {rank}: {error}",)
+        return Outcome.REFUSED, error
+    crash = NarrowcastError(f"rank {rank}: {type(error).__name__}: {error}")
+    crash.add_note(traceback.format_exc())
+    return Outcome.CRASHED, crash

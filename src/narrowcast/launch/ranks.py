@@ -1,160 +1,192 @@
-"""Running a function on ranks that are started for it, each in its own process: on loopback, or joined by a link."""
+"""Ranks on this machine, each a process of its own: on loopback, or joined by an emulated link."""
 
-import logging
+import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
-import socket
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Self, TypeVar, TypeVarTuple, cast
 
-from narrowcast.errors import NarrowcastError, PeerLostError
+from narrowcast.errors import NarrowcastError
 from narrowcast.launch import emulation
 from narrowcast.launch.link import Link
-from narrowcast.launch.process import as_rank, end_with_parent
+from narrowcast.launch.process import Answer, Outcome, Place, as_rank, serve
+from narrowcast.launch.torchrun import check_world, under_torchrun
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
-logger = logging.getLogger(__name__)
-
-P = ParamSpec("P")
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
 SETTLE_S = 1.0  # ranks that miss another one may say so before the other is seen to have failed
 
+# Ranks are forked from a server that imports what this process has imported of these, once for all ranks.
+PRELOADED = {"narrowcast", "transformers"}
 
-@dataclass(frozen=True)
-class Place:
-    """Where a rank runs: its link, and the pipe to the emulator, if there is one."""
 
-    rank: int
-    world_size: int
-    port: int
-    link: Link | None = None
-    wire: Connection | None = None
+class Ranks:
+    """`world_size` processes in one group, which run function after function until `close`, or until one fails.
 
-    def environment(self) -> dict[str, str]:
-        """The variables by which ranks find each other, as torchrun sets them."""
-        return {
-            "MASTER_ADDR": "127.0.0.1" if self.link is None else emulation.address_of(0),
-            "MASTER_PORT": str(self.port),
-            "RANK": str(self.rank),
-            "LOCAL_RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
-            "LOCAL_WORLD_SIZE": str(self.world_size),
-            "GLOO_SOCKET_IFNAME": "lo" if self.link is None else emulation.DEVICE,
-        }
+    They end with this process, however it ends. `num_threads` of each: by default, a share of the machine's cores.
+    """
+
+    def __init__(
+        self,
+        world_size: int,
+        *,
+        link: Link | None = None,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        num_threads: int | None = None,
+    ) -> None:
+        if link is not None:
+            emulation.check_possible(world_size)
+        self.world_size = world_size
+        self.processes: list[BaseProcess] = []
+        self.pipes: list[Connection] = []
+        self._guards: list[int] = []
+        self._stack = ExitStack()
+        resource_tracker.ensure_running()  # as its start lets interrupts through
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(_imported())
+        with _interrupts(held=True), self._closed_on_failure():
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="narrowcast-"))
+            wires: Sequence[Connection | None] = [None] * world_size
+            if link is not None:
+                emulator, wires = self._stack.enter_context(emulation.emulated(link, world_size, context))
+                self._guards.append(emulator.sentinel)
+            for rank, wire in enumerate(wires):
+                ours, theirs = context.Pipe()
+                place = Place(
+                    rank=rank,
+                    world_size=world_size,
+                    store=f"{folder}/store",
+                    environment=dict(os.environ),
+                    timeout_s=timeout_s,
+                    num_threads=num_threads,
+                    link=link,
+                    wire=wire,
+                )
+                process = context.Process(target=serve, args=(theirs, place), daemon=True)
+                process.start()
+                self.processes.append(process)
+                self.pipes.append(ours)
+                theirs.close()
+                if wire is not None:
+                    wire.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def alive(self) -> bool:
+        """True as long as all processes run."""
+        return bool(self.processes) and all(process.is_alive() for process in self.processes)
+
+    def run(self, function: Callable[[*Ts], T], *args: *Ts) -> list[T]:
+        """Results of `function(*args)` on each rank, in their order; function, arguments and results are pickled.
+
+        Raises what the first rank to fail raised, naming it, and ends all; NarrowcastError if that was no
+        NarrowcastError, with the rank's traceback as a note, or if a rank has ended. So does Ctrl-C end all.
+        """
+        with self._closed_on_failure():
+            self.start(function, *args)
+            return self._collect()
+
+    def start(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Begin `function(*args)` on every rank."""
+        message = pickle.dumps((function, args))
+        for pipe in self.pipes:
+            with contextlib.suppress(BrokenPipeError):  # it has ended: waiting for its answer will show
+                pipe.send_bytes(message)
+
+    def answer(self, rank: int) -> Answer:
+        """Wait for the answer of `rank` to what was started."""
+        try:
+            return cast(Answer, pickle.loads(self.pipes[rank].recv_bytes()))
+        except (EOFError, ConnectionResetError):
+            self.processes[rank].join()
+            return Outcome.ENDED, NarrowcastError(f"rank {rank} {_end(self.processes[rank].exitcode)}")
+
+    def close(self) -> None:
+        """End all processes."""
+        with _interrupts(held=True):
+            for process in self.processes:
+                process.kill()
+            for process, pipe in zip(self.processes, self.pipes, strict=True):
+                process.join()
+                pipe.close()
+            self.processes, self.pipes = [], []
+            self._stack.close()
+
+    def _collect(self) -> list[Any]:
+        answers: dict[int, Answer] = {}  # in the order in which they came
+        worst = Outcome.RETURNED
+        while worst > Outcome.REFUSED and len(answers) < self.world_size:
+            waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
+            ready = connection.wait([*waiting, *self._guards], None if worst == Outcome.RETURNED else SETTLE_S)
+            if not ready:
+                break
+            for pipe in ready:
+                if not isinstance(pipe, Connection):
+                    raise NarrowcastError("the emulator of the link ended")
+                answers[waiting[pipe]] = self.answer(waiting[pipe])
+            worst = min(outcome for outcome, _ in answers.values())
+        if worst != Outcome.RETURNED:
+            raise next(error for outcome, error in answers.values() if outcome == worst)
+        return [answers[rank][1] for rank in range(self.world_size)]
+
+    @contextmanager
+    def _closed_on_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
 
 def run(
-    function: Callable[P, T],
+    function: Callable[[*Ts], T],
     world_size: int,
+    *args: *Ts,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
     link: Link | None = None,
-    /,
-    *args: P.args,
-    **kwargs: P.kwargs,
 ) -> list[T]:
-    """What `function(*args, **kwargs)` returns on each of `world_size` ranks, whose network is `link`.
+    """Results of `function(*args)` on each of `world_size` ranks, which are started for it, on `link`.
 
-    Function, arguments and results must be picklable. What one rank raises is raised here; all others are ended then,
-    as they are by Ctrl-C and by whatever ends this process.
+    Under torchrun the ranks are those that it started, all of which call this, and only this rank's result is known: a
+    list of one. Ranks meet within `timeout_s` seconds; PeerLostError names who does not come. Else as `Ranks.run`.
     """
-    if link is not None:
-        emulation.check_possible(world_size)
-    context = multiprocessing.get_context("spawn")
-    resource_tracker.ensure_running()
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a namespace has nobody to ask for names of hosts
-    with _interrupts(held=True), ExitStack() as stack:
-        guards: list[int] = []
-        wires: Sequence[Connection | None] = [None] * world_size
-        if link is not None:
-            emulator, wires = stack.enter_context(emulation.emulated(link, world_size, context))
-            guards.append(emulator.sentinel)
-        ranks: dict[Connection, BaseProcess] = {}
-        stack.callback(_end, ranks)
-        port = _free_port()
-        for rank, wire in enumerate(wires):
-            ours, theirs = context.Pipe(duplex=False)
-            place = Place(rank, world_size, port, link, wire)
-            ranks[ours] = context.Process(target=_serve, args=(theirs, place, function, args, kwargs), daemon=True)
-            ranks[ours].start()
-            theirs.close()
-            if wire is not None:
-                wire.close()
-        with _interrupts(held=False):
-            return _collect(ranks, guards)
+    if under_torchrun():
+        check_world(world_size, link)
+        return [as_rank(function, timeout_s, *args)]
+    with Ranks(world_size, link=link, timeout_s=timeout_s) as ranks:
+        return ranks.run(function, *args)
 
 
-def _collect(ranks: Mapping[Connection, BaseProcess], guards: Sequence[int]) -> list[Any]:
-    """The results in rank order. Who lost a peer waits a moment for that peer's own words."""
-    numbers = {pipe: rank for rank, pipe in enumerate(ranks)}
-    waiting, results = set(ranks), {}
-    lost: PeerLostError | None = None
-    while waiting:
-        ready = connection.wait([*waiting, *guards], None if lost is None else SETTLE_S)
-        if not ready:
-            break
-        for pipe in ready:
-            if not isinstance(pipe, Connection):
-                raise NarrowcastError("the emulator of the link ended")
-            waiting.remove(pipe)
-            try:
-                error, results[numbers[pipe]] = pipe.recv()
-            except EOFError:
-                ranks[pipe].join()
-                raise NarrowcastError(f"rank {numbers[pipe]} ended with status {ranks[pipe].exitcode}") from None
-            if isinstance(error, PeerLostError):
-                lost = error
-            elif error is not None:
-                raise error
-    if lost is not None:
-        raise lost
-    return [results[rank] for rank in sorted(results)]
+def _imported() -> list[str]:
+    return [name for name in sys.modules if name.split(".")[0] in PRELOADED]
 
 
-def _end(ranks: Mapping[Connection, BaseProcess]) -> None:
-    for pipe, process in ranks.items():
-        pipe.close()
-        process.kill()
-    for process in ranks.values():
-        process.join()
-
-
-def _serve(
-    results: Connection, place: Place, function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> None:
-    end_with_parent()
-    os.environ.update(place.environment())
-    error: NarrowcastError | None = None
-    result = None
-    try:
-        if place.link is not None and place.wire is not None:
-            emulation.join(place.link, place.rank, place.wire)
-        result = as_rank(function, DEFAULT_TIMEOUT_S, *args, **kwargs)
-    except NarrowcastError as refusal:
-        error = refusal
-    except Exception as failure:
-        logger.exception("rank %d", place.rank)
-        error = NarrowcastError(f"rank {place.rank}: {type(failure).__name__}: {failure}")
-    results.send((error, result))
+def _end(status: int | None) -> str:
+    return f"was ended by {signal.Signals(-status).name}" if status and status < 0 else f"ended with status {status}"
 
 
 @contextmanager
 def _interrupts(*, held: bool) -> Iterator[None]:
-    """Ctrl-C is for whoever started the ranks: those inherit that it is held back, and it waits until all have started
-    or ended.
+    """Ctrl-C is for this process alone: those that it starts inherit that it is held back, and it waits until all have
+    started or ended.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK if held else signal.SIG_UNBLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -1,1 +1,1 @@
-"""Benchmarks: of codecs, of collectives, of whole models."""
+"""Performance: benchmarks of codecs, collectives and models; tuning; estimates before there are ranks."""

@@ -1,4 +1,4 @@
-"""How fast a codec's kernels are, against copying the same tensor."""
+"""The speed of a codec's kernels, against copying the same tensor."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -10,24 +10,37 @@ from torch import Tensor
 
 from narrowcast.codecs import Codec, Ranges, kernels, recipe
 from narrowcast.errors import NarrowcastError
+from narrowcast.perf.sizes import DTYPE, shape_of
 from narrowcast.perf.timing import Case, interleaved, rounds_within, seconds
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 OPS = "encode", "decode", "decode_sum"
 NUM_SOURCES = 2
+SIZES = ("4M",)
+SECONDS = 0.5  # a codec
+# One of each family.
+CODECS = (
+    "bf16",
+    "int4-feature",
+    "int8-feature",
+    "int4-group128",
+    "int2-group32-spike",
+    "mxfp4",
+    "nvfp4",
+)
 MEMCPY = "memcpy", ""
 
 Operation = Callable[[], Tensor]
 
 
-def rows(preset: str, *, dtype: str, shape: tuple[int, int], seconds_each: float) -> Iterator[dict[str, Any]]:
-    """A row for each operation and each path of kernels, on one thread.
+def rows(codec: str, nbytes: int, *, seconds_each: float = SECONDS) -> Iterator[dict[str, Any]]:
+    """A row for each operation on a BF16 tensor [T, E] of about `nbytes` and each path of kernels, on one thread.
 
-    `gbps`: bytes of the tensor [T, E] a second, not of the payload. `memcpy_gbps`: of copying it, in the same rounds.
+    `gbps`: bytes of the tensor a second, not of the payload. `memcpy_gbps`: of copying it, in the same rounds.
     """
-    x_RTE = torch.randn(NUM_SOURCES, *shape, generator=torch.Generator().manual_seed(0)).to(DTYPES[dtype])
-    operations = _operations(recipe(preset).codec(Ranges.of(x_RTE)), x_RTE)
-    _check(preset, operations)
+    shape = shape_of(nbytes)
+    x_RTE = torch.randn(NUM_SOURCES, *shape, generator=torch.Generator().manual_seed(0)).to(DTYPE)
+    operations = _operations(recipe(codec).codec(Ranges.of(x_RTE)), x_RTE)
+    _check(codec, operations)
     room = torch.empty_like(x_RTE[0])
     cases = {MEMCPY: Case(lambda: room.copy_(x_RTE[0]))}
     for path in kernels.available():
@@ -37,11 +50,10 @@ def rows(preset: str, *, dtype: str, shape: tuple[int, int], seconds_each: float
     rate = {name: room.nbytes / statistics.median(seconds(each)) / 1e9 for name, each in spans.items()}
     for op, path in (name for name in cases if name != MEMCPY):
         yield {
-            "codec": preset,
+            "codec": codec,
             "op": op,
             "device": "cpu",
             "path": path,
-            "dtype": dtype,
             "shape": list(shape),
             "gbps": rate[op, path],
             "memcpy_gbps": rate[MEMCPY],
@@ -67,14 +79,14 @@ def _through(path: str, operation: Operation) -> Operation:
     return run
 
 
-def _check(preset: str, operations: dict[str, Operation]) -> None:
+def _check(codec: str, operations: dict[str, Operation]) -> None:
     """Every path must give the reference's bytes: it is not worth timing otherwise."""
     for op, operation in operations.items():
         expected = _through("reference", operation)().clone()
         for path in kernels.available():
             found = _through(path, operation)()
             if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
-                raise NarrowcastError(f"{preset}: {op} by {path} kernels differs from the reference; please report it")
+                raise NarrowcastError(f"{codec}: {op} by {path} kernels differs from the reference; please report it")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""How long a sum over ranks takes, by codec, algorithm, transport, size and link."""
+"""The time of a sum over ranks, by codec, algorithm, transport, size and link."""
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,41 +10,42 @@ import torch.distributed as dist
 from torch import Tensor
 
 from narrowcast.codecs import Ranges, recipe
-from narrowcast.collectives import Pending, Stages, all_reduce_steps, checked_stages, choose, simulate
+from narrowcast.collectives import ALGORITHMS, Hops, Pending, all_reduce_steps, checked_hops, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.reduce import chunks_of
 from narrowcast.errors import NarrowcastError
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
+from narrowcast.launch import Link, run
+from narrowcast.perf.sizes import DTYPE, parse_sizes, shape_of
 from narrowcast.perf.sockets import SocketMesh
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99, rounds_within
 from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
 
 TRANSPORTS: dict[str, Callable[[], Transport]] = {"torch": TorchDistributedTransport, "tcp": TcpTransport}
-NUM_FEATURES = 4096
-DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """What to measure: everything with everything, about `seconds` a size."""
+    """Measurements: every codec with every algorithm, transport and size in bytes, about `seconds` a size."""
 
-    codecs: Sequence[str]
-    algorithms: Sequence[str]
-    transports: Sequence[str]
-    sizes: Sequence[int]
-    seconds: float
+    codecs: Sequence[str] = ("bf16", "int4-feature")
+    algorithms: Sequence[str] = tuple(ALGORITHMS)
+    transports: Sequence[str] = ("tcp",)
+    sizes: Sequence[int] = tuple(parse_sizes(["1K..64M"]))
+    seconds: float = 1.0
+
+
+DEFAULT = Sweep()
 
 
 class Cost(NamedTuple):
-    """What one rank sends, and how many exchanges wait for the one before, itself included."""
+    """Bytes that one rank sends, and exchanges that wait for the one before, the first included."""
 
     wire_bytes: int
     num_latencies: int
 
 
 class Key(NamedTuple):
-    """What a row is of."""
+    """The case of a row."""
 
     transport: str
     codec: str
@@ -59,7 +60,7 @@ Measured = dict[Key, list[Span]]
 
 def rows(sweep: Sweep, world_size: int, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for each case, of rank 0: baselines first, each size's cases in interleaved rounds."""
-    by_rank = run(_on_rank, world_size, link, sweep)
+    by_rank = run(_on_rank, world_size, sweep, link=link)
     keys = (list(measured) for measured in by_rank)
     for key, *others in zip(*keys, strict=True):
         spans = [by_rank[rank][own] for rank, own in enumerate([key, *others])]
@@ -79,14 +80,8 @@ def rows(sweep: Sweep, world_size: int, link: Link | None) -> Iterator[dict[str,
 
 
 def limit_s(link: Link, key: Key) -> float:
-    """What the link alone takes: a delay for each exchange that waits for the one before, and the bytes."""
+    """Seconds that the link alone takes: a delay for each exchange that waits for the one before, and the bytes."""
     return link.transfer_s(key.wire_bytes) + (key.num_latencies - 1) * link.delay_s
-
-
-def shape_of(nbytes: int) -> tuple[int, int]:
-    """Tokens and features of a BF16 tensor of about `nbytes`."""
-    row_nbytes = NUM_FEATURES * DTYPE.itemsize
-    return (1, max(nbytes // DTYPE.itemsize, 1)) if nbytes < row_nbytes else (nbytes // row_nbytes, NUM_FEATURES)
 
 
 def _on_rank(sweep: Sweep) -> Measured:
@@ -110,14 +105,12 @@ def _cases(sweep: Sweep, transports: dict[str, Transport], mesh: SocketMesh, sha
     nbytes = x_RTE[0].nbytes
     for preset in sweep.codecs:
         codecs = recipe(preset).codec(Ranges.of(x_RTE)), recipe(preset).codec(Ranges.of(x_RTE.float().sum(0, True)))
-        stages = checked_stages(codecs, world_size)
-        for algorithm in dict.fromkeys(choose(each, stages, *shape, world_size) for each in sweep.algorithms):
+        hops = checked_hops(codecs, world_size)
+        for algorithm in dict.fromkeys(choose(each, hops, *shape, world_size) for each in sweep.algorithms):
             expected = simulate.all_reduce(x_RTE.unbind(), codec=codecs, algorithm=algorithm)
             for name, transport in transports.items():
-                cost = _checked(x_RTE[rank], stages, transport, algorithm, expected)
-                cases[Key(name, preset, algorithm, nbytes, *cost)] = Case(
-                    _sum(x_RTE[rank], stages, transport, algorithm)
-                )
+                cost = _checked(x_RTE[rank], hops, transport, algorithm, expected)
+                cases[Key(name, preset, algorithm, nbytes, *cost)] = Case(_sum(x_RTE[rank], hops, transport, algorithm))
     return _raw(cases, mesh, nbytes) | cases
 
 
@@ -142,20 +135,20 @@ def _native(x_RTE: Tensor, rank: int) -> dict[Key, Case]:
 
 
 def _sum(
-    x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, sent: list[Traffic] | None = None
+    x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, sent: list[Traffic] | None = None
 ) -> Callable[[], Tensor]:
     """A sum into a buffer that is there already, as the native one has it."""
     count, y_TE = None if sent is None else sent.append, torch.empty_like(x_TE)
-    return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm, out=y_TE), transport, count).wait()
+    return lambda: Pending(all_reduce_steps(x_TE, hops, transport, algorithm, out=y_TE), transport, count).wait()
 
 
-def _checked(x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, expected: Tensor) -> Cost:
-    """What the sum costs on the wire; NarrowcastError if its bits are not those of the twin."""
+def _checked(x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, expected: Tensor) -> Cost:
+    """The sum's cost on the wire; NarrowcastError if its bits are not those of the twin."""
     sent: list[Traffic] = []
-    found = _sum(x_TE, stages, transport, algorithm, sent)()
+    found = _sum(x_TE, hops, transport, algorithm, sent)()
     if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
         raise NarrowcastError(f"{algorithm} differs from its twin on rank {transport.rank}; please report it")
-    num_chunks = len(chunks_of(stages, len(x_TE), x_TE.shape[1], transport.world_size, transport.chunk_nbytes))
+    num_chunks = len(chunks_of(hops, len(x_TE), x_TE.shape[1], transport.world_size, transport.chunk_nbytes))
     return Cost(sum(each.nbytes for each in sent), len(sent) // num_chunks)
 
 

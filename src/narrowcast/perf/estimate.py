@@ -1,144 +1,153 @@
-"""The time that a sum takes, predicted from its size, the number of ranks, a link, and what coding costs here.
+"""Bytes that a split model would send by each of some codecs, and their time on a link, before there are ranks."""
 
-A model to choose hardware by and to see why something is slow; on ranks that run, `tune` measures instead. Coding runs
-on one thread of a rank and overlaps with the link as far as chunks allow:
-
-    messages * (delay + software) + max(coding, wire) + min(coding, wire) / chunks
-
-Wire is payload bytes over the rate that TCP leaves of it. Its errors against measurements: docs/benchmarks.md.
-"""
-
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
-from narrowcast.codecs import CastCodec, Codec
-from narrowcast.collectives import Stages, named
-from narrowcast.collectives.reduce import chunks_of
-from narrowcast.launch.link import Link
+from narrowcast.codecs import recipe
+from narrowcast.collectives import Hops
+from narrowcast.engines import load_engine
+from narrowcast.errors import InvalidInputError
+from narrowcast.launch import Link
+from narrowcast.perf.census import census
+from narrowcast.perf.cost import CostModel, measure_coding, plain_coding
+from narrowcast.perf.forward import Forward, ways
 from narrowcast.plan.decisions import Choice
-from narrowcast.runtime.communicator import plain
-from narrowcast.transport import TcpTransport, TorchDistributedTransport
+from narrowcast.plan.split import Split
+from narrowcast.transport import check_transport
 
-TCP_SHARE = 0.96  # of a link's bits that are payload: 1,448 of 1,500 bytes, and acknowledgements
-LARGEST_NBYTES = 1 << 30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Coding:
-    """Seconds a value on one thread: to encode it, and to decode it of one payload."""
-
-    encode_s: float
-    decode_s: float
+UNCOMPRESSED, NATIVE = "bf16", "native"
+MESH = "tcp"  # what "auto" takes on the CPU
+CODECS = "int8-feature", "int6-feature", "int4-feature"
+INPUT_LEN = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class Software:
-    """Seconds that a message takes beside its link, and what the library's own sum takes; bytes sent at a time."""
+class SiteEstimate:
+    """Payload bytes that the first rank (of each stage) sends at `number` sites alike: for the prompt, then a token."""
 
-    chunk_nbytes: int | None
-    message_s: float
-    native_message_s: float
-    native_value_s: float
-
-
-# What small sums took beyond the delay on emulated links of 100 Mb/s to 10 Gb/s (benchmarks/results, bench collective;
-# medians), Python and waking up included; and gloo's arithmetic.
-SOFTWARE = {
-    name: Software(
-        chunk_nbytes=transport.chunk_nbytes, message_s=message_s, native_message_s=450e-6, native_value_s=2e-9
-    )
-    for name, transport, message_s in (("tcp", TcpTransport, 90e-6), ("torch", TorchDistributedTransport, 260e-6))
-}
-
-
-def measure_coding(codec: Codec, num_features: int, *, num_tokens: int = 64, seconds: float = 0.02) -> Coding:
-    """What coding BF16 values costs on one thread of this machine."""
-    x_TE = torch.zeros(num_tokens, num_features, dtype=torch.bfloat16)
-    payload_TB, y_TE = codec.encode(x_TE, source=0), torch.empty_like(x_TE)
-    encode_s = _least_seconds(lambda: codec.encode(x_TE, source=0, out=payload_TB), seconds)
-    decode_s = _least_seconds(lambda: codec.decode(payload_TB, source=0, out=y_TE), seconds)
-    return Coding(encode_s=encode_s / x_TE.numel(), decode_s=decode_s / x_TE.numel())
-
-
-def _least_seconds(call: Callable[[], object], seconds: float) -> float:
-    least, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        least = min(least, time.perf_counter() - start)
-    return least
+    site: str
+    kind: str
+    number: int
+    prompt_bytes: int
+    token_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
-class CostModel:
-    """Sums of `num_features` BF16 values a token over `world_size` ranks that a link joins, each with its own."""
+class TimeEstimate:
+    """Milliseconds on the wire and in codecs by one algorithm; None where its work is unknown.
 
-    stages: Stages
-    num_features: int
-    world_size: int
-    link: Link
-    transport: str
-    coded: Coding
-    plain: Coding
+    `algorithm`: "native" for the group's own sums; "" where nothing is summed.
+    `pays_from_bytes`: the smallest BF16 tensor whose sum is faster than a native one; None if none up to 1 GiB is.
+    """
 
-    def sum_s(self, choice: Choice, num_tokens: int) -> float | None:
-        """Seconds of a sum of `num_tokens` tokens; None where the algorithm cannot run."""
-        if choice.form == "native":
-            return self._ring_s(num_tokens)
-        stages = self.stages if choice.form == "coded" else plain(torch.bfloat16)
-        coding = self.coded if choice.form == "coded" else self.plain
-        sent = named(choice.algorithm).sent(stages, num_tokens, self.num_features, 0, self.world_size)
-        if sent is None:
-            return None
-        num_steps, num_encoded, num_decoded = self._work(choice.algorithm, num_tokens * self.num_features)
-        coding_s = num_encoded * coding.encode_s + num_decoded * coding.decode_s
-        wire_s = self._wire_s(sent.nbytes)
-        chunk_nbytes = self._software.chunk_nbytes
-        num_chunks = len(chunks_of(stages, num_tokens, self.num_features, self.world_size, chunk_nbytes))
-        overlapped_s = max(coding_s, wire_s) + min(coding_s, wire_s) / num_chunks
-        return num_steps * (self.link.delay_s + self._software.message_s) + overlapped_s
+    algorithm: str
+    prompt_ms: float | None
+    token_ms: float | None
+    pays_from_bytes: int | None = None
 
-    def _work(self, algorithm: str, num_values: int) -> tuple[int, float, float]:
-        """Steps, and values that a rank encodes and decodes."""
-        ranks = self.world_size
-        if algorithm == "one_shot":
-            return 1, num_values, ranks * num_values
-        return 2, num_values + num_values / ranks, 2 * num_values
 
-    def _ring_s(self, num_tokens: int) -> float:
-        num_values = num_tokens * self.num_features
-        num_sent = 2 * (self.world_size - 1) / self.world_size * num_values
-        num_steps = 2 * (self.world_size - 1)
-        messages_s = num_steps * self.link.delay_s + self._software.native_message_s
-        return messages_s + self._wire_s(2 * num_sent) + num_values * self._software.native_value_s
+@dataclass(frozen=True, kw_only=True)
+class CodecEstimate:
+    """Traffic by one codec; `times` only where a link is given."""
 
-    def _wire_s(self, nbytes: float) -> float:
-        return 8 * nbytes / (TCP_SHARE * self.link.rate_bps)
-
-    def gather_s(self, nbytes: int) -> float:
-        """Seconds until every rank has the `nbytes` of which each holds a part."""
-        sent = nbytes * (self.world_size - 1) / self.world_size
-        return self.link.delay_s + self._software.message_s + self._wire_s(sent)
+    codec: str
+    bits_per_value: float
+    sites: Sequence[SiteEstimate]
+    times: Sequence[TimeEstimate] = ()
 
     @property
-    def _software(self) -> Software:
-        return SOFTWARE[self.transport]
+    def prompt_bytes(self) -> int:
+        """Of all sites, for the prompt."""
+        return sum(site.prompt_bytes for site in self.sites)
 
-    def break_even_nbytes(self, choice: Choice) -> int | None:
-        """Bytes of the smallest tensor whose sum is faster by `choice` than natively; None if none up to 1 GiB is."""
-        num_tokens = 1
-        while 2 * num_tokens * self.num_features <= LARGEST_NBYTES:
-            seconds = self.sum_s(choice, num_tokens)
-            if seconds is not None and seconds < self._ring_s(num_tokens):
-                return 2 * num_tokens * self.num_features
-            num_tokens = max(num_tokens + 1, num_tokens * 5 // 4)
-        return None
+    @property
+    def token_bytes(self) -> int:
+        """Of all sites, for each token after it."""
+        return sum(site.token_bytes for site in self.sites)
 
 
-def plain_coding(num_features: int) -> Coding:
-    """What values cost that travel as they are."""
-    return measure_coding(CastCodec(dtype=torch.bfloat16), num_features)
+def estimate(
+    model: str | Path,
+    split: Split,
+    codecs: Sequence[str] = CODECS,
+    *,
+    input_len: int = INPUT_LEN,
+    link: Link | None = None,
+    transport: str = "auto",
+) -> list[CodecEstimate]:
+    """Bytes, and on a `link` times, of a prompt of `input_len` tokens and of each token after it: plain BF16 first.
+
+    `model`: a folder or hub name, of which the config is all that is read. Only where tokens travel to experts does the
+    model itself run, as its routers say how many. What coding costs is measured on this machine, on one thread.
+    Raises InvalidInputError for a model, a codec or a length that cannot be served.
+    """
+    check_transport(transport)
+    recipes = {name: recipe(name) for name in dict.fromkeys((UNCOMPRESSED, *codecs))}
+    skeleton = _skeleton(model, split)
+    _check_length(skeleton, input_len)
+    flows = [(census(skeleton, split, num_tokens), num_tokens) for num_tokens in (input_len, 1)]
+    found = []
+    for name, chosen in recipes.items():
+        prompt, token = (Forward.of(each, chosen, split, num_tokens) for each, num_tokens in flows)
+        times = [] if link is None else list(_times(name, prompt, token, link, transport, split.tp_size))
+        sites = list(_sites(prompt, token))
+        found.append(CodecEstimate(codec=name, bits_per_value=prompt.bits_per_value(), sites=sites, times=times))
+    return found
+
+
+def _skeleton(model: str | Path, split: Split) -> nn.Module:
+    engine = load_engine()
+    found = engine.load(model) if split.experts == "all_to_all" else engine.skeleton(model)
+    return found.to(torch.bfloat16)
+
+
+def _check_length(skeleton: nn.Module, input_len: int) -> None:
+    config: Any = skeleton.config.get_text_config()  # type: ignore[union-attr, operator]
+    if input_len > (longest := getattr(config, "max_position_embeddings", input_len)):
+        raise InvalidInputError(
+            "--input-len", expected=f"at most {longest}, the model's context", found=input_len, remedy="Pass fewer."
+        )
+
+
+def _sites(prompt: Forward, token: Forward) -> Iterator[SiteEstimate]:
+    for site in dict.fromkeys(flow.site for flow, *_ in prompt.parts):
+        here = [flow for flow, *_ in prompt.parts if flow.site == site]
+        yield SiteEstimate(
+            site=site,
+            kind=here[0].kind,
+            number=sum(flow.times for flow in here),
+            prompt_bytes=prompt.nbytes(site),
+            token_bytes=token.nbytes(site),
+        )
+
+
+def _times(
+    name: str, prompt: Forward, token: Forward, link: Link, transport: str, world_size: int
+) -> Iterator[TimeEstimate]:
+    """Native sums beside uncompressed ones by our algorithms; those of each codec by each algorithm."""
+    sums = [(flow, codecs) for flow, codecs, _ in prompt.parts if flow.kind == "sum"]
+    flow, codecs = sums[0] if sums else prompt.parts[0][:2]
+    cost = CostModel(
+        hops=Hops(codecs),
+        num_features=flow.num_features,
+        world_size=world_size,
+        link=link,
+        transport=MESH if transport == "auto" else transport,
+        coded=measure_coding(codecs[0], flow.num_features),
+        plain=plain_coding(flow.num_features),
+    )
+    native = [Choice(NATIVE)] if name == UNCOMPRESSED else []
+    for way in [*native, *ways("coded")] if sums else [None]:
+        seconds = [forward.seconds(cost, way) for forward in (prompt, token)]
+        prompt_ms, token_ms = (None if each is None else 1e3 * each for each in seconds)
+        yield TimeEstimate(
+            algorithm="" if way is None else way.algorithm or NATIVE,
+            prompt_ms=prompt_ms,
+            token_ms=token_ms,
+            pays_from_bytes=None if way is None or way.form == NATIVE else cost.break_even_nbytes(way),
+        )

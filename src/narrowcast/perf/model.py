@@ -1,4 +1,4 @@
-"""How fast a split model answers, by codec and link, against the same model as its engine splits it."""
+"""The speed at which a split model answers, by codec and link, against the same model as its engine splits it."""
 
 import statistics
 import tempfile
@@ -16,32 +16,52 @@ from narrowcast.attach import attach
 from narrowcast.calibration import observe
 from narrowcast.engines import load_engine
 from narrowcast.errors import NarrowcastError
-from narrowcast.launch.link import Link
-from narrowcast.launch.ranks import run
-from narrowcast.perf.shapes import VOCAB_SIZE, Shape
+from narrowcast.launch import Link, run
 from narrowcast.perf.timing import Case, Span, over_ranks
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 
 NATIVE = "native", "torch"  # the engine's own sums, over the group that it makes
+VOCAB_SIZE, HEAD_SIZE = 32_000, 128
 NUM_CALIBRATION_TOKENS = 64
 WEIGHTS = "weights"
 
 
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama's layers, by default of 380 M parameters in all."""
+
+    hidden_size: int = 2048
+    num_layers: int = 8
+    intermediate_size: int = 4992
+
+    @property
+    def num_heads(self) -> int:
+        """Heads of HEAD_SIZE features."""
+        return self.hidden_size // HEAD_SIZE
+
+    def __str__(self) -> str:
+        return f"a Llama of {self.num_layers} layers of {self.hidden_size} and {self.intermediate_size}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What to measure: prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each."""
+    """Answers to measure: prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each.
 
-    shape: Shape
-    codecs: Sequence[str]
+    `replicate_vocabulary`: each rank keeps all of the embedding and the output layer, and nothing of them travels.
+    """
+
+    shape: Shape = Shape()
+    codecs: Sequence[str] = ("int4-feature",)
     transports: Sequence[str] = ("auto",)
-    tp_size: int
-    prefill: int
-    decode: int
-    rounds: int
-    replicate_vocabulary: bool
+    tp_size: int = 2
+    prefill: int = 512
+    decode: int = 24
+    rounds: int = 3
+    replicate_vocabulary: bool = False
 
 
+DEFAULT = Job()
 Way = tuple[str, str]  # a codec over a transport
 
 
@@ -65,7 +85,7 @@ def prepared(job: Job) -> Iterator[Path]:
 
 def _whole(shape: Shape, folder: Path) -> nn.Module:
     engine = load_engine()
-    from narrowcast.engines.transformers.random_llama import save_random_llama
+    from narrowcast.engines.transformers.files.random_llama import save_random_llama
 
     save_random_llama(folder, vocab_size=VOCAB_SIZE, num_heads=shape.num_heads, **asdict(shape))
     return engine.load(folder)
@@ -73,7 +93,7 @@ def _whole(shape: Shape, folder: Path) -> nn.Module:
 
 def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for the engine's own sums in BF16, then one for each codec: medians of interleaved rounds."""
-    by_rank = run(_on_rank, job.tp_size, link, job, folder)
+    by_rank = run(_on_rank, job.tp_size, job, folder, link=link)
     for codec, transport in by_rank[0]:
         answers = [measured[codec, transport] for measured in by_rank]
         prefill = over_ranks([[each.prefill for each in own] for own in answers])

@@ -6,6 +6,7 @@ from typing import Any
 
 from narrowcast.errors import MissingDependencyError
 from narrowcast.perf.codec import OPS
+from narrowcast.perf.sizes import written
 
 Rows = Sequence[Mapping[str, Any]]
 NO_LINK = "loopback"
@@ -19,18 +20,6 @@ def check_possible() -> None:
         import matplotlib.figure  # noqa: F401
     except ModuleNotFoundError as error:
         raise MissingDependencyError("matplotlib", "plot") from error
-
-
-def size(nbytes: int) -> str:
-    """Bytes, in the largest binary unit that divides them.
-
-    >>> size(65536), size(1000)
-    ('64K', '1000')
-    """
-    for unit, factor in (("M", 1 << 20), ("K", 1 << 10)):
-        if nbytes % factor == 0:
-            return f"{nbytes // factor}{unit}"
-    return str(nbytes)
 
 
 def draw_codecs(rows: Rows, path: Path) -> None:
@@ -71,7 +60,7 @@ def draw_collectives(rows: Rows, path: Path) -> None:
                 axes.plot(places, [row["limit_us"] for row in line], ":", color=colour, linewidth=0.7)
         sizes = _distinct(here, "nbytes")
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sizes, [size(each) for each in sizes], fontsize=7)
+        axes.set_xticks(sizes, [written(each) for each in sizes], fontsize=7)
         axes.set_yscale("log")
         axes.set_xlabel("bytes of the BF16 tensor")
         axes.set_title(f"{link or NO_LINK}, {world_size} ranks", fontsize=9)
@@ -103,7 +92,7 @@ def _lines(rows: Rows) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
         line = [row for row in rows if _case(row) == (transport, codec, algorithm)]
         if transport == "socket":
             line = [
-                max((row for row in line if row["nbytes"] == size), key=_sent) for size in _distinct(line, "nbytes")
+                max((row for row in line if row["nbytes"] == nbytes), key=_sent) for nbytes in _distinct(line, "nbytes")
             ]
         yield f"{codec}, {algorithm}, {transport}", line
 

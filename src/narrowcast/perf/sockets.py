@@ -1,13 +1,12 @@
 """The yardstick for transports: plain TCP sockets between all ranks, and nothing but bytes on them."""
 
-import os
 import select
 import socket
 from collections.abc import Callable
 
 import torch.distributed as dist
 
-from narrowcast.launch import emulation
+from narrowcast.transport.address import own_address
 
 CHUNK = 1 << 20
 TIMEOUT_MS = 60_000
@@ -18,8 +17,7 @@ class SocketMesh:
 
     def __init__(self) -> None:
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        emulated = os.environ["MASTER_ADDR"] == emulation.address_of(0)
-        with socket.create_server((emulation.address_of(rank) if emulated else "127.0.0.1", 0)) as server:
+        with socket.create_server((own_address(None), 0)) as server:
             addresses: list[tuple[str, int]] = [("", 0)] * world_size
             dist.all_gather_object(addresses, server.getsockname())
             self._peers = [socket.create_connection(address) for address in addresses[:rank]]

@@ -15,7 +15,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 5, 1000
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed, and what must be done before it each time without being timed."""
+    """A run to time, and what must be done before it each time without being timed."""
 
     run: Callable[[], object]
     prepare: Callable[[], object] = lambda: None
@@ -38,7 +38,7 @@ def interleaved(cases: Mapping[Name, Case], num_rounds: int) -> dict[Name, list[
 
 
 def rounds_within(seconds: float, cases: Mapping[Name, Case]) -> int:
-    """How many rounds take about `seconds`, by a round that also warms up."""
+    """The number of rounds that take about `seconds`, by a round that also warms up."""
     interleaved(cases, 1)
     spent_ns = sum(end - start for spans in interleaved(cases, 1).values() for start, end in spans)
     return min(max(round(seconds * 1e9 / max(spent_ns, 1)), LEAST_ROUNDS), MOST_ROUNDS)

@@ -10,15 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowcast.collectives import Pending, Stages, all_reduce_steps, deferred_all_reduce_steps, named
+from narrowcast.collectives import Hops, Pending, all_reduce_steps, deferred_all_reduce_steps, named
 from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.collectives.base import Deferred
 from narrowcast.errors import InvalidInputError
+from narrowcast.launch import run
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
 from narrowcast.plan.transform import Transform
-from narrowcast.runtime.communicator import plain
-from narrowcast.transport import Transport
+from narrowcast.runtime.sites import plain
+from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
 GAIN = 0.95  # a coded sum costs accuracy: it must take no more than this share of an uncompressed one's time
@@ -73,6 +74,20 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
     return _of_first_rank_all(transport, timings, num_features)
 
 
+def tune_on_ranks(plan: Plan, *, transport: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) -> Tuning:
+    """The tuning of `plan` on ranks of its own, started on this machine; under torchrun, on those that it started.
+
+    Raises what `tune` raises, and InvalidInputError under torchrun with another number of ranks.
+    """
+    check_transport(transport)
+    return run(_tune_on_rank, plan.split.world_size, plan.to_bytes(), transport, timeout_s, timeout_s=timeout_s)[0]
+
+
+def _tune_on_rank(data: bytes, transport: str, timeout_s: float) -> Tuning:
+    ranks = connect_group(None, transport=transport, device=torch.device("cpu"), timeout_s=timeout_s)
+    return tune(Plan.from_bytes(data, "memory"), ranks)
+
+
 def _site_of_sums(plan: Plan) -> Site:
     """The one that stands for all: where they have transforms, that of most components."""
     if sums := [site for site in plan.sites.values() if site.kind == "sum"]:
@@ -97,9 +112,9 @@ def _measured(
     ways = _ways(site, groups, x_TE, transport)
     samples: dict[Choice, list[float]] = {choice: [] for choice in ways}
     for round_ in range(rounds + 1):
-        for choice, run in ways.items():
+        for choice, add_up in ways.items():
             start = time.perf_counter()
-            run()
+            add_up()
             if round_:
                 samples[choice].append(time.perf_counter() - start)
     return {choice: statistics.median(each) for choice, each in samples.items()}
@@ -111,33 +126,32 @@ def _ways(
     """Sums of `x_TE`, and coded ones of as many components of it as travel."""
     ways: dict[Choice, Callable[[], Tensor]] = {Choice("native"): lambda: transport.native_all_reduce(x_TE)}
     transform, num_tokens = site.transform, len(x_TE)
-    coded = Stages(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
+    coded = Hops(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
     z_TK = x_TE if transform is None else x_TE.new_zeros(num_tokens, transform.num_components)
-    for form, stages, given in (("plain", plain(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
-        for algorithm in (*ALGORITHMS, *NODE_ALGORITHMS):
-            if not named(algorithm).sent(stages, len(given), given.shape[1], transport.rank, transport.world_size):
+    for form, hops, given in (("plain", plain(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
+        for name, algorithm in (ALGORITHMS | NODE_ALGORITHMS).items():
+            if algorithm.recodes and transport.world_size == 2:
+                continue  # two ranks send as many bytes in one hop
+            if algorithm.sent(hops, len(given), given.shape[1], transport.rank, transport.world_size) is None:
                 continue
-            if algorithm != "one_shot" and transport.world_size == 2:
-                continue  # as many bytes as one_shot, in two steps
-            synthesis = transform if form == "coded" else None
-            ways[Choice(form, algorithm)] = _way(given, stages, transport, algorithm, synthesis)
+            ways[Choice(form, name)] = _way(given, hops, transport, name, transform if form == "coded" else None)
     return ways
 
 
 def _way(
-    x_TE: Tensor, stages: Stages, transport: Transport, algorithm: str, transform: Transform | None
+    x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, transform: Transform | None
 ) -> Callable[[], Tensor]:
     """A sum, and the synthesis of its features."""
     if transform is None:
-        return lambda: Pending(all_reduce_steps(x_TE, stages, transport, algorithm, out=x_TE), transport).wait()
-    remixed = algorithm == "two_shot"
+        return lambda: Pending(all_reduce_steps(x_TE, hops, transport, algorithm, out=x_TE), transport).wait()
+    remixed = named(algorithm).recodes
     y_TJ = x_TE.new_empty(len(x_TE), transform.num_reduced if remixed else transform.num_components)
 
-    def run() -> Tensor:
-        steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, stages, transport, algorithm)
+    def add_up() -> Tensor:
+        steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, hops, transport, algorithm)
         return transform.synthesize(Pending(steps, transport).wait(), remixed=remixed)
 
-    return run
+    return add_up
 
 
 def _extrapolated(timings: Sequence[Timing], num_tokens: int) -> dict[Choice, float]:

@@ -1,7 +1,7 @@
-"""Which way a sum takes: coded or not, and by which algorithm. A pure function of what every rank knows.
+"""The way that a sum takes, coded or not and by which algorithm: a pure function of what every rank knows.
 
 Few bits pay where they save more time than coding costs. From which size on that is so depends on the link and on the
-machine: `narrowcast plan tune` measures it and writes the table into the plan (tune.py).
+machine: `narrowcast tune` measures it and writes the table into the plan (perf/tune.py).
 """
 
 from bisect import bisect_right

@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFingerprint:
-    """What tells one model from another: config fields, and digests of samples of its weights by name.
+    """A model's identity: config fields, and digests of samples of its weights by name.
 
     A rank of a split model holds only some of the samples: the others are None.
     """
@@ -38,7 +38,7 @@ class ModelFingerprint:
         return None
 
     def merged(self, other: "ModelFingerprint") -> "ModelFingerprint":
-        """What this one and `other`, made on another rank of the same split model, know together."""
+        """The fingerprint that this one and `other`, of another rank of the same split model, make up together."""
         samples = {name: list(digests) for name, digests in self.samples.items()}
         for name, digests in other.samples.items():
             known = samples.get(name, [None] * len(digests))

@@ -1,4 +1,4 @@
-"""How a model is spread over ranks, and what then travels between them."""
+"""The parallel layout of a model, and the kinds of sites where values travel then."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -18,7 +18,7 @@ Experts = Literal["slices", "all_reduce", "all_to_all"]
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """How a model is spread over ranks: each of `pp_size` stages of layers over `tp_size` ranks.
+    """The parallel layout of a model: each of `pp_size` stages of layers over `tp_size` ranks.
 
     `experts`: "slices" of every expert on each rank (tensor parallelism), or whole experts, each on one of the
     `tp_size` ranks (expert parallelism), whose outputs are summed ("all_reduce") or to which tokens travel

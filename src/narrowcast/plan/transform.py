@@ -151,7 +151,7 @@ class Transform:
         return self.from_state(config, moved)
 
     def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What `from_state` needs to make this transform again: JSON values, and tensors."""
+        """The state from which `from_state` makes this transform again: JSON values, and tensors."""
         tensors: dict[str, Tensor] = {}
         for place, part in enumerate(self.parts):
             tensors |= {f"analysis{place}": part.analysis, f"synthesis{place}": part.synthesis}

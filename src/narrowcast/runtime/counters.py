@@ -1,4 +1,4 @@
-"""Counters of what travels, site by site: bytes that were sent, values they stand for, values that were clipped."""
+"""Counters by site: bytes that were sent, values they stand for, values that were clipped, and seconds if asked for."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import ops
-from narrowcast.collectives.base import Traffic
+from narrowcast.codecs import Codec, ops
+from narrowcast.collectives.base import Hops, Traffic
+from narrowcast.collectives.clock import Clock
+from narrowcast.transport import Transport
 
 # Figures, and their places in stats.
 COUNTS = {"num_saturated": ops.SATURATED, "num_non_finite": ops.NON_FINITE, "num_guarded": ops.GUARDED}
@@ -24,14 +26,23 @@ class SiteCounters:
     wire_bytes: int = 0
     num_values: int = 0
     plain_bytes: int = 0
+    clock: Clock | None = None
+
+    def hops(self, hops: Hops) -> Hops:
+        """The codecs of a sum, counting their time if asked for."""
+        return hops if self.clock is None else self.clock.hops(hops)
+
+    def codec(self, codec: Codec) -> Codec:
+        """The codec, counting its time if asked for."""
+        return codec if self.clock is None else self.clock.codec(codec)
+
+    def transport(self, transport: Transport) -> Transport:
+        """The transport, counting its time if asked for."""
+        return transport if self.clock is None else self.clock.transport(transport)
 
     def count(self, num_tokens: int, traffic: Traffic, itemsize: int) -> None:
-        """Add tokens that were processed, with all that was sent for them."""
+        """Add tokens that were processed, and what was sent for them: values of `itemsize` bytes each, coded or not."""
         self.num_tokens += num_tokens
-        self.count_sent(traffic, itemsize)
-
-    def count_sent(self, traffic: Traffic, itemsize: int) -> None:
-        """Add what was handed to the transport: values of `itemsize` bytes each, coded or not."""
         self.wire_bytes += traffic.nbytes
         self.num_values += traffic.num_values
         self.plain_bytes += traffic.num_values * itemsize
@@ -46,16 +57,17 @@ class SiteCounters:
             plain_bytes=self.plain_bytes,
             num_values=self.num_values,
             **{name: stats[place] for name, place in COUNTS.items()},
+            seconds={} if self.clock is None else self.clock.to_json(),
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteReport:
-    """What one rank has sent at one site. `coded`: whether the plan has a codec for it.
+    """The figures of one rank at one site. `coded`: the plan has a codec for it.
 
     `plain_bytes`: what the same values take in the model's own dtype, sent by the same algorithm.
     `num_saturated`, `num_non_finite`: values that were clipped, or NaN or infinite; `num_guarded`: tokens that were
-    coded in a safe form (simulated: of all ranks).
+    coded in a safe form (simulated: of all ranks). `seconds`: where time went (`Clock`), empty unless asked for.
     """
 
     coded: bool
@@ -66,6 +78,7 @@ class SiteReport:
     num_saturated: int = 0
     num_non_finite: int = 0
     num_guarded: int = 0
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def bits_per_value(self) -> float | None:
@@ -73,7 +86,7 @@ class SiteReport:
         return 8 * self.wire_bytes / self.num_values if self.num_values else None
 
     def __add__(self, other: "SiteReport") -> "SiteReport":
-        """What two ranks have sent at the same site for the same tokens."""
+        """The figures of two ranks at the same site for the same tokens."""
         return SiteReport(
             coded=self.coded,
             num_tokens=max(self.num_tokens, other.num_tokens),
@@ -89,7 +102,7 @@ class SiteReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What one rank has sent, or, simulated, the first rank of every stage. Sites that are not coded are kept apart."""
+    """The figures of one rank, or, simulated, of the first rank of every pipeline stage; sites not coded kept apart."""
 
     sites: Mapping[str, SiteReport]
 
@@ -105,7 +118,7 @@ class Report:
 
     @property
     def num_guarded(self) -> int:
-        """How often a token lay so far out of the calibrated range that it was coded in a safe form (the same)."""
+        """Tokens, site by site, so far out of the calibrated range that they were coded in a safe form (the same)."""
         return sum(site.num_guarded for site in self._coded)
 
     @property
@@ -146,18 +159,20 @@ class Report:
 
 
 @dataclass
-class Monitor:
-    """Counters by site. Saturation is counted on the tensors' device and read only in `report`."""
+class Counters:
+    """All counters by site. Saturation is counted on the tensors' device and read only in `report`."""
 
     device: torch.device
+    timed: bool = False
     sites: dict[str, SiteCounters] = field(default_factory=dict)
 
     def site(self, name: str, *, coded: bool) -> SiteCounters:
         """The counters of a site, made at first use."""
         if name not in self.sites:
-            self.sites[name] = SiteCounters(coded, torch.zeros(3, dtype=torch.int64, device=self.device))
+            stats = torch.zeros(3, dtype=torch.int64, device=self.device)
+            self.sites[name] = SiteCounters(coded, stats, clock=Clock() if self.timed else None)
         return self.sites[name]
 
     def report(self) -> Report:
-        """What every site has counted."""
+        """The figures of all sites."""
         return Report(sites={name: site.report() for name, site in self.sites.items()})

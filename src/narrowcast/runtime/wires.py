@@ -1,31 +1,89 @@
-"""Where values travel in one process."""
+"""Wires: the one seam between an engine's forwards and whatever its values travel over.
 
+An engine gives each forward that would communicate the wires, and hands them what the ranks that compute here put in:
+one rank of a split model, or all ranks of a whole model that is split virtually.
+"""
+
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 from torch import Tensor
-from torch.nn import functional
+
+from narrowcast.runtime.operators import Operator, register
+from narrowcast.runtime.products import Product
 
 
-class Wires(Protocol):
-    """Where the values of all ranks travel in one process: what the ranks put in at a site, what they get."""
+class Wires(ABC):
+    """Where the values of `tp_size` ranks travel. `rank`: the one that computes here; None for all, virtually.
 
-    def all_reduce(self, partials: Sequence[Tensor], site: str) -> Tensor:
-        """The sum [..., E] of what each rank puts in."""
-        ...
+    A value that is put in is a sequence with one tensor for each of `ranks`.
+    """
 
-    def all_reduce_linear(self, inputs: Sequence[Tensor], weights: Sequence[Tensor], site: str) -> Tensor:
-        """The sum of the products of each rank's input [..., F] with its weights [E, F]."""
-        return self.all_reduce([functional.linear(x, w) for x, w in zip(inputs, weights, strict=True)], site)
+    def __init__(self, rank: int | None, tp_size: int) -> None:
+        self.virtual, self.tp_size = rank is None, tp_size
+        self.ranks: Sequence[int] = range(tp_size) if rank is None else (rank,)
+        self.handle = register(self)
+        self._products: dict[str, Sequence[Product]] = {}
+        self._columns: dict[str, Sequence[int]] = {}
 
-    def all_gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
-        """The parts [..., E0], [..., E1], ... of the ranks, side by side."""
-        ...
+    def row_parallel(self, site: str, products: Sequence[Product]) -> Operator:
+        """The operator that sums, over all ranks, the products of tokens [..., F]; one product for each of `ranks`."""
+        self._products[site] = products
+        return Operator("row_parallel", site, self)
 
-    def move(self, x: Tensor, site: str, num_sent: int) -> Tensor:
-        """`x` [..., E] as another rank receives it; rank 0 (of a stage) sends `num_sent` tokens in all."""
-        ...
+    def column_parallel(self, site: str, num_features: Sequence[int]) -> Operator:
+        """The operator that puts all ranks' columns side by side; rank r computes `num_features[r]` of them.
 
-    def all_to_all(self, x_PE: Tensor, site: str, num_sent: int) -> Tensor:
-        """The same for tokens on their way to experts or back, which are in no order."""
-        ...
+        It takes the columns of `ranks`, [..., E], side by side.
+        """
+        self._columns[site] = num_features
+        return Operator("all_gather", site, self)
+
+    def partial_sums(self, site: str) -> Operator:
+        """The operator that adds up partial sums which exist already: [..., E], or of virtual ranks [R, ..., E]."""
+        return Operator("all_reduce", site, self)
+
+    def products(self, site: str) -> Sequence[Product]:
+        """The products of a site, as `row_parallel` was given them."""
+        return self._products[site]
+
+    def columns(self, site: str) -> Sequence[int]:
+        """The columns by rank of a site, as `column_parallel` was given them."""
+        return self._columns[site]
+
+    def sum_products(self, x: Tensor, site: str) -> Tensor:
+        """The sum [..., E] over all ranks of their products of tokens `x` [..., F]."""
+        x_TF = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # a rank may hold no column
+        total_TE = self.sum([product(x_TF) for product in self.products(site)], site)
+        return total_TE.view(*x.shape[:-1], total_TE.shape[-1])
+
+    @abstractmethod
+    def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
+        """The sum [..., E] over all ranks of the partial sums that they put in."""
+
+    @abstractmethod
+    def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
+        """The columns [..., E0], [..., E1], ... of all ranks, side by side."""
+
+    @abstractmethod
+    def gather_tokens(self, parts: Sequence[Tensor], site: str, num_tokens: Sequence[int]) -> Tensor:
+        """The tokens of all ranks in rank order; rank r holds `num_tokens[r]` of them."""
+
+    @abstractmethod
+    def all_to_all(self, parts: Sequence[Tensor], site: str, counts: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The tokens that come to each of `ranks`, in rank order; `counts[src][dst]` go from rank src to rank dst.
+
+        What a rank puts in holds its tokens for rank 0 first.
+        """
+
+
+class VirtualWires(Wires):
+    """Wires of all ranks of a whole model, which compute one after another in this process."""
+
+    def __init__(self, tp_size: int) -> None:
+        super().__init__(None, tp_size)
+
+    @abstractmethod
+    def move(self, x: Tensor, site: str, copies: int) -> Tensor:
+        """`x` [..., E] as `copies` other pipeline stages receive it."""

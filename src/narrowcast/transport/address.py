@@ -17,7 +17,7 @@ _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What tells hosts apart. `machine`: whose cores are shared; `network`: where loopback leads."""
+    """A host's identity. `machine`: whose cores are shared; `network`: where loopback leads."""
 
     machine: str
     network: str

@@ -1,4 +1,4 @@
-"""What every transport is: it moves bytes between the ranks of one group, and names a rank that is lost."""
+"""The interface of transports, which move bytes between the ranks of one group and name a rank that is lost."""
 
 import itertools
 from abc import ABC, abstractmethod

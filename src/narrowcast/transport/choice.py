@@ -1,4 +1,4 @@
-"""Which transport a group takes: the same on all its ranks."""
+"""The choice of a group's transport, the same on all its ranks."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What transports over a process group share: agreement through the group's store, and what happens on a loss.
+"""The common part of transports over a process group: agreement through its store, and the handling of a loss.
 
 The first rank that misses another writes it into the store of the whole world, where the rest find it; then it closes
 all its connections, so that nobody waits for it in vain.
@@ -136,7 +136,7 @@ def _missing(store: Store, rank: int, keys: list[str]) -> list[int]:
 
 
 def _within(timeout_s: float, call: Callable[[], T]) -> T:
-    """What `call` returns; TimeoutError if that takes too long. Calls of a store have no deadline of their own."""
+    """Call `call`; TimeoutError if that takes too long. Calls of a store have no deadline of their own."""
     done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def run() -> None:

@@ -1,4 +1,4 @@
-"""How the ranks of a mesh meet: each listens, dials those below it, and both ends prove that they know a secret.
+"""The meeting of a mesh's ranks: each listens, dials those below it, and both ends prove that they know a secret.
 
     accepting end -> dialling end    magic, nonce
     dialling end -> accepting end    magic, mesh, its rank, the other's rank, its own nonce, proof
@@ -48,7 +48,7 @@ class Credentials:
     rank: int
 
     def proof(self, role: bytes, dialling: int, accepting: int, nonces: tuple[bytes, bytes]) -> bytes:
-        """What the end with that role gives; `nonces`: of the dialling end, of the accepting end."""
+        """The proof of the end with that role; `nonces`: of the dialling end, of the accepting end."""
         return hmac.digest(self.secret, _PROVEN.pack(role, self.mesh, dialling, accepting, *nonces), "sha256")
 
     def accept(self, peers: Container[int]) -> Steps:

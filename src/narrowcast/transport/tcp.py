@@ -1,6 +1,6 @@
 """A full mesh of TCP connections of our own, for CPU tensors: a message costs a fraction of what gloo takes.
 
-Its data path is compiled (csrc/mesh.h); who may join it is decided here and in `handshake`.
+Its data path is compiled (csrc/mesh/mesh.h); who may join it is decided here and in `handshake`.
 """
 
 import json
@@ -85,7 +85,7 @@ class TcpTransport(GroupTransport):
         return _native.Mesh(fds, spin=_has_cores_to_spare([card["machine"] for card in cards]))
 
     def _card(self) -> dict[str, Any]:
-        """What the others need to know of this rank; the secret is rank 0's."""
+        """The card that the others need of this rank; the secret is rank 0's."""
         host = Host.this()
         card: dict[str, Any] = {"refusal": None, "network": host.network, "machine": host.machine}
         if self.rank == 0:
@@ -163,7 +163,7 @@ def _check(cards: list[dict[str, Any]]) -> None:
 
 
 def _has_cores_to_spare(machines: list[str]) -> bool:
-    """Whether the ranks on this machine may spin: each has a core of its own."""
+    """True if the ranks on this machine may spin: each has a core of its own."""
     here = max(machines.count(Host.this().machine), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return here <= len(os.sched_getaffinity(0))
 

@@ -12,7 +12,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from narrowcast.errors import PeerLostError
@@ -86,27 +86,17 @@ class TorchDistributedWork:
         self.pending.clear()
 
 
-def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S, store: Store | None = None) -> None:
     """Join the ranks that torchrun started, as its environment variables say. PeerLostError names who does not come.
 
-    Does nothing where torch.distributed is initialised. Until all have come, the store is all that they share.
+    Does nothing where torch.distributed is initialised. Until all have come, the store is all that they share: by
+    default, the one at MASTER_ADDR.
     """
     if dist.is_initialized():
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     timeout = timedelta(seconds=timeout_s)
-    try:
-        store = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=rank == 0 and not hosted_by_agent,
-            timeout=timeout,
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-    except RuntimeError as error:
-        raise PeerLostError([0], "joining the group") from error
+    store = store or _store_of_torchrun(rank, timeout)
     attempt = PrefixStore(f"narrowcast/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     ranks = range(world_size)
     roll_call(PrefixStore("roll", attempt), rank, ranks, "", "joining the group", timeout_s=timeout_s)
@@ -121,6 +111,21 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         raise PeerLostError([], "joining the group") from error
     # The engine's own waits, while ranks load a large model at different speeds, are not ours to cut short.
     _set_pg_timeout(ENGINE_TIMEOUT)
+
+
+def _store_of_torchrun(rank: int, timeout: timedelta) -> Store:
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    try:
+        return TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=rank == 0 and not hosted_by_agent,
+            timeout=timeout,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    except RuntimeError as error:
+        raise PeerLostError([0], "joining the group") from error
 
 
 def _travelling(buffers: Buffers) -> list[tuple[int, Tensor]]:

@@ -1,0 +1,142 @@
+"""Letting observers see what travels: from a whole model, or from the ranks of a split one."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.calibration.observers import exact_sum
+from narrowcast.codecs import CastCodec
+from narrowcast.collectives import Pending, all_gather_steps
+from narrowcast.engines import device_of, engine_of
+from narrowcast.engines.forwards import evaluating
+from narrowcast.plan.split import Split
+from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.sites import Sites
+from narrowcast.runtime.wires import VirtualWires, Wires
+from narrowcast.transport import Transport, transports_of
+
+
+class Observer(Protocol):
+    """Somebody who looks at the values that travel, of all ranks."""
+
+    def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
+        """Look at the partial sums [..., E] of the ranks and at their sum."""
+        ...
+
+    def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
+        """Look at the columns [..., E0], [..., E1], ... of the ranks."""
+        ...
+
+    def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
+        """Look at values [..., E] that travel once; `ordered` unless tokens are on their way to experts or back."""
+        ...
+
+
+class ObservedWires(VirtualWires):
+    """Wires over which values travel uncoded, and are seen on the way."""
+
+    def __init__(self, observers: Sequence[Observer], tp_size: int) -> None:
+        super().__init__(tp_size)
+        self._observers = observers
+
+    def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
+        total = exact_sum(partials)
+        for observer in self._observers:
+            observer.see_sum(partials, total, site)
+        return total
+
+    def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
+        for observer in self._observers:
+            observer.see_columns(parts, site)
+        return torch.cat(list(parts), dim=-1)
+
+    def gather_tokens(self, parts: Sequence[Tensor], site: str, num_tokens: Sequence[int]) -> Tensor:
+        return self.move(torch.cat(list(parts)), site, 0)
+
+    def all_to_all(self, parts: Sequence[Tensor], site: str, counts: Sequence[Sequence[int]]) -> list[Tensor]:
+        everything = torch.cat(list(parts))
+        for observer in self._observers:
+            observer.see(everything, site, ordered=False)
+        cells = everything.split([count for row in counts for count in row])
+        return [torch.cat(cells[rank :: self.tp_size]) for rank in range(self.tp_size)]
+
+    def move(self, x: Tensor, site: str, copies: int) -> Tensor:
+        for observer in self._observers:
+            observer.see(x, site)
+        return x
+
+
+class GatheringCommunicator(Communicator):
+    """A communicator that gathers the values of all ranks, so that observers on each see them as in a whole model.
+
+    So calibration of a split model ends with the same plan as that of the whole one, on every rank.
+    """
+
+    def __init__(
+        self, observed: ObservedWires, tp: Transport | None, pp: Transport | None, *, device: torch.device
+    ) -> None:
+        super().__init__(Sites({}, (), "auto", device), tp=tp, pp=pp)
+        self._observed = observed
+
+    def sum_products(self, x: Tensor, site: str) -> Tensor:
+        return Wires.sum_products(self, x, site)
+
+    def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
+        (x,) = partials
+        x_TE = x.reshape(-1, x.shape[-1])
+        return self._observed.sum(self._gather(x_TE, [len(x_TE)] * self.tp_size), site).view(x.shape)
+
+    def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
+        (x,) = parts
+        num_tokens, num_features = x.shape[:-1].numel(), self.columns(site)
+        columns = self._gather(x.reshape(-1, 1), [num_tokens * num for num in num_features])
+        shaped = [part.view(num_tokens, num) for part, num in zip(columns, num_features, strict=True)]
+        return self._observed.gather_features(shaped, site).view(*x.shape[:-1], -1)
+
+    def gather_tokens(self, parts: Sequence[Tensor], site: str, num_tokens: Sequence[int]) -> Tensor:
+        return self._observed.gather_tokens(self._gather(parts[0], num_tokens), site, num_tokens)
+
+    def all_to_all(self, parts: Sequence[Tensor], site: str, counts: Sequence[Sequence[int]]) -> list[Tensor]:
+        everything = self._gather(parts[0], [sum(row) for row in counts])
+        return [self._observed.all_to_all(everything, site, counts)[self.tp.rank]]
+
+    def send(self, x: Tensor, site: str, *, dst: int) -> None:
+        super().send(x, site, dst=dst)
+        self._observed.move(x, site, 0)
+
+    def recv(self, shape: Sequence[int], site: str, *, src: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return self._observed.move(super().recv(shape, site, src=src, dtype=dtype, device=device), site, 0)
+
+    def broadcast(
+        self, x: Tensor | None, shape: Sequence[int], site: str, *, src: int, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        return self._observed.move(super().broadcast(x, shape, site, src=src, dtype=dtype, device=device), site, 0)
+
+    def _gather(self, x_TE: Tensor, num_tokens: Sequence[int]) -> list[Tensor]:
+        """The rows of each rank."""
+        steps = all_gather_steps(x_TE, CastCodec(dtype=x_TE.dtype), num_tokens, self.tp.rank)
+        return list(Pending(steps, self.tp).wait().split(list(num_tokens)))
+
+
+@contextmanager
+def observed(observers: Sequence[Observer], model: nn.Module, split: Split) -> Iterator[None]:
+    """Let observers see what all ranks send each other: of a whole model, or gathered from those of a split one."""
+    engine = engine_of(model)
+    wires: Wires = (whole := ObservedWires(observers, split.tp_size))
+    if engine.split_of(model) != Split():
+        wires = GatheringCommunicator(whole, *transports_of(engine.groups(model)), device=device_of(model))
+    forwards = engine.take_over(model, split, wires)
+    try:
+        with evaluating(model):
+            yield
+    finally:
+        forwards.restore()
+
+
+def run(model: nn.Module, ids: Tensor) -> None:
+    """One sequence [T] through the model."""
+    with torch.no_grad():
+        model(input_ids=ids[None], use_cache=False)

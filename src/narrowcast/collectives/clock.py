@@ -1,0 +1,111 @@
+"""Time beside bytes: where the seconds of a collective go, counted only where somebody asks for it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from narrowcast.codecs import Codec
+from narrowcast.collectives.base import Hops
+from narrowcast.transport import Buffers, Transport, Work
+
+T = TypeVar("T")
+
+
+@dataclass
+class Clock:
+    """Seconds on the host: in codecs (`recode_s`: decoding, adding up and encoding in one pass), in handing bytes to
+    the transport, and in waiting for those of others. On a GPU these are the times of launches.
+    """
+
+    encode_s: float = 0.0
+    decode_s: float = 0.0
+    recode_s: float = 0.0
+    exchange_s: float = 0.0
+    waiting_s: float = 0.0
+
+    def timed(self, call: Callable[..., T], part: str) -> Callable[..., T]:
+        """`call`, whose seconds are added to `part`."""
+
+        @wraps(call)
+        def run(*args: Any, **kwargs: Any) -> T:
+            start = time.perf_counter()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+
+        return run
+
+    def hops(self, hops: Hops) -> Hops:
+        """The same hops, with codecs that count their time here."""
+        return Hops(tuple(self.codec(codec) for codec in hops.codecs), hops.groups, hops.mix)
+
+    def codec(self, codec: Codec) -> Codec:
+        """The same codec, counting its time here."""
+        return cast(Codec, TimedCodec(codec, self))
+
+    def transport(self, transport: Transport) -> Transport:
+        """The same transport, counting its time here."""
+        return cast(Transport, TimedTransport(transport, self))
+
+    def to_json(self) -> dict[str, float]:
+        """Seconds by part."""
+        return asdict(self)
+
+
+class TimedCodec:
+    """Stands in for `codec` in the steps of an algorithm, and counts its time."""
+
+    def __init__(self, codec: Codec, clock: Clock) -> None:
+        self._codec, self._clock = codec, clock
+        self.encode = clock.timed(codec.encode, "encode_s")
+        self.decode = clock.timed(codec.decode, "decode_s")
+        self.decode_sum = clock.timed(codec.decode_sum, "decode_s")
+
+    def recode(self, payloads_RTB: Any, reduced: "TimedCodec", **kwargs: Any) -> Any:
+        """The codec's `recode`, by the codec that `reduced` stands in for."""
+        return self._clock.timed(self._codec.recode, "recode_s")(payloads_RTB, reduced._codec, **kwargs)
+
+    def features(self, start: int, stop: int) -> "TimedCodec":
+        """A stand-in for the codec of a block of features."""
+        return TimedCodec(self._codec.features(start, stop), self._clock)
+
+    def part(self, start: int, stop: int) -> "TimedCodec":
+        """A stand-in for the codec of a rank's features."""
+        return TimedCodec(self._codec.part(start, stop), self._clock)
+
+    def sources(self, ranks: tuple[int, ...]) -> "TimedCodec":
+        """A stand-in for the codec of some sources."""
+        return TimedCodec(self._codec.sources(ranks), self._clock)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codec, name)
+
+
+class TimedTransport:
+    """Stands in for `transport`, and counts the time of starting exchanges and of waiting for them."""
+
+    def __init__(self, transport: Transport, clock: Clock) -> None:
+        self._transport, self._clock = transport, clock
+
+    def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> Work:
+        """The transport's exchange."""
+        start = self._clock.timed(self._transport.exchange, "exchange_s")
+        return TimedWork(start(sends, recvs, tag=tag), self._clock)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+@dataclass(frozen=True)
+class TimedWork:
+    """Bytes on their way, for which waiting is counted."""
+
+    work: Work
+    clock: Clock
+
+    def wait(self) -> None:
+        """Return when all have arrived; raises as the transport's own."""
+        self.clock.timed(self.work.wait, "waiting_s")()

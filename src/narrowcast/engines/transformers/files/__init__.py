@@ -1,0 +1,31 @@
+"""Model files of Transformers: loading, saving, telling models apart, other axes."""
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from narrowcast.engines.transformers.files import rotation
+from narrowcast.engines.transformers.files.fingerprint import fingerprint
+from narrowcast.engines.transformers.files.loading import load, load_tokenizer, save, skeleton
+from narrowcast.engines.transformers.seam import summed
+from narrowcast.errors import InvalidInputError
+
+
+def num_features(model: nn.Module) -> int:
+    """The width of the embedding."""
+    return int(cast(Any, model).get_input_embeddings().weight.shape[1])
+
+
+def rotate(model: nn.Module, rotation_EE: Tensor) -> None:
+    """Fold `rotation_EE` into what reads and writes the residual stream."""
+    if rotation_EE.shape[0] != num_features(model):
+        raise InvalidInputError(
+            "rotation",
+            expected=f"the model's {num_features(model)} features",
+            found=rotation_EE.shape[0],
+            remedy="Make one for this model.",
+        )
+    rotation.rotate(model, summed(model), rotation_EE)
+
+
+__all__ = ["fingerprint", "load", "load_tokenizer", "num_features", "rotate", "save", "skeleton"]

@@ -1,0 +1,72 @@
+"""The fingerprint of a model: the same for the whole model and for any split of it."""
+
+import hashlib
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.engines.transformers.seam import summed
+from narrowcast.engines.transformers.sharding import is_experts, is_linear, local, own_chunk, summed_weight
+from narrowcast.plan import ModelFingerprint
+
+CONFIG_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "hidden_act",
+    "rms_norm_eps",
+    "sliding_window",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "num_local_experts",
+    "num_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+)
+NUM_SAMPLES = 16  # of each weight: a rank of 16 or fewer holds at least one
+
+
+def fingerprint(model: nn.Module) -> ModelFingerprint:
+    """Config fields; digests of columns of the weights whose outputs are summed and of rows of the embedding."""
+    config = cast(Any, model).config.get_text_config()
+    known = {name: module for name, module in summed(model).items() if is_linear(module) or is_experts(module)}
+    samples = {name: _digests(summed_weight(module), dim=-1) for name, module in known.items()}
+    embedding = cast(Any, model).get_input_embeddings()
+    if isinstance(embedding, nn.Embedding):  # not on every stage of a pipeline
+        samples["embedding"] = _digests(embedding.weight, dim=0)
+    fields = {field: getattr(config, field) for field in CONFIG_FIELDS if hasattr(config, field)}
+    fields["rope_theta"] = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
+    return ModelFingerprint(config=fields, samples=samples)
+
+
+def _digests(weight: Tensor, dim: int) -> list[str | None]:
+    """Digests in BF16 of slices at fixed places along `dim` (of experts: each from one expert)."""
+    held = [own_chunk(weight, axis) for axis in range(weight.ndim)]
+    digests: list[str | None] = []
+    for sample in range(NUM_SAMPLES):
+        places = {dim % weight.ndim: (2 * sample + 1) * weight.shape[dim] // (2 * NUM_SAMPLES)}
+        if weight.ndim == 3:
+            places[0] = sample % weight.shape[0]
+        here = all(held[axis].start <= place < held[axis].stop for axis, place in places.items())
+        digests.append(_digest(_slice(local(weight), held, places)) if here else None)
+    return digests
+
+
+def _slice(held_part: Tensor, held: list[slice], places: dict[int, int]) -> Tensor:
+    values = held_part.detach()
+    for axis in sorted(places, reverse=True):
+        values = values.select(axis, places[axis] - held[axis].start)
+    return values
+
+
+def _digest(values: Tensor) -> str:
+    raw = values.bfloat16().contiguous().view(torch.uint8).cpu().numpy().tobytes()
+    return hashlib.blake2b(raw, digest_size=4).hexdigest()

@@ -1,0 +1,167 @@
+"""Loading models and tokenizers, whole or this rank's part."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from narrowcast.errors import InvalidInputError, MissingDependencyError
+from narrowcast.plan.split import Split
+
+WHOLE = Split()
+
+
+def load(
+    path: str | Path, *, split: Split = WHOLE, replicate_vocabulary: bool = False, device: str | None = None
+) -> nn.Module:
+    """The causal LM in folder or of hub name `path`; with a `split`, what this rank of torch.distributed holds of it.
+
+    With `replicate_vocabulary` each rank keeps all of the embedding and of the output layer, of which nothing travels
+    then. A whole model goes to `device`; where a part goes, Transformers decides.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar a rank would garble the screen
+    try:
+        if split == WHOLE:
+            _check_device(device)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            return cast(nn.Module, model.to(device))
+        _check_version(split, replicate_vocabulary)
+        _check_divisible(AutoConfig.from_pretrained(path).get_text_config(), split)
+        with _stages_may_be_split() if split.pp_size > 1 else nullcontext():
+            return cast(
+                nn.Module,
+                AutoModelForCausalLM.from_pretrained(
+                    path, dtype="auto", distributed_config=_distributed_config(split, replicate_vocabulary)
+                ),
+            )
+    except InvalidInputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+    except ImportError as error:  # splitting a model needs accelerate besides
+        raise MissingDependencyError(error.name or "accelerate", "transformers") from error
+
+
+def save(model: nn.Module, path: str | Path) -> None:
+    """Write a whole model, with its config, into folder `path`, for `load` and for plain Transformers."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    cast(Any, model).save_pretrained(path)
+
+
+def skeleton(path: str | Path) -> nn.Module:
+    """The causal LM of folder or hub name `path` on the meta device: its config is all that is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+
+
+def _check_device(device: str | None) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise InvalidInputError(
+            f"device {device}",
+            expected="one that this PyTorch can use",
+            found=str(error).strip().splitlines()[0].rstrip("."),
+            remedy="Use cpu, or install another build of PyTorch.",
+        ) from error
+
+
+def _check_version(split: Split, replicate_vocabulary: bool) -> None:
+    """Refuse older releases where 5.20 has other interfaces, or none: only 5.23 was tried."""
+    import transformers
+
+    release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    new = split.experts != "slices" or min(split.tp_size, split.pp_size) > 1 or replicate_vocabulary
+    if new and release < (5, 23):
+        raise InvalidInputError(
+            f"{split}{', vocabulary replicated' * replicate_vocabulary}",
+            expected="Transformers 5.23",
+            found=transformers.__version__,
+            remedy="Run pip install 'transformers>=5.23', or split by tp_size or pp_size alone.",
+        )
+
+
+def _distributed_config(split: Split, replicate_vocabulary: bool) -> Any:
+    from transformers.distributed import DistributedConfig
+
+    options: dict[str, Any] = {"tp_size": split.tp_size}
+    if split.pp_size > 1:
+        options["pp_size"] = split.pp_size
+    if split.experts != "slices":
+        options |= {"ep_size": split.tp_size, "ep_implementation": split.experts}
+    if replicate_vocabulary:
+        options["tp_plan"] = {"model.embed_tokens": "replicate", "lm_head": "replicate"}
+    return DistributedConfig(**options)
+
+
+@contextmanager
+def _stages_may_be_split() -> Iterator[None]:
+    """Transformers 5.23 fails on modules of other stages, which its tensor-parallel plan names all the same."""
+    from transformers.distributed import mixin
+
+    original = mixin.apply_tensor_parallelism
+
+    def only_what_is_here(model: nn.Module, mesh: Any, plan: dict[str, str]) -> nn.Module:
+        modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+        here = {
+            name: style
+            for name, style in plan.items()
+            if name in parameters or (name in modules and type(modules[name]).__name__ != "PipelineIdentityLayer")
+        }
+        return cast(nn.Module, original(model, mesh, here))
+
+    mixin.apply_tensor_parallelism = only_what_is_here
+    try:
+        yield
+    finally:
+        mixin.apply_tensor_parallelism = original
+
+
+def _check_divisible(config: Any, split: Split) -> None:
+    """Transformers splits by whole heads and experts, and fails deep inside where that cannot be."""
+    plan = config.base_model_tp_plan or {}
+    by_heads = any(name.endswith(("q_proj", "k_proj")) and style == "colwise" for name, style in plan.items())
+    fields = ["num_attention_heads", "num_key_value_heads"] if by_heads else []
+    fields += ["num_local_experts", "num_experts"] if split.experts != "slices" else []
+    for field in fields:
+        number = getattr(config, field, split.tp_size)
+        if number % split.tp_size:
+            raise InvalidInputError(
+                f"tp_size {split.tp_size}",
+                expected=f"a divisor of the model's {field}",
+                found=number,
+                remedy="Choose another tp_size"
+                + ("; simulation takes any." if field in ("num_attention_heads", "num_key_value_heads") else "."),
+            )
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer beside the model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise _not_loaded(path, error) from error
+
+
+def _not_loaded(path: str | Path, error: Exception) -> InvalidInputError:
+    return InvalidInputError(
+        f"model {path}",
+        expected="a folder or hub name that Transformers can load",
+        found=str(error).strip().splitlines()[0].rstrip("."),
+        remedy="Check the name; offline, pass a folder.",
+    )

@@ -1,0 +1,190 @@
+"""The run-time seam of Transformers (5.20 to 5.23): its own tensor, expert and pipeline parallelism.
+
+A model's `tp_plan` and `ep_plan` name a style for each module. Where a style communicates, `module.forward` is an
+instance attribute that the engine has set; ours takes its place. Weights of a split model are DTensors.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from narrowcast.engines.forwards import Forward, Forwards
+from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline
+from narrowcast.engines.transformers.sharding import is_experts, is_linear
+from narrowcast.errors import InvalidInputError
+from narrowcast.plan.split import Experts, Split
+from narrowcast.runtime.wires import Wires
+from narrowcast.transport import Groups
+
+SILENT = {"colwise", "replicate", "replicated_with_grad_allreduce", "local_params", "grouped_gemm"}
+
+
+@dataclass(frozen=True)
+class Style:
+    """One parallel style of modules.
+
+    `supports`: tells modules that we know from others. `forward(name, module, wires)`: the new forward, on this rank's
+    part of a split model or, for all ranks, on a whole one. `sites(name)`: the kinds of its sites.
+    """
+
+    supports: Callable[[nn.Module], bool]
+    forward: Callable[[str, Any, Wires], Forward]
+    sites: Callable[[str], Mapping[str, str]]
+
+
+def _one(kind: str) -> Callable[[str], Mapping[str, str]]:
+    return lambda name: {name: kind}
+
+
+_columns = Style(is_linear, linear.columns, _one("gather"))
+_rows_of_whole_input = Style(is_linear, linear.rows_of_whole_input, _one("sum"))
+
+STYLES = {
+    "rowwise": Style(is_linear, linear.rows, _one("sum")),
+    "rowwise_split_input": _rows_of_whole_input,
+    "rowwise_rep": _rows_of_whole_input,
+    "colwise_gather_output": _columns,
+    "colwise_rep": _columns,
+    "embedding_rowwise": Style(embedding.is_lookup, embedding.lookup, _one("embedding")),
+    "moe_tp_experts": Style(is_experts, experts.slices, _one("sum")),
+}
+
+# Whole experts, each on one rank, by `Split.experts`.
+EXPERT_STYLES = {
+    "all_reduce": Style(is_experts, experts.whole_experts, _one("sum")),
+    "all_to_all": Style(is_experts, experts.travelling_tokens, experts.sites_of_travelling_tokens),
+}
+
+EP_IMPLEMENTATIONS: dict[str, Experts] = {
+    "auto": "all_reduce",  # at inference, where all ranks hold the same batch
+    "all_reduce": "all_reduce",
+    "all_to_all": "all_to_all",
+}
+
+
+def split_of(model: nn.Module) -> Split:
+    """From the meshes that weights are spread over, the record of the stage, and the config."""
+    meshes, stage = _meshes(model), pipeline.stage_of(model)
+    if not meshes and stage is None:
+        return Split()
+    config: Any = getattr(cast(Any, model).config, "distributed_config", None)
+    if (dp_size := getattr(config, "dp_size", getattr(config, "fsdp_size", 1))) > 1:
+        raise _unsupported(model, "tensor, expert and pipeline parallelism", f"{dp_size} data-parallel ranks")
+    return Split(
+        tp_size=meshes[0].size() if meshes else 1,
+        pp_size=1 if stage is None else stage.pp_size,
+        experts=_experts(model, config),
+    )
+
+
+def _meshes(model: nn.Module) -> list[Any]:
+    return [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
+
+
+def _experts(model: nn.Module, config: Any) -> Experts:
+    if getattr(config, "ep_size", 1) == 1:
+        return "slices"
+    implementation = getattr(config, "ep_implementation", "that of an earlier release")
+    if implementation not in EP_IMPLEMENTATIONS:
+        raise _unsupported(
+            model, f"ep_implementation {' or '.join(EP_IMPLEMENTATIONS)} of Transformers 5.23", implementation
+        )
+    return EP_IMPLEMENTATIONS[implementation]
+
+
+def sites(model: nn.Module, split: Split) -> Mapping[str, str]:
+    """Kinds by name; InvalidInputError for a model that has no such place, or one that is not supported."""
+    found = dict(pipeline.sites(model, split.pp_size)) if split.pp_size > 1 else {}
+    for name, module, style in _communicating(model, split):
+        kinds = style.sites(name)
+        is_head = module is cast(Any, model).get_output_embeddings()
+        found |= dict.fromkeys(kinds, "logits") if is_head else kinds
+    if not found:
+        raise _unsupported(model, "a Transformers model with a tensor-parallel plan", "no row-parallel layer")
+    return found
+
+
+def groups(model: nn.Module) -> Groups:
+    """The groups of the meshes."""
+    meshes, stage = _meshes(model), pipeline.stage_of(model)
+    return Groups(tp=meshes[0].get_group() if meshes else None, pp=None if stage is None else stage.pp_group)
+
+
+def summed(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules whose outputs tensor parallelism sums over ranks."""
+    return {
+        name: module
+        for name, module, style in _styled(model, _plan(model, "tp_plan"))
+        if style in ("rowwise", "rowwise_split_input", "rowwise_rep", "moe_tp_experts")
+    }
+
+
+def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
+    """Replace the forward of every module that communicates, or would if the whole model were split."""
+    forwards = Forwards()
+    for name, module, style in _communicating(model, split):
+        forwards.replace(module, style.forward(name, module, wires))
+    if split.pp_size > 1:
+        pipeline.take_over(model, split.pp_size, wires, forwards)
+    return forwards
+
+
+def _communicating(model: nn.Module, split: Split) -> list[tuple[str, nn.Module, Style]]:
+    """Modules that communicate under `split`, with what serves them; InvalidInputError for what nothing serves."""
+    if split.tp_size == 1:
+        return []
+    plan, table = _plan(model, "tp_plan"), STYLES
+    if split.experts != "slices":
+        ep_plan = _plan(model, "ep_plan")
+        whole = tuple(name for name, style in ep_plan.items() if style == "ep_dispatch_experts")
+        if not whole:
+            raise InvalidInputError(
+                type(model).__name__,
+                expected=f"a mixture of experts, as experts={split.experts!r} says",
+                found="a model without experts",
+                remedy="Leave it out.",
+            )
+        plan = {name: style for name, style in plan.items() if not name.startswith(whole)} | ep_plan
+        table = STYLES | {"ep_dispatch_experts": EXPERT_STYLES[split.experts]}
+    found = []
+    for name, module, style in _styled(model, plan):
+        if style in SILENT:
+            continue
+        if style not in table or not table[style].supports(module):
+            raise _unsupported(
+                model,
+                "layers that are summed, gathered or looked up as in Llama, Gemma, Phi-3 or Mixtral",
+                f"{name} of style {style!r} ({type(module).__name__})",
+            )
+        if style == "ep_dispatch_experts":
+            experts.check_divisible(name, module, split.tp_size)
+        found.append((name, module, table[style]))
+    return found
+
+
+def _plan(model: nn.Module, kind: str) -> dict[str, str]:
+    """The model's styles by name, layer numbers being stars; none for what is no model of its own."""
+    return dict(getattr(model, kind, None) or {})
+
+
+def _styled(model: nn.Module, plan: Mapping[str, str]) -> list[tuple[str, nn.Module, str]]:
+    """The modules that the plan names. What another stage of a pipeline holds is not there."""
+    named = [(name, module, plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))) for name, module in model.named_modules()]
+    return [
+        (name, module, style)
+        for name, module, style in named
+        if style is not None and type(module).__name__ != "PipelineIdentityLayer"
+    ]
+
+
+def _unsupported(model: nn.Module, expected: str, found: str) -> InvalidInputError:
+    return InvalidInputError(
+        type(model).__name__, expected=expected, found=found, remedy="This model is not supported yet."
+    )
+
+
+__all__ = ["groups", "sites", "split_of", "summed", "take_over"]

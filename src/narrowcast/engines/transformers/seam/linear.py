@@ -1,0 +1,59 @@
+"""Linear layers: split by rows of the input, whose partial sums travel, or by columns that every rank needs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from narrowcast.engines.forwards import Forward, add_bias, chunk
+from narrowcast.engines.transformers.sharding import chunks, local
+from narrowcast.runtime.products import Dense
+from narrowcast.runtime.wires import Wires
+
+
+def rows(name: str, layer: Any, wires: Wires) -> Forward:
+    """The sum of the ranks' products, each with its chunk of the input, which a real rank is given alone."""
+    return _rows(name, layer, wires, input_is_whole=wires.virtual)
+
+
+def rows_of_whole_input(name: str, layer: Any, wires: Wires) -> Forward:
+    """The same where every rank has the whole input, as after a fused projection."""
+    return _rows(name, layer, wires, input_is_whole=True)
+
+
+def _rows(name: str, layer: Any, wires: Wires, *, input_is_whole: bool) -> Forward:
+    num_features, num_inputs = layer.weight.shape
+    products = [
+        Dense(_weight_of(layer, own, wires), num_features, own if input_is_whole else None)
+        for own in chunks(num_inputs, wires)
+    ]
+    row_parallel = wires.row_parallel(name, products)
+    bias = None if layer.bias is None else local(layer.bias)
+    return lambda x: add_bias(row_parallel(x), bias)
+
+
+def _weight_of(layer: Any, own: slice, wires: Wires) -> Callable[[], Tensor]:
+    """The weights [E, F] of the input features `own`, laid out as on the rank that holds nothing else."""
+    if wires.virtual:
+        return lambda: layer.weight[:, own].contiguous()
+    weight = local(layer.weight)
+    return lambda: weight
+
+
+def columns(name: str, layer: Any, wires: Wires) -> Forward:
+    """Columns of all ranks, side by side."""
+    size, (weight, bias) = layer.weight.shape[0], (layer.weight, layer.bias)
+    by_rank = [chunk(size, rank, wires.tp_size) for rank in range(wires.tp_size)]
+    all_gather = wires.column_parallel(name, [own.stop - own.start for own in by_rank])
+    if not wires.virtual:
+        weight, bias = local(weight), None if bias is None else local(bias)
+        return lambda x: all_gather(functional.linear(x, weight, bias))
+
+    def forward(x: Tensor) -> Tensor:
+        weight, bias = layer.weight, layer.bias
+        parts = [functional.linear(x, weight[own], None if bias is None else bias[own]) for own in by_rank]
+        return all_gather(torch.cat(parts, dim=-1))
+
+    return forward

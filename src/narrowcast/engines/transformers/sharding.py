@@ -1,0 +1,46 @@
+"""Parts of weights that ranks hold, and modules whose weights we know."""
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+
+from narrowcast.engines.forwards import chunk
+from narrowcast.runtime.wires import Wires
+
+EXPERT_WEIGHTS = {"gate_up_proj", "down_proj"}  # [X, 2 * I, E] and [X, E, I] for X experts of I hidden features
+
+
+def local(weight: Tensor) -> Tensor:
+    """The part of `weight` that this rank holds."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
+
+
+def own_chunk(weight: Tensor, axis: int) -> slice:
+    """The part of a weight's `axis` that this rank holds: all of it unless the weight is split there."""
+    if isinstance(weight, DTensor):
+        (placement,) = weight.placements
+        if isinstance(placement, Shard) and placement.dim % weight.ndim == axis:
+            return chunk(weight.shape[axis], weight.device_mesh.get_local_rank(), weight.device_mesh.size())
+    return slice(0, weight.shape[axis])
+
+
+def chunks(size: int, wires: Wires) -> list[slice]:
+    """The chunk of a dimension that each of the ranks computing here holds."""
+    return [chunk(size, rank, wires.tp_size) for rank in wires.ranks]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """True for a layer that computes what ours do: a quantized one, say, does not."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for experts whose weights lie as in Mixtral and Qwen3-MoE."""
+    names = {name for name, _ in module.named_parameters(recurse=False)}
+    return names == EXPERT_WEIGHTS and hasattr(module, "num_experts") and not getattr(module, "is_transposed", False)
+
+
+def summed_weight(module: nn.Module) -> Tensor:
+    """The weight [E, I], or of experts [X, E, I], whose products are summed over ranks."""
+    return cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.down_proj)

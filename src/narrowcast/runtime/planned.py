@@ -1,0 +1,169 @@
+"""Sums and gathers as a plan says, written once for a real rank and for virtual ones: choice, transform, counting."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from narrowcast.codecs import CastCodec, Codec
+from narrowcast.collectives import Hops, choose, named
+from narrowcast.collectives.base import Deferred, Traffic
+from narrowcast.plan.decisions import Choice
+from narrowcast.plan.transform import Transform
+from narrowcast.runtime.counters import SiteCounters
+from narrowcast.runtime.products import Product, components
+from narrowcast.runtime.sites import Sites, plain
+from narrowcast.runtime.wires import Wires
+
+
+class PlannedWires(Wires):
+    """Wires over which values travel coded, as `sites` say; bytes are those of the first of `ranks`.
+
+    With `count_only` everything travels as it is, and the bytes that its codecs would send are counted.
+    """
+
+    def __init__(self, sites: Sites, rank: int | None, tp_size: int, *, count_only: bool = False) -> None:
+        Wires.__init__(self, rank, tp_size)
+        self.sites, self._count_only = sites, count_only
+        self._components: dict[str, Sequence[Product]] = {}
+
+    def sum_products(self, x: Tensor, site: str) -> Tensor:
+        products = self.products(site)
+        num_tokens, num_features = math.prod(x.shape[:-1]), products[0].num_features
+        x_TF = x.reshape(num_tokens, x.shape[-1])  # a rank may hold no column
+        choice, transform = self._way(site, num_tokens, num_features)
+        if transform is not None:
+            products = self._of_components(site, transform)
+        partials = [_deferred(product, x_TF) for product in products]
+        dtype = products[0].dtype or x.dtype
+        total_TE = self._sum(partials, site, choice, (num_tokens, num_features), transform, dtype, x.device)
+        return total_TE.view(*x.shape[:-1], num_features)
+
+    def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
+        x, num_features = partials[0], partials[0].shape[-1]
+        flat = [each.reshape(-1, num_features) for each in partials]
+        choice, transform = self._way(site, len(flat[0]), num_features)
+        if choice.form == "native":  # which adds up in place
+            flat = [x_TE.clone() for x_TE in flat]
+        deferred = [Deferred.of(x_TE) for x_TE in flat]
+        if transform is not None:
+            deferred = [_analyzed(x_TE, transform, rank) for rank, x_TE in zip(self.ranks, flat, strict=True)]
+        shape = len(flat[0]), num_features
+        return self._sum(deferred, site, choice, shape, transform, x.dtype, x.device).view(x.shape)
+
+    def _way(self, site: str, num_tokens: int, num_features: int) -> tuple[Choice, Transform | None]:
+        """The way of a sum, and the transform into the components that travel."""
+        choice = self.sites.choice(site, num_tokens, num_features, self.tp_size)
+        return choice, None if self._count_only else self.sites.transform(site, choice)
+
+    def _of_components(self, site: str, transform: Transform) -> Sequence[Product]:
+        """The products of a site that give components, made at first use."""
+        if site not in self._components:
+            pairs = zip(self.ranks, self.products(site), strict=True)
+            self._components[site] = [components(product, transform, rank) for rank, product in pairs]
+        return self._components[site]
+
+    def _sum(
+        self,
+        partials: Sequence[Deferred],
+        site: str,
+        choice: Choice,
+        shape: tuple[int, int],
+        transform: Transform | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
+        """Features [T, E]: the sum of `partials`, or made of it where these are components."""
+        counters = self.sites.counters(site)
+        traffic = self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size)
+        counters.count(shape[0], traffic, dtype.itemsize)
+        if choice.form == "native":
+            return self._add_up_natively(partials)
+        hops = plain(dtype) if self._count_only or choice.form != "coded" else self.sites.hops(site, dtype)
+        algorithm = choice.algorithm
+        if self._count_only:
+            algorithm = choose("auto", hops, *shape, self.tp_size)
+        recodes, num_features = named(algorithm).recodes, partials[0].num_features
+        num_summed = hops.num_reduced(num_features) if recodes else num_features
+        y_TE = torch.empty(shape[0], num_summed, dtype=dtype, device=device)
+        self._add_up(partials, y_TE, hops, algorithm, counters)
+        return y_TE if transform is None else transform.synthesize(y_TE, remixed=recodes)
+
+    def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
+        x, (start, stop) = parts[0], self._own_columns(site)
+        flat = [part.flatten(0, -2) for part in parts]
+        codec = self.sites.hops(site, x.dtype).codecs[0]
+        nbytes = codec.part(start, stop).payload_nbytes(len(flat[0]), stop - start)
+        counters = self._count_copies(site, x, len(flat[0]), Traffic(nbytes, flat[0].numel()), self.tp_size - 1)
+        y_TE = self._gather_features(flat, self._used(codec, x), self.columns(site), counters)
+        return y_TE.view(*x.shape[:-1], y_TE.shape[1])
+
+    def gather_tokens(self, parts: Sequence[Tensor], site: str, num_tokens: Sequence[int]) -> Tensor:
+        codec, copies = self.sites.hops(site, parts[0].dtype).codecs[0], self.tp_size - 1
+        counters = self._count_copies(site, parts[0], sum(num_tokens), payload(codec, parts[0].shape), copies)
+        return self._gather_tokens(parts, self._used(codec, parts[0]), num_tokens, counters)
+
+    def all_to_all(self, parts: Sequence[Tensor], site: str, counts: Sequence[Sequence[int]]) -> list[Tensor]:
+        x_TE, rank = parts[0], self.ranks[0]
+        codec, num_sent = self.sites.hops(site, x_TE.dtype).codecs[0], sum(counts[rank]) - counts[rank][rank]
+        traffic = payload(codec, (num_sent, x_TE.shape[1]))
+        counters = self._count_copies(site, x_TE, 0, traffic, 1)  # pairs of a token and an expert are no tokens
+        return self._all_to_all(parts, self._used(codec, x_TE), counts, counters)
+
+    def _own_columns(self, site: str) -> tuple[int, int]:
+        start = sum(self.columns(site)[: self.ranks[0]])
+        return start, start + self.columns(site)[self.ranks[0]]
+
+    def _used(self, planned: Codec, x: Tensor) -> Codec:
+        return CastCodec(dtype=x.dtype) if self._count_only else planned
+
+    def _count_copies(self, site: str, x: Tensor, num_tokens: int, traffic: Traffic, copies: int) -> SiteCounters:
+        """The site's counters, with as many copies of what is sent."""
+        counters = self.sites.counters(site)
+        sent = Traffic(copies * traffic.nbytes, copies * traffic.num_values)
+        counters.count(num_tokens, sent, x.dtype.itemsize)
+        return counters
+
+    @abstractmethod
+    def _add_up(
+        self, partials: Sequence[Deferred], y_TE: Tensor, hops: Hops, algorithm: str, counters: SiteCounters
+    ) -> None:
+        """Fill `y_TE` with the sum."""
+
+    @abstractmethod
+    def _add_up_natively(self, partials: Sequence[Deferred]) -> Tensor:
+        """The sum by whatever the ranks' group has for that."""
+
+    @abstractmethod
+    def _gather_features(
+        self, parts: Sequence[Tensor], codec: Codec, num_features: Sequence[int], counters: SiteCounters
+    ) -> Tensor:
+        """All ranks' columns [T, E]."""
+
+    @abstractmethod
+    def _gather_tokens(
+        self, parts: Sequence[Tensor], codec: Codec, num_tokens: Sequence[int], counters: SiteCounters
+    ) -> Tensor:
+        """All ranks' tokens [T, E]."""
+
+    @abstractmethod
+    def _all_to_all(
+        self, parts: Sequence[Tensor], codec: Codec, counts: Sequence[Sequence[int]], counters: SiteCounters
+    ) -> list[Tensor]:
+        """The tokens that come to each of `ranks`."""
+
+
+def _deferred(product: Product, x_TF: Tensor) -> Deferred:
+    return Deferred(len(x_TF), product.num_features, lambda tokens: product(x_TF[tokens]))
+
+
+def _analyzed(x_TE: Tensor, transform: Transform, rank: int) -> Deferred:
+    """Components of partial sums that exist already."""
+    return Deferred(len(x_TE), transform.num_components, lambda own: transform.analyze(x_TE[own], rank).to(x_TE.dtype))
+
+
+def payload(codec: Codec, shape: Sequence[int]) -> Traffic:
+    """The traffic of one payload [T, E]."""
+    return Traffic(codec.payload_nbytes(*shape), math.prod(shape))

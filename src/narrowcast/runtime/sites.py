@@ -1,0 +1,122 @@
+"""The sites of a plan on one device: their codecs by hop, their transforms, and the way that each sum takes."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
+import torch
+
+from narrowcast.codecs import CastCodec, Codec
+from narrowcast.collectives import Hops, choose, named
+from narrowcast.collectives.base import Traffic
+from narrowcast.plan.decisions import Choice, Decisions
+from narrowcast.plan.transform import Transform
+from narrowcast.runtime.counters import Counters, Report, SiteCounters
+
+Codecs = Mapping[str, Sequence[Codec]]
+
+MAX_TRAFFICS = 1 << 14  # sizes of sums whose traffic is remembered
+
+
+@functools.cache
+def plain(dtype: torch.dtype) -> Hops:
+    """The hops of values that travel as they are."""
+    return Hops((CastCodec(dtype=dtype),) * 2)
+
+
+class Sites:
+    """The codecs of sites on one device, with counters. Where there are none, values travel in their own dtype.
+
+    `algorithm`: that of coded sums; with "auto" the one that `decisions` name, or else the one of fewest bytes.
+    `deterministic`: one choice for all sizes, the one that a single token takes, always coded where there are codecs.
+    `timed`: count seconds beside bytes.
+    """
+
+    def __init__(
+        self,
+        codecs: Codecs,
+        groups: Sequence[Sequence[int]],
+        algorithm: str,
+        device: torch.device,
+        *,
+        transforms: Mapping[str, Transform] = MappingProxyType({}),
+        decisions: Decisions = Decisions(),
+        deterministic: bool = False,
+        timed: bool = False,
+    ) -> None:
+        nodes = tuple(tuple(group) for group in groups)
+        self._transforms = {name: transform.to(device) for name, transform in transforms.items()}
+        mixes = {name: each.remix.mix for name, each in self._transforms.items() if each.remix is not None}
+        self._coded = {
+            name: Hops(tuple(codec.to(device) for codec in hops), nodes, mixes.get(name))
+            for name, hops in codecs.items()
+        }
+        self._algorithm, self._deterministic = algorithm, deterministic
+        self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
+        self._algorithms: dict[tuple[str, str, int, int], str] = {}
+        self._traffics: dict[tuple[str, Choice, int, int], Traffic] = {}
+        self._counters = Counters(device, timed=timed)
+
+    def hops(self, site: str, dtype: torch.dtype) -> Hops:
+        """The codecs by hop for values of a dtype."""
+        return self._coded.get(site) or plain(dtype)
+
+    def counters(self, site: str) -> SiteCounters:
+        """The site's counters."""
+        return self._counters.site(site, coded=site in self._coded)
+
+    def report(self) -> Report:
+        """All that was counted so far."""
+        return self._counters.report()
+
+    def transform(self, site: str, choice: Choice) -> Transform | None:
+        """The transform of a site whose sums, taking that way, are of components."""
+        return self._transforms.get(site) if choice.form == "coded" else None
+
+    def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
+        """The way that a sum of `num_features` takes."""
+        form, algorithm = ("coded", self._algorithm) if site in self._coded else ("plain", "auto")
+        decided = self.decisions.choice(num_tokens, num_features, coded=form == "coded")
+        form, algorithm = decided or (form, algorithm)
+        if form == "native":
+            return Choice(form)
+        if form == "coded" and site in self._transforms:
+            num_features = self._transforms[site].num_components
+        few_tokens = 1 if self._deterministic else min(num_tokens, world_size)  # more do not change the algorithm
+        key = site if form == "coded" else "", algorithm, few_tokens, num_features
+        if key not in self._algorithms:
+            hops = self._coded[site] if form == "coded" else plain(torch.float32)
+            self._algorithms[key] = choose(algorithm, hops, few_tokens, num_features, world_size)
+        return Choice(form, self._algorithms[key])
+
+    def traffic(
+        self, site: str, choice: Choice, shape: tuple[int, int], dtype: torch.dtype, rank: int, world_size: int
+    ) -> Traffic:
+        """The traffic of `rank` for a sum of `shape`, tokens and features, that takes that way."""
+        key = site, choice, *shape
+        traffic = self._traffics.get(key)
+        if traffic is None:
+            hops = self.hops(site, dtype) if choice.form == "coded" else plain(dtype)
+            traffic = traffic_of(choice, hops, shape, rank, world_size, self.transform(site, choice))
+            if len(self._traffics) < MAX_TRAFFICS:
+                self._traffics[key] = traffic
+        return traffic
+
+
+def traffic_of(
+    choice: Choice, hops: Hops, shape: tuple[int, int], rank: int, world_size: int, transform: Transform | None
+) -> Traffic:
+    """The traffic of `rank` for a sum of `shape`; components count as the features that they stand for.
+
+    A native one counts as the optimum, 2 (R - 1) / R of the values.
+    """
+    num_tokens, num_features = shape
+    if choice.form == "native":
+        num_values = 2 * (world_size - 1) * num_tokens * num_features // world_size
+        return Traffic(hops.codecs[0].row_nbytes(1) * num_values, num_values)
+    num_sent = num_features if transform is None else transform.num_components
+    traffic = named(choice.algorithm).sent(hops, num_tokens, num_sent, rank, world_size)
+    assert traffic is not None, "only algorithms that can run are chosen"
+    if transform is None:
+        return traffic
+    return traffic._replace(num_values=traffic.num_values * transform.num_features // transform.num_components)

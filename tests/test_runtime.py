@@ -1,0 +1,122 @@
+"""A plan at work: products of any make, on real and on virtual ranks; time beside bytes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from models import calibrated
+from narrowcast.plan.transform import Part, Transform
+from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.products import Dense, Product
+from narrowcast.runtime.simulator import Simulator
+from narrowcast.runtime.sites import Sites
+from narrowcast.transport import TorchDistributedTransport
+from ranks import Ranks
+
+NUM_FEATURES, NUM_INPUTS, CPU = 64, 24, torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """Weights as a product of two thin matrices."""
+
+    up: Tensor
+    down: Tensor
+    num_features: int = NUM_FEATURES
+    dtype: torch.dtype | None = None
+
+    def __call__(self, x_TF: Tensor) -> Tensor:
+        return linear(linear(x_TF, self.down), self.up)
+
+
+@dataclass(frozen=True)
+class Int8:
+    """Weights as integers with a scale for each output, multiplied in FP32, for sums in BF16."""
+
+    codes: Tensor
+    scale_E1: Tensor
+    num_features: int = NUM_FEATURES
+    dtype: torch.dtype | None = torch.bfloat16
+
+    def __call__(self, x_TF: Tensor) -> Tensor:
+        return linear(x_TF.float(), self.codes.float() * self.scale_E1).bfloat16()
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def product_of(make: str, rank: int) -> Product:
+    if make == "low rank":
+        return LowRank(random(NUM_FEATURES, 3, seed=rank), random(3, NUM_INPUTS, seed=10 + rank))
+    if make == "int8":
+        codes = torch.randint(-127, 128, (NUM_FEATURES, NUM_INPUTS), generator=torch.Generator().manual_seed(rank))
+        return Int8(codes.to(torch.int8), random(NUM_FEATURES, 1, seed=rank).float() / 100)
+    weight = random(NUM_FEATURES, NUM_INPUTS, seed=rank)
+    return Dense(lambda: weight, NUM_FEATURES)
+
+
+def transform() -> Transform:
+    axes = torch.linalg.qr(random(NUM_FEATURES, NUM_FEATURES, seed=5).float()).Q[:, :40].bfloat16()
+    return Transform(num_features=NUM_FEATURES, parts=(Part(start=0, rank=None, analysis=axes.T, synthesis=axes),))
+
+
+def sites(*, transformed: bool = False, timed: bool = False) -> Sites:
+    """A site `s` of coded sums of two ranks, of components if `transformed`."""
+    codecs = calibrated("int8-feature", 20 * random(2, 30, 40 if transformed else NUM_FEATURES, seed=7))
+    transforms = {"s": transform()} if transformed else {}
+    return Sites({"s": codecs}, (), "one_shot", CPU, transforms=transforms, timed=timed)
+
+
+def summed(make: str, transformed: bool) -> Tensor:
+    transport = TorchDistributedTransport()
+    communicator = Communicator(sites(transformed=transformed), tp=transport, pp=None)
+    return communicator.row_parallel("s", [product_of(make, transport.rank)])(random(2, 5, NUM_INPUTS, seed=9))
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+@pytest.mark.parametrize("make", ["dense", "low rank", "int8"])
+def test_a_product_of_any_make_is_summed_alike_on_real_and_virtual_ranks(
+    ranks: Callable[[int], Ranks], make: str, transformed: bool
+) -> None:
+    simulator = Simulator(sites(transformed=transformed), 2)
+    products = [product_of(make, rank) for rank in range(2)]
+    expected = simulator.row_parallel("s", products)(random(2, 5, NUM_INPUTS, seed=9))
+    assert expected.shape == (2, 5, NUM_FEATURES)
+    for found in ranks(2).run(summed, make, transformed):
+        assert torch.equal(found, expected)
+    exact = sum(product(random(10, NUM_INPUTS, seed=9)).float() for product in products)
+    if transformed:
+        axes = transform().parts[0].synthesis.float()
+        exact = exact @ axes @ axes.T
+    error = (expected.view(10, -1).float() - exact).norm() / exact.norm()
+    assert error < 0.03, "8 bits a value, and BF16"
+
+
+def timed_sums(num_sums: int) -> dict[str, float]:
+    transport = TorchDistributedTransport()
+    communicator = Communicator(found := sites(timed=True), tp=transport, pp=None)
+    for _ in range(num_sums):
+        communicator.sum([random(40, NUM_FEATURES, seed=1)], "s")
+    return dict(found.report().sites["s"].seconds)
+
+
+def test_time_is_counted_where_it_is_asked_for(ranks: Callable[[int], Ranks]) -> None:
+    once, often = (ranks(2).run(timed_sums, num_sums) for num_sums in (1, 20))
+    for first, seconds in zip(once, often, strict=True):
+        assert seconds.keys() == {"encode_s", "decode_s", "recode_s", "exchange_s", "waiting_s"}
+        assert all(seconds[part] > 0 for part in ("encode_s", "decode_s", "exchange_s", "waiting_s"))
+        assert seconds["recode_s"] == 0, "one_shot codes no sum again"
+        assert seconds["encode_s"] > first["encode_s"]
+
+
+def test_counting_time_changes_no_bits_and_is_off_unless_asked_for() -> None:
+    partials = [random(40, NUM_FEATURES, seed=rank) for rank in range(2)]
+    plain, timed = sites(), sites(timed=True)
+    assert torch.equal(Simulator(plain, 2).sum(partials, "s"), Simulator(timed, 2).sum(partials, "s"))
+    assert plain.report().sites["s"].seconds == {}
+    assert timed.report().sites["s"].seconds["encode_s"] > 0
