@@ -19,7 +19,7 @@ from scoring import MODEL, setting_of, text
 
 from narrowcast.calibration import Observations, observe
 from narrowcast.engines import load_engine
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 from narrowcast.scores import log_probs
 
 TP_SIZE, NUM_CALIBRATION = 8, 32
@@ -51,7 +51,8 @@ def rows(seen: Observations, batches: Sequence[Any], codecs: Sequence[str]) -> I
     for codec in codecs:
         plan = seen.plan(codec)
         for algorithm in ("one_shot", "two_shot"):
-            score, report = score_simulated(model, plan, reference, batches, algorithm=algorithm)
+            found = evaluate(model, plan, batches, algorithm=algorithm, reference=reference)
+            score, report = found.score, found.report
             yield {
                 "codec": codec,
                 "algorithm": algorithm,

@@ -24,7 +24,7 @@ import narrowcast
 from narrowcast.calibration.observers import FirstTokens
 from narrowcast.calibration.observing import observed
 from narrowcast.engines import load_engine
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 from narrowcast.plan.split import Split
 from narrowcast.scores import log_probs
 
@@ -90,7 +90,8 @@ def rows(name: str, model: nn.Module, start: Tensor) -> Iterator[dict[str, Any]]
             model, [calibration], tp_size=tp_size, first_tokens=first_tokens, num_first=num_first
         )
         for algorithm in ("one_shot", "two_shot"):
-            score, report = score_simulated(model, plan, reference, scoring, algorithm=algorithm)
+            found = evaluate(model, plan, scoring, algorithm=algorithm, reference=reference)
+            score, report = found.score, found.report
             yield {
                 "model": name,
                 "first_token_ratio": ratio,

@@ -27,7 +27,7 @@ from narrowcast import Plan
 from narrowcast.calibration import observe
 from narrowcast.calibration.moments import Moments
 from narrowcast.engines import load_engine
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 from narrowcast.rotation.axes import hadamard, joint, principal
 from narrowcast.rotation.rotate import rotate
 
@@ -58,7 +58,8 @@ def budget(codec: str, bits: float, algorithm: str) -> str:
 
 
 def row(texts: Texts, family: str, codec: str, plan: Plan, algorithm: str, model: nn.Module) -> dict[str, Any]:
-    score, report = score_simulated(model, plan, texts.reference, texts.batches, algorithm=algorithm)
+    found = evaluate(model, plan, texts.batches, algorithm=algorithm, reference=texts.reference)
+    score, report = found.score, found.report
     return {
         "family": family,
         "codec": codec,

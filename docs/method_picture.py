@@ -10,16 +10,16 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from narrowcast.cli.files import sequences
 from torch import Tensor
 
 from narrowcast.calibration import ModelRecipe, Observations, observe
 from narrowcast.calibration.fit import Form
 from narrowcast.calibration.moments import Moments
+from narrowcast.calibration.text import sequences
 from narrowcast.codecs import lloyd_max
 from narrowcast.codecs.allocation import AS_BF16, BLOCK, Entry, allocate, in_blocks
 from narrowcast.engines import load_engine
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 from narrowcast.scores import log_probs
 
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
@@ -73,7 +73,7 @@ def print_check(seen: Observations, spectra: Spectra) -> None:
     for form, found in spectra.items():
         for bits in (1.0, 2.0, 3.0):
             plan = seen.plan({"sum": ModelRecipe(bits=bits, form=form, budgeted="one_shot")})
-            score, _ = score_simulated(seen.model, plan, reference, batches, algorithm="one_shot")
+            score = evaluate(seen.model, plan, batches, algorithm="one_shot", reference=reference).score
             expected = expected_kl(found, shared_out(found, bits)[0])
             print(f"{form}, {bits:g} bits: expected KL {expected:.5f}, measured {score.kl_nats:.5f}")
 

@@ -90,7 +90,7 @@ def attach(
     `model`: one that its engine has split as the plan says, or, with `simulate=True`, a whole one, which then does
     the same arithmetic for all ranks in this process.
     `count_only=True`: everything travels uncoded, and the report says what would have been sent.
-    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast plan
+    `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast
     tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
     `deterministic=True`: one algorithm for all sizes, always coded, so that no result depends on the batch.
     `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.

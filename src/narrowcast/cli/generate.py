@@ -8,7 +8,7 @@ from narrowcast.cli.options import TEXT, ModelArgument, PlanOption, Timeout, Tra
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.ranks import Job, run_on_ranks
-from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.launch import is_first_rank
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.runtime.counters import Report

@@ -65,12 +65,6 @@ JsonOption = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.", rich_help_panel=OUTPUT)
 ]
-ReplicateVocabulary = Annotated[
-    bool,
-    typer.Option(
-        "--replicate-vocabulary", help="Real ranks keep all of the embedding and output layer; nothing of them travels."
-    ),
-]
 
 
 def checked_split(tp_size: int, pp_size: int, experts: Experts) -> Split:

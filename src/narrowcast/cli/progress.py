@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
 from torch import Tensor
 
-from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.launch import is_first_rank
 
 T = TypeVar("T")
 

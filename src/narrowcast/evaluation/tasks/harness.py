@@ -14,7 +14,7 @@ from torch import nn
 
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.evaluation.tasks.figures import Answer, TaskAnswers
-from narrowcast.launch.torchrun import is_first_rank
+from narrowcast.launch import is_first_rank
 
 BATCH_SIZE = 8  # requests; prompts are short, and the harness sorts them by length
 
