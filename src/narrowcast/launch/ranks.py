@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import Any, Self, TypeVar, TypeVarTuple, cast
 
@@ -54,14 +55,13 @@ class Ranks:
         resource_tracker.ensure_running()  # as its start lets interrupts through
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(_imported())
-        with _interrupts(held=True), self._closed_on_failure():
+        with self._closed_on_failure(), _interrupts(held=True):
             folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="narrowcast-"))
             wires: Sequence[Connection | None] = [None] * world_size
             if link is not None:
                 emulator, wires = self._stack.enter_context(emulation.emulated(link, world_size, context))
                 self._guards.append(emulator.sentinel)
             for rank, wire in enumerate(wires):
-                ours, theirs = context.Pipe()
                 place = Place(
                     rank=rank,
                     world_size=world_size,
@@ -72,13 +72,7 @@ class Ranks:
                     link=link,
                     wire=wire,
                 )
-                process = context.Process(target=serve, args=(theirs, place), daemon=True)
-                process.start()
-                self.processes.append(process)
-                self.pipes.append(ours)
-                theirs.close()
-                if wire is not None:
-                    wire.close()
+                self._start_process(context, place)
 
     def __enter__(self) -> Self:
         return self
@@ -126,6 +120,16 @@ class Ranks:
                 pipe.close()
             self.processes, self.pipes = [], []
             self._stack.close()
+
+    def _start_process(self, context: ForkServerContext, place: Place) -> None:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, place), daemon=True)
+        process.start()
+        self.processes.append(process)
+        self.pipes.append(ours)
+        theirs.close()
+        if place.wire is not None:
+            place.wire.close()
 
     def _collect(self) -> list[Any]:
         answers: dict[int, Answer] = {}  # in the order in which they came
