@@ -20,7 +20,7 @@ from narrowcast import Plan
 from narrowcast.calibration import observe
 from narrowcast.codecs import AllocatedCodec, lloyd_max
 from narrowcast.codecs.allocation import BLOCK
-from narrowcast.evaluation.sites import score_simulated
+from narrowcast.evaluation import evaluate
 
 
 def rows(texts: Texts) -> Iterator[dict[str, Any]]:
@@ -61,7 +61,7 @@ def _scaled_values(texts: Texts, plan: Plan) -> dict[int, list[Tensor]]:
         return encode(codec, x_TE, source=source, **options)
 
     with mock.patch.object(AllocatedCodec, "encode", watch):
-        score_simulated(texts.model, plan, texts.reference[:4], texts.batches[:4], algorithm="one_shot")
+        evaluate(texts.model, plan, texts.batches[:4], algorithm="one_shot", reference=texts.reference[:4])
     return found
 
 

@@ -6,17 +6,18 @@ usage: python docs/method_picture.py [docs/method.png]
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
+from narrowcast.cli.files import sequences
 from torch import Tensor
 
-from narrowcast.calibration import ModelRecipe, Observations, observe
-from narrowcast.calibration.fit import Form
+from narrowcast.calibration import Observations, observe
 from narrowcast.calibration.moments import Moments
-from narrowcast.calibration.text import sequences
-from narrowcast.codecs import lloyd_max
+from narrowcast.codecs import AllocatedRecipe, FittedRecipe, TransformRecipe, lloyd_max
 from narrowcast.codecs.allocation import AS_BF16, BLOCK, Entry, allocate, in_blocks
 from narrowcast.engines import load_engine
 from narrowcast.evaluation import evaluate
@@ -28,6 +29,12 @@ NUM_CALIBRATION, NUM_SCORED = 64, 8
 SITE = "model.layers.3.mlp.down_proj"
 UNSEEN = 1e-5  # what rounding to BF16 makes of a dimension that a rank does not span is less
 GRAY = "#6b7280"
+Form = Literal["features", "site", "ranks"]
+RECIPES: dict[Form, FittedRecipe] = {
+    "features": AllocatedRecipe(),
+    "site": TransformRecipe(axes="site"),
+    "ranks": TransformRecipe(axes="ranks"),
+}
 COLOURS: dict[Form, str] = {"features": GRAY, "site": "#2563eb", "ranks": "#dc2626"}
 LABELS = {"features": "features as they are", "site": "one set of axes for the site", "ranks": "each rank's own axes"}
 
@@ -72,7 +79,7 @@ def print_check(seen: Observations, spectra: Spectra) -> None:
     reference = [log_probs(seen.model, ids) for ids in batches]
     for form, found in spectra.items():
         for bits in (1.0, 2.0, 3.0):
-            plan = seen.plan({"sum": ModelRecipe(bits=bits, form=form, budgeted="one_shot")})
+            plan = seen.plan({"sum": replace(RECIPES[form], bits=bits, algorithm="one_shot")})
             score = evaluate(seen.model, plan, batches, algorithm="one_shot", reference=reference).score
             expected = expected_kl(found, shared_out(found, bits)[0])
             print(f"{form}, {bits:g} bits: expected KL {expected:.5f}, measured {score.kl_nats:.5f}")
