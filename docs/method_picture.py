@@ -12,11 +12,11 @@ from typing import Literal
 
 import matplotlib.pyplot as plt
 import torch
-from narrowcast.cli.files import sequences
 from torch import Tensor
 
 from narrowcast.calibration import Observations, observe
 from narrowcast.calibration.moments import Moments
+from narrowcast.calibration.text import sequences
 from narrowcast.codecs import AllocatedRecipe, FittedRecipe, TransformRecipe, lloyd_max
 from narrowcast.codecs.allocation import AS_BF16, BLOCK, Entry, allocate, in_blocks
 from narrowcast.engines import load_engine
