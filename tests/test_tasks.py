@@ -339,7 +339,7 @@ def test_an_uncompressed_model_is_scored_as_the_harness_alone_scores_it(harness:
     assert theirs["results"]["theirs"]["acc,none"] == np.mean([item.correct for item in expected])
 
 
-def test_without_a_folder_tasks_are_the_harnesss_own(
+def test_without_a_file_tasks_are_the_harnesss_own(
     harness: None, monkeypatch: pytest.MonkeyPatch, model: torch.nn.Module, tokenizer: Any, folder: Path
 ) -> None:
     """ARC-easy as the hub lays it out gives the answers of the file; the hub itself is out of reach here."""
@@ -355,9 +355,10 @@ def test_without_a_folder_tasks_are_the_harnesss_own(
     ]
     hub = {("allenai/ai2_arc", "ARC-Easy"): datasets.DatasetDict(test=datasets.Dataset.from_list(rows))}
     hub["allenai/ai2_arc", "ARC-Easy"]["train"] = hub["allenai/ai2_arc", "ARC-Easy"]["test"]
+    from_files = answer(model, tokenizer, TaskSet(names=of(folder, "arc_easy")))
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **_: hub[path, name])
     found = answer(model, tokenizer, TaskSet(names=["arc_easy"]))
-    assert task_items(found) == task_items(answer(model, tokenizer, TaskSet(names=of(folder, "arc_easy"))))
+    assert task_items(found) == task_items(from_files)
     with pytest.raises(InvalidInputError, match="task arc_hard: expected names of tasks of lm-eval"):
         load_tasks(TaskSet(names=["arc_easy", "arc_hard"]))
 

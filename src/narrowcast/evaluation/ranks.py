@@ -117,9 +117,9 @@ def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Out
         Outcome(report=_report(model, handle), reference=reference.kind, score=score)
         for handle, score in zip(handles, scores or [None] * len(handles), strict=True)
     ]
-    tasks, tokenizer = job.tasks, load_engine().load_tokenizer(job.model)
-    if tasks is None:
+    if (tasks := job.tasks) is None:
         return outcomes
+    tokenizer = load_engine().load_tokenizer(job.model)
     plain = reference.ask(lambda whole: answer(whole, tokenizer, tasks))
     for place, handle in enumerate(handles):
         with at_work(handle):
