@@ -4,6 +4,7 @@ import gc
 import os
 import pickle
 import signal
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -111,6 +112,10 @@ def _destroy_groups() -> None:
     for group in list(_world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    if "torch.distributed.tensor" in sys.modules:  # whose caches take an equal mesh of before for the next one
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
     gc.collect()
 
 
