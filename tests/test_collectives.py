@@ -301,7 +301,7 @@ def test_what_does_not_fit_is_refused() -> None:
     inputs = partials(3, 4, 70)
     with pytest.raises(InvalidInputError, match="calibrated for 3 ranks, found 2"):
         simulate.all_reduce(inputs, codec=(partial, reduced))
-    with pytest.raises(InvalidInputError, match="a codec for the reduced sum"):
+    with pytest.raises(InvalidInputError, match="for the reduced sum, which travels again, found 1"):
         simulate.all_reduce(inputs[:2], codec=partial, algorithm="two_shot")
     with pytest.raises(InvalidInputError, match="single source, found 2"):
         simulate.all_reduce(inputs[:2], codec=(partial, partial))

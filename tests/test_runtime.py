@@ -89,29 +89,35 @@ def test_a_product_of_any_make_is_summed_alike_on_real_and_virtual_ranks(
     assert expected.shape == (2, 5, NUM_FEATURES)
     for found in ranks(2).run(summed, make, transformed):
         assert torch.equal(found, expected)
-    exact = sum(product(random(10, NUM_INPUTS, seed=9)).float() for product in products)
+    # The axes are orthonormal but for BF16, so that coding errs by no more than its bounds; BF16 rounds products,
+    # components, their sum, and twice in a synthesis.
+    partials = [product(random(10, NUM_INPUTS, seed=9)) for product in products]
+    exact = sum(x_TE.float() for x_TE in partials)
     if transformed:
-        axes = transform().parts[0].synthesis.float()
-        exact = exact @ axes @ axes.T
-    error = (expected.view(10, -1).float() - exact).norm() / exact.norm()
-    assert error < 0.03, "8 bits a value, and BF16"
+        partials = [transform().analyze(x_TE, 0) for x_TE in partials]
+        exact = transform().synthesize(sum(partials), remixed=False)
+    codec = sites(transformed=transformed).hops("s", torch.bfloat16).codecs[0]
+    bound = sum(codec.error_bound(x_TE, source=rank) for rank, x_TE in enumerate(partials)).norm()
+    rounding = 5 * 2**-8 * sum(x_TE.float().norm() for x_TE in partials)
+    assert (expected.view(10, -1).float() - exact).norm() < bound + rounding < exact.norm() / 2
 
 
-def timed_sums(num_sums: int) -> dict[str, float]:
-    transport = TorchDistributedTransport()
-    communicator = Communicator(found := sites(timed=True), tp=transport, pp=None)
-    for _ in range(num_sums):
+def timed_sums() -> list[dict[str, float]]:
+    """Seconds after one sum, and after another one."""
+    communicator = Communicator(found := sites(timed=True), tp=TorchDistributedTransport(), pp=None)
+    seconds = []
+    for _ in range(2):
         communicator.sum([random(40, NUM_FEATURES, seed=1)], "s")
-    return dict(found.report().sites["s"].seconds)
+        seconds.append(dict(found.report().sites["s"].seconds))
+    return seconds
 
 
 def test_time_is_counted_where_it_is_asked_for(ranks: Callable[[int], Ranks]) -> None:
-    once, often = (ranks(2).run(timed_sums, num_sums) for num_sums in (1, 20))
-    for first, seconds in zip(once, often, strict=True):
+    for first, seconds in ranks(2).run(timed_sums):
         assert seconds.keys() == {"encode_s", "decode_s", "recode_s", "exchange_s", "waiting_s"}
-        assert all(seconds[part] > 0 for part in ("encode_s", "decode_s", "exchange_s", "waiting_s"))
+        for part in ("encode_s", "decode_s", "exchange_s", "waiting_s"):
+            assert seconds[part] > first[part] > 0
         assert seconds["recode_s"] == 0, "one_shot codes no sum again"
-        assert seconds["encode_s"] > first["encode_s"]
 
 
 def test_counting_time_changes_no_bits_and_is_off_unless_asked_for() -> None:

@@ -80,7 +80,7 @@ def check_algorithm(algorithm: str, codecs: Sequence[Codec], groups: Sequence[Se
         needed = dict(list(HOPS.items())[: chosen.num_hops])
         raise InvalidInputError(
             algorithm,
-            expected=f"codecs of {', of '.join(needed.values())}",
+            expected=f"codecs for {', for '.join(needed.values())}",
             found=f"{len(codecs)}",
             remedy=f"Pass all, codec=({', '.join(needed)}), as `plan.sites[name].codecs` holds them.",
         )
