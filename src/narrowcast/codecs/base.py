@@ -139,7 +139,7 @@ class Codec(ABC):
             raise reduced._misfit(f"out of {list(shape_out)} bytes", out)
         if stats is not None:
             _check_stats(stats)
-        if all(shape_out):
+        if num_tokens and num_features:
             run = kernels.find(self, "recode", payloads_RTB, out, stats)
             run(self, payloads_RTB, reduced, num_features, out, stats)
         return out
@@ -166,7 +166,7 @@ class Codec(ABC):
                 remedy="Decode what was encoded, with its number of features.",
             )
         self._check_values(out)
-        if all(shape):
+        if shape[0] and shape[1]:
             kernels.find(self, "decode_sum", payloads_RTB, out)(self, payloads_RTB, first_source, out)
         return out
 

@@ -42,7 +42,7 @@ def encode(codec: "Codec", x_TE: Tensor, source: int, out_TB: Tensor, stats: Ten
     if num_tokens * num_features >= _LARGE:
         _limit_threads()
     native.encode(
-        _form_of(codec),
+        (codec.prepared.get("cpu") or _prepare(codec))[0],
         x_TE.data_ptr(),
         _DTYPES[x_TE.dtype],
         num_tokens,
@@ -62,7 +62,7 @@ def decode_sum(codec: "Codec", payloads_RTB: Tensor, first_source: int, out_TE: 
     if num_tokens * num_features >= _LARGE:
         _limit_threads()
     native.decode_sum(
-        _form_of(codec),
+        (codec.prepared.get("cpu") or _prepare(codec))[0],
         payloads_RTB.data_ptr(),
         len(payloads_RTB),
         payloads_RTB.stride(0),
@@ -92,12 +92,12 @@ def recode(
     if num_tokens * num_features >= _LARGE:
         _limit_threads()
     native.recode(
-        _form_of(codec),
+        (codec.prepared.get("cpu") or _prepare(codec))[0],
         payloads_RTB.data_ptr(),
         len(payloads_RTB),
         payloads_RTB.stride(0),
         payloads_RTB.stride(1),
-        _form_of(reduced),
+        (reduced.prepared.get("cpu") or _prepare(reduced))[0],
         num_tokens,
         num_features,
         out_TB.data_ptr(),
@@ -106,12 +106,13 @@ def recode(
     )
 
 
-def _form_of(codec: "Codec") -> object:
-    """The codec in C++. What its addresses point to is kept with it."""
-    prepared = codec.prepared
-    if "cpu" not in prepared:
-        prepared["cpu"] = FORMS[codec.id](codec)
-    return prepared["cpu"][0]
+def _prepare(codec: "Codec") -> tuple[Any, ...]:
+    """The codec in C++, its form, with the tensors that the form points to.
+
+    Of threads that come here at once all take the first one's: no form goes while another thread is in it.
+    """
+    made: tuple[Any, ...] = codec.prepared.setdefault("cpu", FORMS[codec.id](codec))
+    return made
 
 
 def _cast(codec: "CastCodec") -> tuple[object]:
