@@ -23,11 +23,13 @@ torch.set_num_threads(1)  # as the ranks compute, and so that results do not dep
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(4).run(function, ...)` runs a function on four processes that live until the session ends."""
+    """`ranks(4).run(function, ...)` runs a function on four processes, which later tests take over."""
     pools: dict[int, Ranks] = {}
 
     def of(world_size: int) -> Ranks:
-        if world_size not in pools or not pools[world_size].alive:
+        if world_size not in pools or not pools[world_size].fresh:
+            if world_size in pools:
+                pools[world_size].close()
             pools[world_size] = Ranks(world_size)
         return pools[world_size]
 

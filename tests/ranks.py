@@ -1,5 +1,6 @@
 """Rank processes of tests: one thread each, and an answer from each one alone."""
 
+from collections.abc import Callable
 from typing import Any
 
 import narrowcast.launch
@@ -7,7 +8,8 @@ from narrowcast.launch.process import Outcome
 from narrowcast.launch.ranks import PRELOADED
 
 LIMIT_S = 90
-PRELOADED.update({"hypothesis", "pytest", "_pytest"})  # modules of tests import them
+MOST_USES = 16
+PRELOADED.update({"pytest", "_pytest"})  # modules of tests import them
 
 
 class Ranks(narrowcast.launch.Ranks):
@@ -15,6 +17,16 @@ class Ranks(narrowcast.launch.Ranks):
 
     def __init__(self, world_size: int) -> None:
         super().__init__(world_size, num_threads=1)
+        self._num_uses = 0
+
+    @property
+    def fresh(self) -> bool:
+        """True for ranks worth another function: groups that functions make stay, and wake up 100 times a second each."""
+        return self.alive and self._num_uses < MOST_USES
+
+    def start(self, function: Callable[..., object], *args: Any) -> None:
+        self._num_uses += 1
+        super().start(function, *args)
 
     def result(self, rank: int) -> Any:
         """The result of what was started, from `rank`; its error if it raised."""

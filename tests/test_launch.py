@@ -98,12 +98,6 @@ def miss_rank_1(how: str) -> None:
     raise PeerLostError([1], "adding up")
 
 
-def add_up_in_a_group() -> int:
-    """Number of threads of this process, once there is a group of its own."""
-    dist.all_reduce(torch.ones(1), group=dist.new_group([0, 1]))
-    return len(list(Path("/proc/self/task").iterdir()))
-
-
 def where_this_runs() -> tuple[bool, str | None, int, int]:
     """First rank or not, a variable, threads of the process that this one was forked from, threads to compute with."""
     parents = len(list(Path(f"/proc/{os.getppid()}/task").iterdir()))
@@ -121,12 +115,6 @@ def test_ranks_run_one_function_after_another() -> None:
         with pytest.raises(InvalidInputError, match="rank 1: x: expected y"):
             ranks.run(fail_on_rank_1, "refused")
         assert not ranks.alive
-
-
-def test_groups_of_one_function_are_gone_with_the_next() -> None:
-    with Ranks(2) as ranks:
-        first, *others = [ranks.run(add_up_in_a_group) for _ in range(4)]
-        assert others == [first] * 3
 
 
 def test_ranks_have_the_environment_of_now_and_no_threads_of_others(monkeypatch: pytest.MonkeyPatch) -> None:

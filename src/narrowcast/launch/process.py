@@ -1,6 +1,5 @@
 """A process that is a rank: it meets the others, runs what it is given, and answers."""
 
-import gc
 import os
 import pickle
 import signal
@@ -15,7 +14,6 @@ from typing import Any, TypeVar, TypeVarTuple
 import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore, Store
-from torch.distributed.distributed_c10d import _world
 
 from narrowcast.errors import NarrowcastError, PeerLostError
 from narrowcast.launch import emulation
@@ -81,11 +79,8 @@ def serve(pipe: Connection, place: Place) -> None:
     try:
         place.enter()
         with _joined(place.timeout_s, FileStore(place.store, place.world_size), place.num_threads):
-            gc.freeze()
             while True:
-                message = pipe.recv_bytes()
-                _destroy_groups()
-                pipe.send_bytes(_answer(message, place.rank))
+                pipe.send_bytes(_answer(pipe.recv_bytes(), place.rank))
     except EOFError:
         pass
     except Exception as error:  # before there was anything to run
@@ -104,14 +99,6 @@ def _joined(timeout_s: float, store: Store | None = None, num_threads: int | Non
         yield
     finally:
         dist.destroy_process_group()
-
-
-def _destroy_groups() -> None:
-    """The groups of the function before, with which all ranks are done: each of gloo's wakes up 100 times a second."""
-    for group in list(_world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()
 
 
 def _answer(message: bytes, rank: int) -> bytes:
