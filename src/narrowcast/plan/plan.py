@@ -35,7 +35,7 @@ FORMAT_VERSION = 1
 class Site:
     """A named place where a tensor travels. `kind`: one of `split.KINDS`.
 
-    `codecs` by stage: [0] what the ranks put in, [1] a reduced sum where it travels again.
+    `codecs` by hop: [0] what the ranks put in, [1] a reduced sum where it travels again, [2] sums of nodes.
     `error`: expected relative RMS error by algorithm (of a sum; "once" for what travels once as it is), measured
     on calibration data. `transform`: where components travel in place of features.
     """
@@ -146,17 +146,17 @@ class Plan:
         sites: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         for name, site in in_order(self.sites):
-            stages = []
-            for stage, codec in enumerate(site.codecs):
+            hops = []
+            for hop, codec in enumerate(site.codecs):
                 config, own = codec.state()
-                stages.append({"codec": codec.id, "config": config, "tensors": sorted(own)})
-                tensors |= {f"{name}/{stage}/{key}": value.cpu().contiguous() for key, value in own.items()}
+                hops.append({"codec": codec.id, "config": config, "tensors": sorted(own)})
+                tensors |= {f"{name}/{hop}/{key}": value.cpu().contiguous() for key, value in own.items()}
             transform = None
             if site.transform is not None:
                 config, own = site.transform.state()
                 transform = {"config": config, "tensors": sorted(own)}
                 tensors |= {f"{name}/transform/{key}": value.cpu().contiguous() for key, value in own.items()}
-            sites[name] = {"kind": site.kind, "stages": stages, "error": dict(site.error), "transform": transform}
+            sites[name] = {"kind": site.kind, "stages": hops, "error": dict(site.error), "transform": transform}
         header = {
             "format_version": FORMAT_VERSION,
             "split": asdict(self.split),
@@ -193,10 +193,10 @@ def _parse(path: str | os.PathLike[str], header: str) -> dict[str, Any]:
 
 def _site(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Site:
     codecs = tuple(
-        CODECS[stage["codec"]].from_state(
-            stage["config"], {key: tensors[f"{name}/{index}/{key}"] for key in stage["tensors"]}
+        CODECS[hop["codec"]].from_state(
+            hop["config"], {key: tensors[f"{name}/{index}/{key}"] for key in hop["tensors"]}
         )
-        for index, stage in enumerate(entry["stages"])
+        for index, hop in enumerate(entry["stages"])
     )
     transform = None
     if (stored := entry["transform"]) is not None:

@@ -11,20 +11,20 @@ def codec_name(codec: Codec) -> str:
 
 
 def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:
-    """Bits a value, by site and stage: of the features, also where components travel in their place."""
+    """Bits a value, by site and hop: of the features, also where components travel in their place."""
     return {
-        name: tuple(_bits(site, stage, plan) for stage in range(len(site.codecs))) for name, site in plan.sites.items()
+        name: tuple(_bits(site, hop, plan) for hop in range(len(site.codecs))) for name, site in plan.sites.items()
     }
 
 
 def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:
-    """Codecs of stage 0 with calibrated scales, by site."""
+    """Codecs of hop 0 with calibrated scales, by site."""
     return {name: site.codecs[0] for name, site in plan.sites.items() if isinstance(site.codecs[0], FeatureCodec)}
 
 
-def _bits(site: Site, stage: int, plan: Plan) -> float:
+def _bits(site: Site, hop: int, plan: Plan) -> float:
     """Of as many features as the codec is calibrated for, otherwise of a hidden state."""
-    codec = site.codecs[stage]
+    codec = site.codecs[hop]
     scale = codec.state()[1].get("scale")
     num_sent = plan.model.config.get("hidden_size", 4096) if scale is None else scale.shape[-1]
     num_features = num_sent if site.transform is None else site.transform.num_features
