@@ -1,4 +1,4 @@
-"""Engines, and `attach`, which makes a loaded model send what a plan says. `ENGINES` by the package of the model."""
+"""The front door: `attach` makes a loaded model send what a plan says."""
 
 import json
 import logging
@@ -113,28 +113,18 @@ def attach(
         deterministic=deterministic,
         timed=timed,
     )
+    wires: Simulator | Communicator
     if simulate:
         _check_attachable(engine, model, plan, whole=True)
-        simulator = Simulator(sites, plan.tp_size, count_only=count_only)
-        return Handle(model, engine.take_over(model, plan.split, simulator), sites)
-    if engine.split_of(model) == Split():
-        raise InvalidInputError(
-            type(model).__name__,
-            expected=f"a model split by {plan.split}",
-            found="a whole one",
-            remedy="Load it with distributed_config=DistributedConfig(tp_size=...), or pass simulate=True.",
-        )
-    tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
-    mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": f"{count_only=}, {deterministic=}"}
-    connected = [each for each in (tp, pp) if each is not None]
-    _check_on_all_ranks(engine, model, plan, connected, mine)
-    communicator = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
-    over = " and ".join(sorted({each.name for each in connected}))
-    tuned_over = sites.decisions.transport
-    if tp is not None and tuned_over not in ("", tp.name):
-        logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)
-    logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
-    return Handle(model, engine.take_over(model, plan.split, communicator), sites)
+        wires = Simulator(sites, plan.tp_size, count_only=count_only)
+    else:
+        _check_split(engine, model, plan)
+        tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
+        mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": f"{count_only=}, {deterministic=}"}
+        _check_on_all_ranks(engine, model, plan, [each for each in (tp, pp) if each is not None], mine)
+        _tell(plan, algorithm, sites, tp, pp)
+        wires = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
+    return Handle(model, engine.take_over(model, plan.split, wires), sites)
 
 
 def check_detached(model: nn.Module) -> None:
@@ -144,7 +134,7 @@ def check_detached(model: nn.Module) -> None:
             type(model).__name__,
             expected="a model without a plan",
             found="one that has a plan attached",
-            remedy="Call remove() on its handle first.",
+            remedy="Call remove() or suspend() on its handle first.",
         )
 
 
@@ -156,6 +146,24 @@ def _check_arguments(plan: Plan, algorithm: str, transport: str) -> None:
     for site in plan.sites.values():
         if site.kind in SUMS:
             check_algorithm(algorithm, site.codecs, plan.groups)
+
+
+def _check_split(engine: Engine, model: nn.Module, plan: Plan) -> None:
+    if engine.split_of(model) == Split():
+        raise InvalidInputError(
+            type(model).__name__,
+            expected=f"a model split by {plan.split}",
+            found="a whole one",
+            remedy="Load it with distributed_config=DistributedConfig(tp_size=...), or pass simulate=True.",
+        )
+
+
+def _tell(plan: Plan, algorithm: str, sites: Sites, tp: Transport | None, pp: Transport | None) -> None:
+    over = " and ".join(sorted({each.name for each in (tp, pp) if each is not None}))
+    tuned_over = sites.decisions.transport
+    if tp is not None and tuned_over not in ("", tp.name):
+        logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)
+    logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
 
 
 def _check_on_all_ranks(
