@@ -9,7 +9,7 @@ from narrowcast.launch.ranks import PRELOADED
 
 LIMIT_S = 90
 MOST_USES = 16
-PRELOADED.update({"pytest", "_pytest"})  # modules of tests import them
+PRELOADED.update({"hypothesis", "pytest", "_pytest"})  # modules of tests import them
 
 
 class Ranks(narrowcast.launch.Ranks):
@@ -21,7 +21,7 @@ class Ranks(narrowcast.launch.Ranks):
 
     @property
     def fresh(self) -> bool:
-        """True for ranks worth another function: groups that functions make stay, and wake up 100 times a second each."""
+        """True for ranks worth another function: gloo groups of the last ones stay, and wake up 100 times a second."""
         return self.alive and self._num_uses < MOST_USES
 
     def start(self, function: Callable[..., object], *args: Any) -> None:
