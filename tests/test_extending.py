@@ -24,6 +24,8 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 def run(page: Path, folder: Path) -> int:
     """Write the page's files, run the rest; how many assertions that was."""
     os.chdir(ROOT)
+    # Ranks are forked with modules that are plugins of pytest, too, which a page may run.
+    os.environ["PYTEST_ADDOPTS"] = "-W ignore::pytest.PytestAssertRewriteWarning"
     sys.path.insert(0, str(folder))
     names = {"__name__": "page"}
     num_asserts = 0
