@@ -12,9 +12,7 @@ def codec_name(codec: Codec) -> str:
 
 def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:
     """Bits a value, by site and hop: of the features, also where components travel in their place."""
-    return {
-        name: tuple(_bits(site, hop, plan) for hop in range(len(site.codecs))) for name, site in plan.sites.items()
-    }
+    return {name: tuple(_bits(site, hop, plan) for hop in range(len(site.codecs))) for name, site in plan.sites.items()}
 
 
 def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:

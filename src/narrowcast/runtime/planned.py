@@ -4,7 +4,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from narrowcast.codecs import CastCodec, Codec
@@ -37,9 +36,8 @@ class PlannedWires(Wires):
         if transform is not None:
             products = self._of_components(site, transform)
         partials = [_deferred(product, x_TF) for product in products]
-        dtype = products[0].dtype or x.dtype
-        total_TE = self._sum(partials, site, choice, (num_tokens, num_features), transform, dtype, x.device)
-        return total_TE.view(*x.shape[:-1], num_features)
+        like = x.new_empty(0, dtype=products[0].dtype or x.dtype)
+        return self._sum(partials, site, choice, transform, num_features, like).view(*x.shape[:-1], num_features)
 
     def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
         x, num_features = partials[0], partials[0].shape[-1]
@@ -50,8 +48,7 @@ class PlannedWires(Wires):
         deferred = [Deferred.of(x_TE) for x_TE in flat]
         if transform is not None:
             deferred = [_analyzed(x_TE, transform, rank) for rank, x_TE in zip(self.ranks, flat, strict=True)]
-        shape = len(flat[0]), num_features
-        return self._sum(deferred, site, choice, shape, transform, x.dtype, x.device).view(x.shape)
+        return self._sum(deferred, site, choice, transform, num_features, x).view(x.shape)
 
     def _way(self, site: str, num_tokens: int, num_features: int) -> tuple[Choice, Transform | None]:
         """The way of a sum, and the transform into the components that travel."""
@@ -70,24 +67,25 @@ class PlannedWires(Wires):
         partials: Sequence[Deferred],
         site: str,
         choice: Choice,
-        shape: tuple[int, int],
         transform: Transform | None,
-        dtype: torch.dtype,
-        device: torch.device,
+        num_features: int,
+        like: Tensor,
     ) -> Tensor:
-        """Features [T, E]: the sum of `partials`, or made of it where these are components."""
-        counters = self.sites.counters(site)
-        traffic = self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size)
-        counters.count(shape[0], traffic, dtype.itemsize)
+        """Features [T, E] of the dtype and device of `like`: the sum of `partials`, or made of it if of components."""
+        num_tokens, dtype, counters = partials[0].num_tokens, like.dtype, self.sites.counters(site)
+        shape = num_tokens, num_features
+        counters.count(
+            num_tokens, self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size), dtype.itemsize
+        )
         if choice.form == "native":
             return self._add_up_natively(partials)
-        hops = plain(dtype) if self._count_only or choice.form != "coded" else self.sites.hops(site, dtype)
-        algorithm = choice.algorithm
+        hops, algorithm = self.sites.hops(site, dtype), choice.algorithm
+        if self._count_only or choice.form != "coded":
+            hops = plain(dtype)
         if self._count_only:
             algorithm = choose("auto", hops, *shape, self.tp_size)
-        recodes, num_features = named(algorithm).recodes, partials[0].num_features
-        num_summed = hops.num_reduced(num_features) if recodes else num_features
-        y_TE = torch.empty(shape[0], num_summed, dtype=dtype, device=device)
+        recodes, num_summed = named(algorithm).recodes, partials[0].num_features
+        y_TE = like.new_empty(num_tokens, hops.num_reduced(num_summed) if recodes else num_summed)
         self._add_up(partials, y_TE, hops, algorithm, counters)
         return y_TE if transform is None else transform.synthesize(y_TE, remixed=recodes)
 
