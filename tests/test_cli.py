@@ -239,8 +239,9 @@ def _sent(site: Site, stage: int) -> int:
 def test_codecs_lists_what_there_is() -> None:
     rows = {line.split()[0]: line for line in run("codecs").splitlines() if line.strip()}
     assert PRESETS.keys() <= rows.keys()
-    assert "4.188" in rows["int4-feature"] and "text" in rows["int4-feature"]
-    assert "4.25" in rows["int4-group128"] and "nothing" in rows["int4-group128"]
+    assert rows["int4-feature"].split()[1:4] == ["feature(bits=4)", "text", "4.19"]
+    assert rows["int4-group128"].split()[1:3] == ["group(bits=4,size=128)", "4.25"], "it needs nothing"
+    assert rows["transform"].split()[1:] == ["transform()", "model", "1.50"]
 
 
 def test_doctor() -> None:

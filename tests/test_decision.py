@@ -189,7 +189,7 @@ def tuned_with_slow_synthesis(delay_s: float) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Transform, "synthesize", slow)
-        return tune(transformed_plan(transport.world_size), transport, budget_s=1.0)
+        return tune(transformed_plan(transport.world_size), transport, budget_s=3.0)
 
 
 def test_synthesis_counts_in_the_time_of_a_coded_sum(ranks: Callable[[int], Ranks]) -> None:

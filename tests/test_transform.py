@@ -3,11 +3,13 @@
 import importlib.util
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -417,7 +419,8 @@ def transform_costs() -> Any:
     spec = importlib.util.spec_from_file_location("transform_costs", COSTS)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str(COSTS.parent), *sys.path]):  # scripts import each other
+        spec.loader.exec_module(module)
     return module
 
 
