@@ -8,7 +8,7 @@ demo: .venv/ready
 	.venv/bin/narrowcast demo $(ARGS)
 
 test: .venv/ready
-	.venv/bin/pytest $(ARGS)
+	.venv/bin/pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 test-slow: .venv/ready
 	.venv/bin/pytest -m slow $(ARGS)

@@ -18,7 +18,18 @@ from ranks import Ranks
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 SHARED = Path(__file__).parents[2] / "shared"
 
+# Files whose tests start processes of their own, besides all tests that take the fixture `ranks`.
+STARTING_PROCESSES = "bench", "cli", "extending", "failure", "handshake", "html_report", "launch", "tcp", "wire_bytes"
+
 torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One of two workers has all tests that start ranks, which would take each other's cores; a file stays together."""
+    for item in items:
+        name = item.path.stem.removeprefix("test_")
+        starts = name in STARTING_PROCESSES or "ranks" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group("ranks" if starts else name))
 
 
 @pytest.fixture(scope="session")
