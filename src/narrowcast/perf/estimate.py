@@ -60,16 +60,6 @@ class CodecEstimate:
     sites: Sequence[SiteEstimate]
     times: Sequence[TimeEstimate] = ()
 
-    @property
-    def prompt_bytes(self) -> int:
-        """Of all sites, for the prompt."""
-        return sum(site.prompt_bytes for site in self.sites)
-
-    @property
-    def token_bytes(self) -> int:
-        """Of all sites, for each token after it."""
-        return sum(site.token_bytes for site in self.sites)
-
 
 def estimate(
     model: str | Path,
