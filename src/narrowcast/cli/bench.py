@@ -4,13 +4,12 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
-from narrowcast.cli.options import TensorParallel
+from narrowcast.cli.options import DEFAULT_TP, JsonOption, TensorParallel
 from narrowcast.cli.tables import table
 from narrowcast.codecs import PRESETS, recipe
 from narrowcast.errors import InvalidInputError
@@ -50,7 +49,7 @@ def bench(
         list[str] | None,
         typer.Option(help="Bytes of the BF16 tensor, such as 64K, or 1K..64M in steps of 4. Not for a model."),
     ] = None,
-    tp: TensorParallel = 2,
+    tp: TensorParallel = DEFAULT_TP,
     link: Annotated[
         list[str] | None,
         typer.Option(metavar="RATE,DELAY", help="Emulate such links between ranks (root only), one after the other."),
@@ -58,7 +57,7 @@ def bench(
     transport: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(collectives.TRANSPORTS)}, one after the other.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the rows here; replaces an earlier report.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Measure kernels of codecs, sums over ranks, or a split model, each against a yardstick in the same run.
 

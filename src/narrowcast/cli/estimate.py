@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from narrowcast.cli.options import (
+    DEFAULT_TP,
     ExpertsOption,
+    JsonOption,
     ModelArgument,
     PipelineParallel,
     TensorParallel,
@@ -26,7 +28,7 @@ from narrowcast.perf.estimate import CodecEstimate, SiteEstimate
 
 def estimate(
     model: ModelArgument,
-    tp: TensorParallel = 2,
+    tp: TensorParallel = DEFAULT_TP,
     pp: PipelineParallel = 1,
     experts: ExpertsOption = "slices",
     codec: Annotated[list[str], typer.Option(metavar="CODEC", help="Again and again for several.")] = [  # noqa: B006
@@ -37,7 +39,7 @@ def estimate(
         str | None, typer.Option(metavar="RATE,DELAY", help="Of each rank, such as 10Gbps,50us: tells times, too.")
     ] = None,
     transport: TransportOption = "auto",
-    json: Annotated[Path | None, typer.Option(help="Write the figures here; replaces an earlier report.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Estimate what MODEL, split over -tp ranks and -pp stages, would send for a prompt and for each token after it.
 

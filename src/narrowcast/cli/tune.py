@@ -8,7 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from narrowcast.cli.options import Timeout, TransportOption
+from narrowcast.cli.options import Overwrite, Timeout, TransportOption
 from narrowcast.cli.tables import table
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank
@@ -25,7 +25,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Leave PLAN as it is, and write a new file.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the new file if it exists.")] = False,
+    overwrite: Overwrite = False,
     transport: TransportOption = "auto",
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
