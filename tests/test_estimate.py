@@ -20,7 +20,7 @@ from narrowcast.collectives.base import Algorithm, CodingWork
 from narrowcast.engines import load_engine
 from narrowcast.launch.link import Link
 from narrowcast.perf.census import starred
-from narrowcast.perf.cost import SOFTWARE, Coding, CostModel
+from narrowcast.perf.cost import MESSAGE_S, Coding, CostModel
 from narrowcast.perf.estimate import estimate
 from narrowcast.plan.decisions import Choice
 from narrowcast.plan.split import Split
@@ -100,7 +100,7 @@ def test_an_algorithm_is_predicted_by_what_it_says_of_itself_or_not_at_all(monke
     assert model.sum_s(Choice("coded", "silent"), 1) is None
     assert model.break_even_nbytes(Choice("coded", "silent")) is None
     free = model_of("1Gbps,1ms", 2)
-    latency_s = 0.001 + SOFTWARE["tcp"].message_s
+    latency_s = 0.001 + MESSAGE_S["tcp"]
     more_s = 2 * latency_s + 1e6 * 1e-9 + 2e6 * 2e-9
     assert seconds(model, Choice("coded", "three_shot"), 1) == pytest.approx(seconds(free, ONE, 1) + more_s, rel=1e-2)
     report = estimate(MODEL, Split(tp_size=2), [], link=Link.parse("1Gbps,1ms"))

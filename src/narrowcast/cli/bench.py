@@ -4,24 +4,20 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
-from narrowcast.cli.options import TensorParallel
+from narrowcast.cli.options import DEFAULT_TP, JsonOption, TensorParallel
+from narrowcast.cli.tables import table
 from narrowcast.codecs import PRESETS, recipe
 from narrowcast.errors import InvalidInputError
-from narrowcast.files import check_report, check_writable, write_report
-from narrowcast.launch import Link, emulation
+from narrowcast.files import check_report, write_report
+from narrowcast.launch import Link
 from narrowcast.perf import codec as codecs
 from narrowcast.perf import collective as collectives
 from narrowcast.perf import model as models
-from narrowcast.perf import plots
 from narrowcast.perf.machine import machine
 from narrowcast.perf.sizes import parse_sizes, written
 from narrowcast.transport.tcp import COMPILED
@@ -30,8 +26,8 @@ Rows = list[dict[str, Any]]
 Part = tuple[str, Iterable[dict[str, Any]]]  # what is measured, and its rows
 Subject = Literal["codec", "collective", "model"]
 
-DRAW = {"codec": plots.draw_codecs, "collective": plots.draw_collectives, "model": plots.draw_models}
-COLUMNS: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {
+NO_LINK = "loopback"
+COLUMNS: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {  # of words, and of figures with their headings
     "codec": (("codec", "op", "path"), {"gbps": "GB/s", "memcpy_gbps": "memcpy"}),
     "collective": (
         ("nbytes", "transport", "codec", "algorithm"),
@@ -53,7 +49,7 @@ def bench(
         list[str] | None,
         typer.Option(help="Bytes of the BF16 tensor, such as 64K, or 1K..64M in steps of 4. Not for a model."),
     ] = None,
-    tp: TensorParallel = 2,
+    tp: TensorParallel = DEFAULT_TP,
     link: Annotated[
         list[str] | None,
         typer.Option(metavar="RATE,DELAY", help="Emulate such links between ranks (root only), one after the other."),
@@ -61,8 +57,7 @@ def bench(
     transport: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(collectives.TRANSPORTS)}, one after the other.")
     ] = None,
-    json: Annotated[Path | None, typer.Option(help="Write the rows here; replaces an earlier report.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw the rows into this new PNG file.")] = None,
+    json: JsonOption = None,
 ) -> None:
     """Measure kernels of codecs, sums over ranks, or a split model, each against a yardstick in the same run.
 
@@ -70,12 +65,12 @@ def bench(
     against as many bytes over plain sockets. model: a Llama of 380 M parameters, against the engine's own sums.
     Everything that is timed must first give the right bits.
     """
-    _check_files(json, plot)
+    check_report(json)
     _check_options(subject, {"--size": (size, "model"), "--link": (link, "codec"), "--transport": (transport, "codec")})
     if tp < 2:
         raise InvalidInputError("-tp", expected="2 or more", found=tp, remedy="One rank has nobody to send to.")
-    links = _links(link, tp)
-    transports = _chosen(transport or ["tcp" if COMPILED else "torch"])
+    links: Sequence[Link | None] = list(dict.fromkeys(map(Link.parse, link or ()))) or [None]
+    transports = _transports(transport or ["tcp" if COMPILED else "torch"])
     if subject == "codec":
         parts = _codecs(codec, size)
     elif subject == "collective":
@@ -85,10 +80,8 @@ def bench(
     rows = _measured(parts)
     if json is not None:
         write_report(json, {"command": shlex.join(["narrowcast", *sys.argv[1:]]), "machine": machine(), "rows": rows})
-    if plot is not None:
-        DRAW[subject](rows, plot)
     for each in dict.fromkeys(row.get("link") for row in rows):
-        title = "on one thread" if subject == "codec" else f"{tp} ranks on {each or plots.NO_LINK}"
+        title = "on one thread" if subject == "codec" else f"{tp} ranks on {each or NO_LINK}"
         _print([row for row in rows if row.get("link") == each], title, *COLUMNS[subject])
 
 
@@ -105,14 +98,14 @@ def _collectives(
     sizes = parse_sizes(size) if size else usual.sizes
     sweep = replace(usual, codecs=_recipes(codec, usual.codecs), transports=over, sizes=sizes)
     for link in links:
-        yield f"{tp} ranks on {link or plots.NO_LINK}", collectives.rows(sweep, tp, link)
+        yield f"{tp} ranks on {link or NO_LINK}", collectives.rows(sweep, tp, link)
 
 
 def _models(codec: Sequence[str] | None, tp: int, links: Sequence[Link | None], over: Sequence[str]) -> Iterator[Part]:
     job = replace(models.DEFAULT, codecs=_recipes(codec, models.DEFAULT.codecs), transports=over, tp_size=tp)
     with models.prepared(job) as folder:
         for link in links:
-            yield f"{job.shape}, {tp} ranks on {link or plots.NO_LINK}", models.rows(job, folder, link)
+            yield f"{job.shape}, {tp} ranks on {link or NO_LINK}", models.rows(job, folder, link)
 
 
 def _measured(parts: Iterator[Part]) -> Rows:
@@ -125,32 +118,19 @@ def _measured(parts: Iterator[Part]) -> Rows:
     return rows
 
 
-def _print(rows: Rows, title: str, texts: Sequence[str], figures: Mapping[str, str]) -> None:
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in texts:
-        table.add_column(column, no_wrap=True)
-    for heading in figures.values():
-        table.add_column(heading, justify="right", no_wrap=True)
+def _print(rows: Rows, title: str, words: Sequence[str], figures: Mapping[str, str]) -> None:
+    found = table(title, words, figures.values())
     for row in rows:
-        table.add_row(*(_text(row[each]) for each in texts), *(_figure(row[each]) for each in figures))
-    Console().print(table)
+        found.add_row(*(_cell(column, row[column]) for column in (*words, *figures)))
+    Console().print(found)
 
 
-def _text(value: str | int) -> str:
-    return written(value) if isinstance(value, int) else value
-
-
-def _figure(value: float | None) -> str:
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
-
-
-def _check_files(json: Path | None, plot: Path | None) -> None:
-    check_report(json)
-    if plot is not None:
-        check_writable(plot, overwrite=False)
-        plots.check_possible()
+def _cell(column: str, value: str | float | None) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
+    if column == "nbytes":
+        return written(int(value or 0))
+    return "" if value is None else str(value)
 
 
 def _check_options(subject: str, given: Mapping[str, tuple[Sequence[str] | None, str]]) -> None:
@@ -162,14 +142,6 @@ def _check_options(subject: str, given: Mapping[str, tuple[Sequence[str] | None,
             )
 
 
-def _links(texts: Sequence[str] | None, world_size: int) -> list[Link | None]:
-    if not texts:
-        return [None]
-    links = [Link.parse(text) for text in texts]
-    emulation.check_possible(world_size)
-    return list(dict.fromkeys(links))
-
-
 def _recipes(chosen: Sequence[str] | None, otherwise: Sequence[str]) -> list[str]:
     """The codecs that were named, each of which there must be."""
     names = list(PRESETS) if chosen and "all" in chosen else list(dict.fromkeys(chosen or otherwise))
@@ -178,7 +150,7 @@ def _recipes(chosen: Sequence[str] | None, otherwise: Sequence[str]) -> list[str
     return names
 
 
-def _chosen(transports: Sequence[str]) -> list[str]:
+def _transports(transports: Sequence[str]) -> list[str]:
     for each in transports:
         if each not in collectives.TRANSPORTS:
             known = ", ".join(collectives.TRANSPORTS)

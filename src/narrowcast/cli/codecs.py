@@ -2,8 +2,8 @@
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
+from narrowcast.cli.tables import table
 from narrowcast.codecs import PRESETS, Ranges
 from narrowcast.codecs.catalogue import NUM_FEATURES, Entry, catalogue
 from narrowcast.perf.cost import measure_coding
@@ -17,17 +17,14 @@ def codecs() -> None:
 
     Any other codec is spelt out, such as group(bits=5, size=64), on the command line as in Python.
     """
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in ("preset", "spelt out", "needs"):
-        table.add_column(column, no_wrap=True)
-    for column in ("bits", "us"):
-        table.add_column(column, justify="right", no_wrap=True)
+    found = table("", ("preset", "spelt out", "needs"), ("bits", "us"))
+    found.box, found.pad_edge = None, False  # to fit 80 columns
     for entry in catalogue():
-        spelling = entry.spelling.replace(", ", ",")  # a table of 80 columns
+        spelling = entry.spelling.replace(", ", ",")
         microseconds = "" if entry.product else f"{1e6 * _seconds(entry):.1f}"
-        table.add_row(entry.name, spelling, NEEDS[entry.needs], f"{entry.bits_per_value:.2f}", microseconds)
+        found.add_row(entry.name, spelling, NEEDS[entry.needs], f"{entry.bits_per_value:.2f}", microseconds)
     console = Console(highlight=False)
-    console.print(table)
+    console.print(found)
     console.print(
         f"\nBits a value of {NUM_FEATURES} features; us to encode a token of as many and to add two up, on one thread. "
         "needs: text for ranges of features; the whole model on text, gradients too. transform also multiplies each "

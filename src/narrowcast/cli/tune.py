@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from narrowcast.cli.options import Timeout, TransportOption
+from narrowcast.cli.options import Overwrite, Timeout, TransportOption
+from narrowcast.cli.tables import table
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank
 from narrowcast.perf.tune import Tuning, tune_on_ranks
@@ -25,7 +25,7 @@ def tune(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Leave PLAN as it is, and write a new file.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the new file if it exists.")] = False,
+    overwrite: Overwrite = False,
     transport: TransportOption = "auto",
     timeout: Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -49,15 +49,12 @@ def tune(
 def _timings(tuning: Tuning) -> Table:
     """Median microseconds by size and way; the chosen one with a star, what was not measured with a tilde."""
     ways = list(dict.fromkeys(choice for timing in tuning.timings for choice in timing.seconds))
-    table = Table(title="us a sum; *: chosen; ~: extrapolated", title_justify="left", box=box.SIMPLE_HEAD)
-    for column in ("tokens", "bytes", *map(str, ways)):
-        table.add_column(column, justify="right", no_wrap=True)
+    found = table("us a sum; *: chosen; ~: extrapolated", (), ("tokens", "bytes", *map(str, ways)))
     for timing in tuning.timings:
-        best = timing.best(FORMS)
-        marks = {way: ("" if timing.measured else "~", "*" if way == best else " ") for way in ways}
+        measured, best = "" if timing.measured else "~", timing.best(FORMS)
         cells = (
-            f"{marks[way][0]}{1e6 * timing.seconds[way]:.0f}{marks[way][1]}" if way in timing.seconds else ""
+            f"{measured}{1e6 * timing.seconds[way]:.0f}{'*' if way == best else ' '}" if way in timing.seconds else ""
             for way in ways
         )
-        table.add_row(str(timing.num_tokens), str(timing.nbytes), *cells)
-    return table
+        found.add_row(str(timing.num_tokens), str(timing.nbytes), *cells)
+    return found

@@ -62,12 +62,7 @@ class Census(ObservedWires):
     def __init__(self, kinds: Mapping[str, str], tp_size: int) -> None:
         super().__init__((), tp_size)
         self._kinds = {starred(site): kind for site, kind in kinds.items()}
-        self._flows: dict[tuple[object, ...], Flow] = {}
-
-    @property
-    def flows(self) -> list[Flow]:
-        """All that travelled, in the order in which it first did."""
-        return list(self._flows.values())
+        self.flows: dict[tuple[object, ...], Flow] = {}  # in the order in which they first travelled
 
     def row_parallel(self, site: str, products: Sequence[Product]) -> Operator:
         super().row_parallel(site, products)
@@ -112,7 +107,7 @@ class Census(ObservedWires):
     def _note(self, site: str, shape: Sequence[int], send: Send) -> None:
         name = starred(site)
         new = Flow(site=name, kind=self._kinds[name], num_features=shape[-1], send=send)
-        self._flows.setdefault((name, *shape), new).times += 1
+        self.flows.setdefault((name, *shape), new).times += 1
 
 
 def census(model: nn.Module, split: Split, num_tokens: int) -> list[Flow]:
@@ -131,7 +126,7 @@ def census(model: nn.Module, split: Split, num_tokens: int) -> list[Flow]:
             model(input_ids=ids.to(device_of(model)), use_cache=True, logits_to_keep=1)
     finally:
         forwards.restore()
-    return wires.flows
+    return list(wires.flows.values())
 
 
 def starred(site: str) -> str:

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -37,15 +38,11 @@ class Sweep:
 DEFAULT = Sweep()
 
 
-class Cost(NamedTuple):
-    """Bytes that one rank sends, and exchanges that wait for the one before, the first included."""
-
-    wire_bytes: int
-    num_latencies: int
-
-
 class Key(NamedTuple):
-    """The case of a row."""
+    """The case of a row.
+
+    `wire_bytes`: that rank 0 sends. `num_latencies`: exchanges that wait for the one before, the first included.
+    """
 
     transport: str
     codec: str
@@ -53,9 +50,6 @@ class Key(NamedTuple):
     nbytes: int
     wire_bytes: int
     num_latencies: int
-
-
-Measured = dict[Key, list[Span]]
 
 
 def rows(sweep: Sweep, world_size: int, link: Link | None) -> Iterator[dict[str, Any]]:
@@ -84,10 +78,10 @@ def limit_s(link: Link, key: Key) -> float:
     return link.transfer_s(key.wire_bytes) + (key.num_latencies - 1) * link.delay_s
 
 
-def _on_rank(sweep: Sweep) -> Measured:
+def _on_rank(sweep: Sweep) -> dict[Key, list[Span]]:
     mesh = SocketMesh()
     transports = {name: TRANSPORTS[name]() for name in sweep.transports}
-    measured: Measured = {}
+    measured: dict[Key, list[Span]] = {}
     for size in sweep.sizes:
         cases = _cases(sweep, transports, mesh, shape_of(size))
         num_rounds = torch.tensor(rounds_within(sweep.seconds, cases))
@@ -120,7 +114,8 @@ def _raw(cases: Iterable[Key], mesh: SocketMesh, nbytes: int) -> dict[Key, Case]
     sizes = [list(dict.fromkeys(-(-key.wire_bytes // others) for key in cases))]
     dist.broadcast_object_list(sizes, 0)
     return {
-        Key("socket", "raw", "exchange", nbytes, size * others, 1): Case(_exchange(mesh, size)) for size in sizes[0]
+        Key("socket", "raw", "exchange", nbytes, size * others, 1): Case(partial(mesh.exchange, size))
+        for size in sizes[0]
     }
 
 
@@ -142,15 +137,11 @@ def _sum(
     return lambda: Pending(all_reduce_steps(x_TE, hops, transport, algorithm, out=y_TE), transport, count).wait()
 
 
-def _checked(x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, expected: Tensor) -> Cost:
-    """The sum's cost on the wire; NarrowcastError if its bits are not those of the twin."""
+def _checked(x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, expected: Tensor) -> tuple[int, int]:
+    """The bytes and the latencies of a sum (`Key`); NarrowcastError if its bits are not those of the twin."""
     sent: list[Traffic] = []
     found = _sum(x_TE, hops, transport, algorithm, sent)()
     if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
         raise NarrowcastError(f"{algorithm} differs from its twin on rank {transport.rank}; please report it")
     num_chunks = len(chunks_of(hops, len(x_TE), x_TE.shape[1], transport.world_size, transport.chunk_nbytes))
-    return Cost(sum(each.nbytes for each in sent), len(sent) // num_chunks)
-
-
-def _exchange(mesh: SocketMesh, nbytes: int) -> Callable[[], None]:
-    return lambda: mesh.exchange(nbytes)
+    return sum(each.nbytes for each in sent), len(sent) // num_chunks

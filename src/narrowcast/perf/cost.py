@@ -8,9 +8,6 @@ on one thread of a rank and overlaps with the link as far as chunks allow:
 Wire is payload bytes over the rate that TCP leaves of it. Its errors against measurements: docs/benchmarks.md.
 """
 
-import math
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,12 +16,20 @@ from narrowcast.codecs import CastCodec, Codec
 from narrowcast.collectives import Hops, named
 from narrowcast.collectives.reduce import chunks_of
 from narrowcast.launch import Link
+from narrowcast.perf.timing import Case, interleaved, rounds_within, seconds
 from narrowcast.plan.decisions import Choice
 from narrowcast.runtime.sites import plain
 from narrowcast.transport import TcpTransport, TorchDistributedTransport
 
 TCP_SHARE = 0.96  # of a link's bits that are payload: 1,448 of 1,500 bytes, and acknowledgements
 LARGEST_NBYTES = 1 << 30
+NUM_TOKENS, SECONDS = 64, 0.04  # of measuring what coding costs
+
+# What small sums took beyond the delay on emulated links of 100 Mb/s to 10 Gb/s (benchmarks/results, bench collective;
+# medians), Python and waking up included; and gloo's arithmetic.
+MESSAGE_S = {"tcp": 90e-6, "torch": 260e-6}
+NATIVE_MESSAGES_S, NATIVE_VALUE_S = 450e-6, 2e-9
+CHUNK_NBYTES = {"tcp": TcpTransport.chunk_nbytes, "torch": TorchDistributedTransport.chunk_nbytes}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,42 +40,21 @@ class Coding:
     decode_s: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Software:
-    """Seconds that a message takes beside its link, and what the library's own sum takes; bytes sent at a time."""
-
-    chunk_nbytes: int | None
-    message_s: float
-    native_message_s: float
-    native_value_s: float
-
-
-# What small sums took beyond the delay on emulated links of 100 Mb/s to 10 Gb/s (benchmarks/results, bench collective;
-# medians), Python and waking up included; and gloo's arithmetic.
-SOFTWARE = {
-    name: Software(
-        chunk_nbytes=transport.chunk_nbytes, message_s=message_s, native_message_s=450e-6, native_value_s=2e-9
-    )
-    for name, transport, message_s in (("tcp", TcpTransport, 90e-6), ("torch", TorchDistributedTransport, 260e-6))
-}
-
-
-def measure_coding(codec: Codec, num_features: int, *, num_tokens: int = 64, seconds: float = 0.02) -> Coding:
-    """The cost of coding BF16 values on one thread of this machine."""
-    x_TE = torch.zeros(num_tokens, num_features, dtype=torch.bfloat16)
+def measure_coding(codec: Codec, num_features: int) -> Coding:
+    """The cost of coding BF16 values on one thread of this machine: of the fastest run."""
+    x_TE = torch.zeros(NUM_TOKENS, num_features, dtype=torch.bfloat16)
     payload_TB, y_TE = codec.encode(x_TE, source=0), torch.empty_like(x_TE)
-    encode_s = _least_seconds(lambda: codec.encode(x_TE, source=0, out=payload_TB), seconds)
-    decode_s = _least_seconds(lambda: codec.decode(payload_TB, source=0, out=y_TE), seconds)
-    return Coding(encode_s=encode_s / x_TE.numel(), decode_s=decode_s / x_TE.numel())
+    cases = {
+        "encode_s": Case(lambda: codec.encode(x_TE, source=0, out=payload_TB)),
+        "decode_s": Case(lambda: codec.decode(payload_TB, source=0, out=y_TE)),
+    }
+    spans = interleaved(cases, rounds_within(SECONDS, cases))
+    return Coding(**{name: min(seconds(each)) / x_TE.numel() for name, each in spans.items()})
 
 
-def _least_seconds(call: Callable[[], object], seconds: float) -> float:
-    least, end = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        least = min(least, time.perf_counter() - start)
-    return least
+def plain_coding(num_features: int) -> Coding:
+    """The cost of values that travel as they are."""
+    return measure_coding(CastCodec(dtype=torch.bfloat16), num_features)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,28 +83,22 @@ class CostModel:
         num_latencies, num_encoded, num_decoded = work
         coding_s = num_encoded * coding.encode_s + num_decoded * coding.decode_s
         wire_s = self._wire_s(sent.nbytes)
-        chunk_nbytes = self._software.chunk_nbytes
+        chunk_nbytes = CHUNK_NBYTES[self.transport]
         num_chunks = len(chunks_of(hops, num_tokens, self.num_features, self.world_size, chunk_nbytes))
         overlapped_s = max(coding_s, wire_s) + min(coding_s, wire_s) / num_chunks
-        return num_latencies * (self.link.delay_s + self._software.message_s) + overlapped_s
+        return num_latencies * (self.link.delay_s + MESSAGE_S[self.transport]) + overlapped_s
 
     def _ring_s(self, num_tokens: int) -> float:
-        num_values = num_tokens * self.num_features
-        num_sent = 2 * (self.world_size - 1) / self.world_size * num_values
-        num_steps = 2 * (self.world_size - 1)
-        messages_s = num_steps * self.link.delay_s + self._software.native_message_s
-        return messages_s + self._wire_s(2 * num_sent) + num_values * self._software.native_value_s
+        num_values, num_steps = num_tokens * self.num_features, 2 * (self.world_size - 1)
+        messages_s = num_steps * self.link.delay_s + NATIVE_MESSAGES_S
+        return messages_s + self._wire_s(2 * num_values * num_steps / self.world_size) + num_values * NATIVE_VALUE_S
 
     def _wire_s(self, nbytes: float) -> float:
         return 8 * nbytes / (TCP_SHARE * self.link.rate_bps)
 
     def message_s(self, nbytes: int) -> float:
         """Seconds until what a rank sends once, `nbytes` in all, has arrived."""
-        return self.link.delay_s + self._software.message_s + self._wire_s(nbytes)
-
-    @property
-    def _software(self) -> Software:
-        return SOFTWARE[self.transport]
+        return self.link.delay_s + MESSAGE_S[self.transport] + self._wire_s(nbytes)
 
     def break_even_nbytes(self, choice: Choice) -> int | None:
         """Bytes of the smallest tensor whose sum is faster by `choice` than natively; None if none up to 1 GiB is."""
@@ -131,8 +109,3 @@ class CostModel:
                 return 2 * num_tokens * self.num_features
             num_tokens = max(num_tokens + 1, num_tokens * 5 // 4)
         return None
-
-
-def plain_coding(num_features: int) -> Coding:
-    """The cost of values that travel as they are."""
-    return measure_coding(CastCodec(dtype=torch.bfloat16), num_features)

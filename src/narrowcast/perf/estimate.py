@@ -60,16 +60,6 @@ class CodecEstimate:
     sites: Sequence[SiteEstimate]
     times: Sequence[TimeEstimate] = ()
 
-    @property
-    def prompt_bytes(self) -> int:
-        """Of all sites, for the prompt."""
-        return sum(site.prompt_bytes for site in self.sites)
-
-    @property
-    def token_bytes(self) -> int:
-        """Of all sites, for each token after it."""
-        return sum(site.token_bytes for site in self.sites)
-
 
 def estimate(
     model: str | Path,
@@ -115,8 +105,8 @@ def _check_length(skeleton: nn.Module, input_len: int) -> None:
 
 
 def _sites(prompt: Forward, token: Forward) -> Iterator[SiteEstimate]:
-    for site in dict.fromkeys(flow.site for flow, *_ in prompt.parts):
-        here = [flow for flow, *_ in prompt.parts if flow.site == site]
+    for site in dict.fromkeys(part.flow.site for part in prompt.parts):
+        here = [part.flow for part in prompt.parts if part.flow.site == site]
         yield SiteEstimate(
             site=site,
             kind=here[0].kind,
@@ -130,8 +120,8 @@ def _times(
     name: str, prompt: Forward, token: Forward, link: Link, transport: str, world_size: int
 ) -> Iterator[TimeEstimate]:
     """Native sums beside uncompressed ones by our algorithms; those of each codec by each algorithm."""
-    sums = [(flow, codecs) for flow, codecs, _ in prompt.parts if flow.kind == "sum"]
-    flow, codecs = sums[0] if sums else prompt.parts[0][:2]
+    sums = [part for part in prompt.parts if part.flow.kind == "sum"]
+    flow, codecs, _ = (sums or prompt.parts)[0]
     cost = CostModel(
         hops=Hops(codecs),
         num_features=flow.num_features,

@@ -33,11 +33,9 @@ class Forward:
     @classmethod
     def of(cls, flows: Sequence[Flow], recipe: Recipe, split: Split, num_tokens: int) -> "Forward":
         """These flows by the codecs of `recipe`."""
-        coded = [(flow, _codecs(recipe, flow, split)) for flow in flows]
-        return cls(
-            num_tokens=num_tokens,
-            parts=[Coded(flow, codecs, flow.sent(codecs, split.tp_size)) for flow, codecs in coded],
-        )
+        codecs = [_codecs(recipe, flow, split) for flow in flows]
+        sent = [flow.sent(each, split.tp_size) for flow, each in zip(flows, codecs, strict=True)]
+        return cls(num_tokens=num_tokens, parts=list(map(Coded, flows, codecs, sent)))
 
     def nbytes(self, site: str) -> int:
         """Payload bytes of a site."""
@@ -51,9 +49,13 @@ class Forward:
 
     def seconds(self, cost: CostModel, choice: Choice | None) -> float | None:
         """Seconds of all flows, one after the other, their sums by `choice`; None where those of a sum are unknown."""
-        each = [self._seconds(part, cost, choice) for part in self.parts]
-        known = [part.flow.times * found for part, found in zip(self.parts, each, strict=True) if found is not None]
-        return sum(known) if len(known) == len(each) else None
+        total = 0.0
+        for part in self.parts:
+            seconds = self._seconds(part, cost, choice)
+            if seconds is None:
+                return None
+            total += part.flow.times * seconds
+        return total
 
     def _seconds(self, part: Coded, cost: CostModel, choice: Choice | None) -> float | None:
         if choice is None or part.flow.kind not in SUMS:

@@ -35,11 +35,6 @@ class Shape:
     num_layers: int = 8
     intermediate_size: int = 4992
 
-    @property
-    def num_heads(self) -> int:
-        """Heads of HEAD_SIZE features."""
-        return self.hidden_size // HEAD_SIZE
-
     def __str__(self) -> str:
         return f"a Llama of {self.num_layers} layers of {self.hidden_size} and {self.intermediate_size}"
 
@@ -75,20 +70,16 @@ class Spans(NamedTuple):
 @contextmanager
 def prepared(job: Job) -> Iterator[Path]:
     """A folder with weights and a plan for each codec, kept as long as the context."""
-    with tempfile.TemporaryDirectory(prefix="narrowcast-") as folder:
-        whole = _whole(job.shape, Path(folder) / WEIGHTS)
-        seen = observe(whole, [_ids(NUM_CALIBRATION_TOKENS)], tp_size=job.tp_size)
-        for codec in job.codecs:
-            seen.plan(codec).save(f"{folder}/{codec}")
-        yield Path(folder)
-
-
-def _whole(shape: Shape, folder: Path) -> nn.Module:
     engine = load_engine()
     from narrowcast.engines.transformers.files.random_llama import save_random_llama
 
-    save_random_llama(folder, vocab_size=VOCAB_SIZE, num_heads=shape.num_heads, **asdict(shape))
-    return engine.load(folder)
+    with tempfile.TemporaryDirectory(prefix="narrowcast-") as folder:
+        weights, num_heads = Path(folder) / WEIGHTS, job.shape.hidden_size // HEAD_SIZE
+        save_random_llama(weights, vocab_size=VOCAB_SIZE, num_heads=num_heads, **asdict(job.shape))
+        seen = observe(engine.load(weights), [_ids(NUM_CALIBRATION_TOKENS)], tp_size=job.tp_size)
+        for codec in job.codecs:
+            seen.plan(codec).save(f"{folder}/{codec}")
+        yield Path(folder)
 
 
 def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Timing: cases taken in turn, so that whatever slows the machine down for a while slows all of them down."""
 
-import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+
+import numpy as np
 
 Name = TypeVar("Name")
 Span = tuple[int, int]  # start and end of one run, nanoseconds of the machine's monotonic clock
@@ -62,12 +62,10 @@ def seconds(spans: Sequence[Span]) -> list[float]:
 
 def p99(values: Sequence[float]) -> float:
     """The value that 99 in 100 do not exceed; of less than 100, the largest."""
-    return sorted(values)[math.ceil(0.99 * len(values)) - 1]
+    return float(np.quantile(values, 0.99, method="inverted_cdf"))
 
 
 def spread(values: Sequence[float]) -> float:
     """Half the distance between the quartiles over the median: how far half of the runs stray."""
-    if len(values) < 2:
-        return 0.0
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return (high - low) / 2 / median
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return float((high - low) / 2 / median)

@@ -6,19 +6,21 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrowcast.collectives import Hops, Pending, all_reduce_steps, deferred_all_reduce_steps, named
+from narrowcast.collectives import Hops, Pending, deferred_all_reduce_steps, named
 from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.collectives.base import Deferred
 from narrowcast.errors import InvalidInputError
 from narrowcast.launch import run
+from narrowcast.perf.timing import Case, interleaved, seconds
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
 from narrowcast.plan.transform import Transform
-from narrowcast.runtime.sites import plain
+from narrowcast.runtime.sites import plain as uncoded
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
@@ -62,16 +64,17 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
     site, num_features = _site_of_sums(plan), int(plan.model.config["hidden_size"])
     timings: list[Timing] = []
     deadline = time.perf_counter() + budget_s
-    num_tokens, row_nbytes = 1, num_features * dtype.itemsize
-    while num_tokens * row_nbytes <= LARGEST_NBYTES:
-        expected = _extrapolated(timings, num_tokens)
-        rounds = int(_of_first_rank(transport, str(_affordable_rounds(expected, deadline, budget_s))))
-        x_TE = torch.full((num_tokens, num_features), 0.0, dtype=dtype)
-        seconds = _measured(site, plan.groups, x_TE, transport, rounds) if rounds else expected
-        nbytes = num_tokens * row_nbytes
-        timings.append(Timing(num_tokens=num_tokens, nbytes=nbytes, seconds=seconds, measured=rounds > 0))
+    num_tokens = 1
+    while (nbytes := num_tokens * num_features * dtype.itemsize) <= LARGEST_NBYTES:
+        times = _extrapolated(timings, num_tokens)
+        rounds = _of_first_rank(transport, _affordable_rounds(times, deadline, budget_s))
+        if rounds:
+            x_TE = torch.zeros(num_tokens, num_features, dtype=dtype)
+            times = _measured(_ways(site, plan.groups, x_TE, transport), rounds, transport)
+        timings.append(Timing(num_tokens=num_tokens, nbytes=nbytes, seconds=times, measured=rounds > 0))
         num_tokens *= GROWTH
-    return _of_first_rank_all(transport, timings, num_features)
+    coded, plain = ({num_features: _thresholds(timings, forms)} for forms in (FORMS, FORMS[1:]))
+    return Tuning(decisions=Decisions(coded=coded, plain=plain, transport=transport.name), timings=timings)
 
 
 def tune_on_ranks(plan: Plan, *, transport: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) -> Tuning:
@@ -92,7 +95,7 @@ def _site_of_sums(plan: Plan) -> Site:
     """The one that stands for all: where they have transforms, that of most components."""
     if sums := [site for site in plan.sites.values() if site.kind == "sum"]:
         return max(sums, key=lambda site: 0 if site.transform is None else site.transform.num_components)
-    raise InvalidInputError("tune", expected="a plan with sums", found="none in it", remedy="Calibrate with --tp.")
+    raise InvalidInputError("tune", expected="a plan with sums", found="none in it", remedy="Calibrate with -tp.")
 
 
 def _affordable_rounds(expected: Mapping[Choice, float], deadline: float, budget_s: float) -> int:
@@ -105,51 +108,46 @@ def _affordable_rounds(expected: Mapping[Choice, float], deadline: float, budget
     return min(MAX_ROUNDS, max(MIN_ROUNDS, int(budget_s / 10 / one_round)))
 
 
-def _measured(
-    site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport, rounds: int
-) -> dict[Choice, float]:
-    """Medians; the ways take turns, after a round that does not count."""
-    ways = _ways(site, groups, x_TE, transport)
-    samples: dict[Choice, list[float]] = {choice: [] for choice in ways}
-    for round_ in range(rounds + 1):
-        for choice, add_up in ways.items():
-            start = time.perf_counter()
-            add_up()
-            if round_:
-                samples[choice].append(time.perf_counter() - start)
-    return {choice: statistics.median(each) for choice, each in samples.items()}
+def _of_first_rank(transport: Transport, value: Any) -> Any:
+    """The JSON value that rank 0 passed."""
+    return json.loads(transport.share(json.dumps(value), "measuring sums")[0])
 
 
-def _ways(
-    site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport
-) -> dict[Choice, Callable[[], Tensor]]:
+def _measured(ways: Mapping[Choice, Case], rounds: int, transport: Transport) -> dict[Choice, float]:
+    """Rank 0's medians, after a round that does not count."""
+    interleaved(ways, 1)
+    medians = {str(way): statistics.median(seconds(spans)) for way, spans in interleaved(ways, rounds).items()}
+    return {Choice.parse(way): median for way, median in _of_first_rank(transport, medians).items()}
+
+
+def _ways(site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport) -> dict[Choice, Case]:
     """Sums of `x_TE`, and coded ones of as many components of it as travel."""
-    ways: dict[Choice, Callable[[], Tensor]] = {Choice("native"): lambda: transport.native_all_reduce(x_TE)}
-    transform, num_tokens = site.transform, len(x_TE)
+    ways = {Choice("native"): Case(lambda: transport.native_all_reduce(x_TE))}
+    transform = site.transform
     coded = Hops(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
-    z_TK = x_TE if transform is None else x_TE.new_zeros(num_tokens, transform.num_components)
-    for form, hops, given in (("plain", plain(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
+    z_TK = x_TE if transform is None else x_TE.new_zeros(len(x_TE), transform.num_components)
+    for form, hops, given in (("plain", uncoded(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
         for name, algorithm in (ALGORITHMS | NODE_ALGORITHMS).items():
             if algorithm.recodes and transport.world_size == 2:
                 continue  # two ranks send as many bytes in one hop
             if algorithm.sent(hops, len(given), given.shape[1], transport.rank, transport.world_size) is None:
                 continue
-            ways[Choice(form, name)] = _way(given, hops, transport, name, transform if form == "coded" else None)
+            ways[Choice(form, name)] = Case(_sum(given, hops, transport, name, transform if form == "coded" else None))
     return ways
 
 
-def _way(
+def _sum(
     x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, transform: Transform | None
 ) -> Callable[[], Tensor]:
-    """A sum, and the synthesis of its features."""
-    if transform is None:
-        return lambda: Pending(all_reduce_steps(x_TE, hops, transport, algorithm, out=x_TE), transport).wait()
-    remixed = named(algorithm).recodes
-    y_TJ = x_TE.new_empty(len(x_TE), transform.num_reduced if remixed else transform.num_components)
+    """A sum, in place where no transform changes its width, and the synthesis of its features."""
+    remixed, y_TJ = named(algorithm).recodes, x_TE
+    if transform is not None:
+        y_TJ = x_TE.new_empty(len(x_TE), transform.num_reduced if remixed else transform.num_components)
 
     def add_up() -> Tensor:
         steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, hops, transport, algorithm)
-        return transform.synthesize(Pending(steps, transport).wait(), remixed=remixed)
+        total = Pending(steps, transport).wait()
+        return total if transform is None else transform.synthesize(total, remixed=remixed)
 
     return add_up
 
@@ -160,33 +158,10 @@ def _extrapolated(timings: Sequence[Timing], num_tokens: int) -> dict[Choice, fl
         return {}
     last = timings[-1]
     found = {}
-    for choice, seconds in last.seconds.items():
+    for choice, taken in last.seconds.items():
         least = min(timing.seconds[choice] for timing in timings if choice in timing.seconds)
-        found[choice] = seconds + (seconds - least) / last.num_tokens * (num_tokens - last.num_tokens)
+        found[choice] = taken + (taken - least) / last.num_tokens * (num_tokens - last.num_tokens)
     return found
-
-
-def _of_first_rank(transport: Transport, text: str) -> str:
-    return transport.share(text, "measuring sums")[0]
-
-
-def _of_first_rank_all(transport: Transport, timings: Sequence[Timing], num_features: int) -> Tuning:
-    """The tuning that rank 0's timings give, alike on every rank."""
-    mine = [
-        [timing.num_tokens, timing.nbytes, {str(way): each for way, each in timing.seconds.items()}, timing.measured]
-        for timing in timings
-    ]
-    shared = [
-        Timing(
-            num_tokens=num_tokens,
-            nbytes=nbytes,
-            seconds={Choice.parse(way): each for way, each in seconds.items()},
-            measured=measured,
-        )
-        for num_tokens, nbytes, seconds, measured in json.loads(_of_first_rank(transport, json.dumps(mine)))
-    ]
-    coded, uncoded = ({num_features: _thresholds(shared, forms)} for forms in (FORMS, FORMS[1:]))
-    return Tuning(decisions=Decisions(coded=coded, plain=uncoded, transport=transport.name), timings=shared)
 
 
 def _thresholds(timings: Sequence[Timing], forms: Sequence[str]) -> Thresholds:

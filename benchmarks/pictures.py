@@ -1,28 +1,25 @@
-"""Pictures of what was measured: rows of `bench codec`, `collective` and `model` in, a PNG file out."""
+"""Pictures of what `narrowcast bench codec` or `bench collective` measured, as they stand in docs/benchmarks.md.
 
+usage: python benchmarks/pictures.py RESULT.json PICTURE.png    (a file that bench wrote, or one of benchmarks/results)
+"""
+
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from narrowcast.errors import MissingDependencyError
+import reporting
+from matplotlib.figure import Figure
+
 from narrowcast.perf.codec import OPS
 from narrowcast.perf.sizes import written
 
 Rows = Sequence[Mapping[str, Any]]
-NO_LINK = "loopback"
 YARDSTICKS = "native", "raw"
 STYLES = "-", "--", "-.", (0, (1, 1)), (0, (5, 1)), (0, (3, 1, 1, 1))
 
 
-def check_possible() -> None:
-    """MissingDependencyError unless pictures can be drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise MissingDependencyError("matplotlib", "plot") from error
-
-
-def draw_codecs(rows: Rows, path: Path) -> None:
+def draw_codecs(rows: Rows) -> Figure:
     """A bar for each operation of each codec, by the fastest kernels; a line where copying the tensor is."""
     codecs = _distinct(rows, "codec")
     figure, (axes,) = _figure(1, width=8, height=1.2 + 0.3 * len(codecs))
@@ -36,10 +33,10 @@ def draw_codecs(rows: Rows, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("GB/s of the tensor, one thread, fastest kernels")
     axes.legend(fontsize=7)
-    figure.savefig(path, dpi=120, format="png")
+    return figure
 
 
-def draw_collectives(rows: Rows, path: Path) -> None:
+def draw_collectives(rows: Rows) -> Figure:
     """Time against size, a panel for each link and number of ranks; dotted, what the link alone takes.
 
     A colour for each codec, a style for each transport and algorithm.
@@ -63,27 +60,12 @@ def draw_collectives(rows: Rows, path: Path) -> None:
         axes.set_xticks(sizes, [written(each) for each in sizes], fontsize=7)
         axes.set_yscale("log")
         axes.set_xlabel("bytes of the BF16 tensor")
-        axes.set_title(f"{link or NO_LINK}, {world_size} ranks", fontsize=9)
+        axes.set_title(f"{link or 'loopback'}, {world_size} ranks", fontsize=9)
         axes.grid(alpha=0.3)
     all_axes[0].set_ylabel("median, us (dotted: the link alone)")
     handles = {label: line for axes in all_axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=7, frameon=False)
-    figure.savefig(path, dpi=120, format="png")
-
-
-def draw_models(rows: Rows, path: Path) -> None:
-    """Bars of the time to the first token, and of that for each one after it, by link and codec."""
-    links, ways = _distinct(rows, "link"), list(dict.fromkeys((row["codec"], row["transport"]) for row in rows))
-    figure, all_axes = _figure(2)
-    for axes, what in zip(all_axes, ("ttft_ms", "decode_ms_per_token"), strict=True):
-        for place, way in enumerate(ways):
-            values = [row[what] for row in rows if (row["codec"], row["transport"]) == way]
-            places = [index + (place - (len(ways) - 1) / 2) * 0.8 / len(ways) for index in range(len(links))]
-            axes.bar(places, values, width=0.8 / len(ways), label=", ".join(way))
-        axes.set_xticks(range(len(links)), [link or NO_LINK for link in links], fontsize=8)
-        axes.set_ylabel(what.replace("_", " "))
-    all_axes[-1].legend(fontsize=7)
-    figure.savefig(path, dpi=120, format="png")
+    return figure
 
 
 def _lines(rows: Rows) -> Iterator[tuple[str, list[Mapping[str, Any]]]]:
@@ -109,9 +91,20 @@ def _distinct(rows: Rows, column: str) -> list[Any]:
     return list(dict.fromkeys(row[column] for row in rows))
 
 
-def _figure(num_panels: int, *, width: float = 4.6, height: float = 4.2) -> tuple[Any, Sequence[Any]]:
-    check_possible()
-    from matplotlib.figure import Figure
-
+def _figure(num_panels: int, *, width: float = 4.6, height: float = 4.2) -> tuple[Figure, Sequence[Any]]:
     figure = Figure(figsize=(width * num_panels, height), layout="constrained")
     return figure, figure.subplots(1, num_panels, sharey=False, squeeze=False)[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("result", type=Path)
+    parser.add_argument("picture", type=Path)
+    arguments = parser.parse_args()
+    rows = [row for run in reporting.read(arguments.result) for row in run["rows"]]
+    draw = draw_codecs if "op" in rows[0] else draw_collectives
+    draw(rows).savefig(arguments.picture, dpi=120, format="png")
+
+
+if __name__ == "__main__":
+    main()
