@@ -275,7 +275,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
     folder = tmp_path_factory.mktemp("job")
     model = load_engine().load(save_random("llama", folder / "model", torch.float32))
     batches = [random_ids(2, 20), random_ids(1, 9, seed=1)]
-    plans = [folder / name for name in ("int3-feature", "int8-feature")]
+    plans = [folder / name for name in ("feature(bits=3)", "int8-feature")]
     for path in plans:
         narrowcast.calibrate(model, batches, tp_size=2, codec=path.name).save(path)
     return Job(model=str(folder / "model"), plans=plans, batches=batches)

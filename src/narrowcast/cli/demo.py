@@ -13,6 +13,7 @@ from torch import Tensor
 
 from narrowcast.calibration import observe
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
+from narrowcast.cli.generate import summary
 from narrowcast.cli.options import DEFAULT_CODEC, DEFAULT_TP, RUN, JsonOption, TensorParallel, option
 from narrowcast.cli.progress import calibrating, tracked
 from narrowcast.cli.tables import table
@@ -23,12 +24,13 @@ from narrowcast.evaluation.ranks import Job, Outcome, run_on_ranks
 from narrowcast.files import check_report, write_report
 from narrowcast.plan.split import Split
 
-BASELINES = {
+ABOUT = {
     "bf16": "plain BF16 sums, the baseline of the texts",
     "int4": "4-bit integers, no outliers",
     "int4-random": "4-bit integers, random features in BF16",
+    DEFAULT_CODEC: "the paper's method",
 }
-PAPER = {DEFAULT_CODEC: "the paper's method"}
+BASELINES = "bf16", "int4", "int4-random"
 PROMPTS = [
     "It was a dark and stormy night, and",
     "The captain looked at the sea and said",
@@ -69,7 +71,8 @@ def demo(
     rows = [_row(name, outcome, outcomes["bf16"]) for name, outcome in outcomes.items()]
     if json is not None:
         write_report(json, {"tp_size": tp, "codecs": rows})
-    _print(rows, f"{folder.name} split over {tp} processes", outcomes[codec].report.uncompressed_bytes_per_token)
+    _print(rows, f"{folder.name} split over {tp} processes")
+    Console().print(f"{codec}: {summary(outcomes[codec].report, Split(tp_size=tp))}")
     _print_texts({name: outcomes[name].continuations for name in ("bf16", codec)}, prompts, tokenizer)
 
 
@@ -108,10 +111,10 @@ def _row(name: str, outcome: Outcome, plain: Outcome) -> dict[str, Any]:
     }
 
 
-def _print(rows: Sequence[Mapping[str, Any]], title: str, uncompressed: Mapping[str, float]) -> None:
-    columns = "codec", "bits/value", "B/token", "perplexity", "KL, nats", "top-1", "same text"
-    cells = [
-        (
+def _print(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    shown = table(title, ("codec",), ("bits/value", "B/token", "perplexity", "KL, nats", "top-1", "same text"))
+    for row in rows:
+        shown.add_row(
             row["name"],
             "nothing sent" if row["bits_per_value"] is None else f"{row['bits_per_value']:.4f}",
             f"{row['wire_bytes_per_token']:.0f}",
@@ -120,16 +123,12 @@ def _print(rows: Sequence[Mapping[str, Any]], title: str, uncompressed: Mapping[
             f"{row['top1_agreement']:.2%}",
             "yes" if row["same_text"] else "no",
         )
-        for row in rows
-    ]
     console = Console()
-    console.print(table(title, columns, cells))
+    console.print(shown)
     console.print("B/token: coded payload bytes that one rank sends for each token")
-    for name, what in (BASELINES | PAPER).items():
-        if any(row["name"] == name for row in rows):
-            console.print(f"{name}: {what}")
-    besides = ", ".join(f"{name} {nbytes:.0f}" for name, nbytes in uncompressed.items()) or "nothing"
-    console.print(f"Travels uncompressed besides, bytes a token and rank: {besides}")
+    for row in rows:
+        if about := ABOUT.get(row["name"]):
+            console.print(f"{row['name']}: {about}")
 
 
 def _print_texts(continuations: Mapping[str, list[list[int]]], prompts: Sequence[Tensor], tokenizer: Any) -> None:

@@ -2,8 +2,9 @@
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -17,7 +18,7 @@ from narrowcast.cli.progress import tracked
 from narrowcast.cli.tables import table
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.evaluation import Baseline, Evaluation, evaluate_on_ranks
+from narrowcast.evaluation import Baseline, Change, Evaluation, evaluate_on_ranks
 from narrowcast.evaluation import evaluate as evaluate_simulated
 from narrowcast.evaluation.drawings import check_possible
 from narrowcast.evaluation.evaluation import conditions
@@ -52,7 +53,7 @@ def evaluate(
     _check_files(json, report, baseline)
     if real and sites:
         raise InvalidInputError("--sites", expected="without --real", found="both", remedy="Leave one of them out.")
-    asked = _tasks(tasks, limit)
+    asked: dict[str, Any] = {"algorithm": algorithm, "tasks": _tasks(tasks, limit), "track": tracked}
     text = text or Path(model) / "scoring.txt"
     loaded, tokenizer = Plan.load(plan), load_engine().load_tokenizer(model)
     batches = sequences(tokenizer, text, length=max_seq_len, limit=num_samples)
@@ -60,22 +61,17 @@ def evaluate(
     if earlier is not None:  # before the work, not after it
         earlier.check(conditions(loaded, batches, algorithm))
     if real:
-        found = evaluate_on_ranks(
-            model, plan, batches, algorithm=algorithm, tasks=asked, timeout_s=timeout, track=tracked
-        )
+        found = evaluate_on_ranks(model, plan, batches, timeout_s=timeout, **asked)
     else:
         whole = load_engine().load(model, device=device)
-        found = evaluate_simulated(
-            whole, loaded, batches, algorithm=algorithm, sites=sites, tasks=asked, tokenizer=tokenizer, track=tracked
-        )
+        found = evaluate_simulated(whole, loaded, batches, sites=sites, tokenizer=tokenizer, **asked)
     if found is None:
         return
     changes = {} if earlier is None else earlier.changes(found)
     about = {"model": model, "plan": str(plan), "text": str(text)}
+    about |= {"baseline": str(baseline)} if changes else {}
     if json is not None:
-        compared = {"baseline": str(baseline), "changes": {name: each.to_json() for name, each in changes.items()}}
-        command = {"command": shlex.join(["narrowcast", *sys.argv[1:]])}
-        write_report(json, command | about | found.to_json() | (compared if changes else {}))
+        _write(json, found, about, changes)
     if report is not None:
         write_new(report, page(found, plan.name, about).encode(), overwrite=True)
     _print(found, f"{model}, {plan}, {loaded.split}, {'real ranks' if real else 'simulated'}")
@@ -113,9 +109,18 @@ def _tasks(names: str, limit: int | None) -> TaskSet | None:
     return None
 
 
+def _write(path: Path, found: Evaluation, about: dict[str, str], changes: Mapping[str, Change]) -> None:
+    command = shlex.join(["narrowcast", *sys.argv[1:]])
+    compared = {"changes": {name: each.to_json() for name, each in changes.items()}} if changes else {}
+    write_report(path, {"command": command, **about, **found.to_json(), **compared})
+
+
 def _print(found: Evaluation, title: str) -> None:
     console = Console()
-    console.print(table(title, ("figure", "value", "95 % interval"), found.figures()))
+    figures = table(title, ("figure",), ("value", "95 % interval"))
+    for row in found.figures():
+        figures.add_row(*row)
+    console.print(figures)
     if found.reference == "split":
         console.print(
             "The uncompressed model does not fit into the first rank's memory: it was split, as the coded one."

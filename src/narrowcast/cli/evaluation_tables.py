@@ -18,27 +18,28 @@ LABELS = {"kl_nats": "KL, nats", "top1_agreement": "top-1", "top5_agreement": "t
 
 def sites(found: Evaluation) -> Table:
     """KL that each site adds, the worst first."""
-    rows = [
-        (
+    shown = table("each site coded alone", ("site",), ("KL added, nats", "95 % interval", "error", "clipped"))
+    for each in sorted(found.sites, key=lambda each: -each.added_kl_nats.mean):
+        shown.add_row(
             short(each.site),
             f"{each.added_kl_nats.mean:.6f}",
             written(each.added_kl_nats.interval(), "{:.6f}"),
             next((f"{error:.4f}" for error in found.plan.sites[each.site].error.values()), ""),
             str(each.report.num_saturated),
         )
-        for each in sorted(found.sites, key=lambda each: -each.added_kl_nats.mean)
-    ]
-    columns = "site", "KL added, nats", "95 % interval", "error", "clipped"
-    return table("each site coded alone", columns, rows)
+    return shown
 
 
 def print_tasks(tasks: AnsweredTasks) -> None:
     """A row for each task, and one for all."""
     comparison, console = tasks.comparison, Console()
-    by_task = {**comparison.tasks, **({"mean": comparison.mean} if len(comparison.tasks) > 1 else {})}
-    columns = "task", "items", "plain", "coded", "kept (95 %)", "changed (95 %)"
-    rows = [(name, *_task_cells(figures)) for name, figures in by_task.items()]
-    console.print(table("zero-shot accuracy, in percent", columns, rows))
+    columns = "items", "plain", "coded", "kept (95 %)", "changed (95 %)"
+    shown = table("zero-shot accuracy, in percent", ("task",), columns)
+    for name, figures in comparison.tasks.items():
+        shown.add_row(name, *_task_cells(figures))
+    if len(comparison.tasks) > 1:
+        shown.add_row("mean", *_task_cells(comparison.mean))
+    console.print(shown)
     for name, task in tasks.coded.items():
         if task.perplexity is not None:
             plain = tasks.uncompressed[name].perplexity
@@ -49,10 +50,11 @@ def print_tasks(tasks: AnsweredTasks) -> None:
 
 def print_changes(found: Mapping[str, Change], title: str) -> None:
     """A row for each figure: what moved, how surely, and the verdict."""
-    columns = "figure", "baseline", "now", "change", "95 % interval", "allowed", "p", "verdict"
-    rows = [(LABELS.get(name, name), *_change_cells(change), change.verdict) for name, change in found.items()]
-    console = Console(highlight=False)
-    console.print(table(title, columns, rows))
+    columns = "baseline", "now", "change", "95 % interval", "allowed", "p", "verdict"
+    shown, console = table(title, ("figure",), columns), Console(highlight=False)
+    for name, change in found.items():
+        shown.add_row(LABELS.get(name, name), *_change_cells(change), change.verdict)
+    console.print(shown)
     console.print(f"p: that this is an accident, Holm-corrected over the figures; below {LEVEL:g} it counts.")
     if any(change.verdict == "unclear" for change in found.values()):
         console.print("unclear: no sure change, but the interval reaches beyond what is tolerated; more text helps")

@@ -73,21 +73,23 @@ def _decisions(plan: Plan) -> Iterator[str]:
 
 
 def _table(plan: Plan, hop: int) -> Table:
-    """A row for each site that has this hop; in 80 columns, kinds or the extremes of scales."""
+    """A row for each site that has this hop. `scale` is the median over ranks and features."""
     (title, errors), bits = HOPS[hop], bits_by_site(plan)
     alike = len({site.kind for site in plan.sites.values()}) == 1
     rows = []
     for name, site in plan.sites.items():
         if hop < len(site.codecs):
-            codec, kind = site.codecs[hop], "" if alike else site.kind
-            outliers, low, median, high = _scales(codec)
-            scales = (outliers, low, median, high) if alike else (outliers, "", median, "")
+            codec = site.codecs[hop]
+            what = drawings.short(name), "" if alike else site.kind, codec_name(codec), *_components(site, hop)
             error = next((f"{site.error[each]:.3f}" for each in errors if each in site.error), "")
-            what = drawings.short(name), kind, codec_name(codec), *_components(site, hop)
-            rows.append((*what, f"{bits[name][hop]:.4f}", *scales, error))
-    columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "min", "median", "max", "error"
-    title += f": scales, and the relative RMS error of {' or '.join(errors)}"
-    return table(title, columns, rows, num_texts=3)
+            rows.append((*what, f"{bits[name][hop]:.4f}", *_scales(codec), error))
+    columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "scale", "error"
+    shown = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    words, figures = ([columns[place] for place in shown if (place < 4) == of_words] for of_words in (True, False))
+    found = table(f"{title}: scales, and the relative RMS error of {' or '.join(errors)}", words, figures)
+    for row in rows:
+        found.add_row(*(row[place] for place in shown))
+    return found
 
 
 def _components(site: Site, hop: int) -> tuple[str, str]:
@@ -98,10 +100,8 @@ def _components(site: Site, hop: int) -> tuple[str, str]:
     return site.transform.axes, str(num_sent)
 
 
-def _scales(codec: Codec) -> tuple[str, str, str, str]:
-    """Number of outliers; smallest, median and largest scale."""
+def _scales(codec: Codec) -> tuple[str, str]:
+    """Number of outliers, and the median scale."""
     if not isinstance(codec, FeatureCodec):
-        return "", "", "", ""
-    scale = codec.scale.float()
-    low, median, high = (f"{value:.2g}" for value in (scale.min(), scale.median(), scale.max()))
-    return str(len(codec.outliers)), low, median, high
+        return "", ""
+    return str(len(codec.outliers)), f"{codec.scale.float().median():.2g}"

@@ -5,6 +5,7 @@ import io
 from collections.abc import Mapping, Sequence
 from datetime import date
 from html import escape
+from string import Template
 from typing import Any
 
 from narrowcast.evaluation import drawings
@@ -13,23 +14,22 @@ from narrowcast.evaluation.evaluation import Evaluation
 from narrowcast.files import HTML_MARK, versions
 from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
 
-STYLE = """
+HOPS = "sent first", "sum sent again", "sum of nodes"
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">$mark
+<meta name="viewport" content="width=device-width"><title>$title: quality</title>
+<style>
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem } p, figcaption, summary { color: #6b7280; margin: .2rem 0 }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem } p, summary { color: #6b7280; margin: .2rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #f3f4f6; vertical-align: top }
 td { overflow-wrap: anywhere } figure { margin: .6rem 0; overflow-x: auto } summary { cursor: pointer }
-"""
-HOPS = "sent first", "sum sent again", "sum of nodes"
-PAGE = f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">{HTML_MARK}
-<meta name="viewport" content="width=device-width"><title>{{title}}: quality</title>
-<style>{STYLE.replace("{", "{{").replace("}", "}}")}</style></head>
+</style></head>
 <body>
-<h1>{{title}}</h1>
-{{sections}}
+<h1>$title</h1>
+$sections
 </body></html>
-"""
+""")
 
 
 def page(found: Evaluation, name: str, about: Mapping[str, str]) -> str:
@@ -48,7 +48,7 @@ def page(found: Evaluation, name: str, about: Mapping[str, str]) -> str:
     if codecs := with_ranges(found.plan):
         picture = _picture(drawings.ranges(codecs, str(found.plan.split)), "ranges of features by site")
         sections.append(_section("Ranges of features", "What the scales were calibrated from.", picture))
-    return PAGE.format(title=escape(name), sections="\n".join(sections))
+    return PAGE.substitute(mark=HTML_MARK, title=escape(name), sections="\n".join(sections))
 
 
 def _subject(found: Evaluation, about: Mapping[str, str]) -> list[tuple[str, str]]:

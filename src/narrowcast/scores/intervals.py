@@ -12,7 +12,7 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """The ends between which a mean lies, at the confidence asked for."""
+    """The ends between which a mean lies, with 95 % confidence."""
 
     low: float
     high: float
@@ -50,11 +50,11 @@ class Items:
         squares = ((weight * (value - mean) / share) ** 2 for value, weight in self._pairs)
         return math.sqrt(math.fsum(squares) / (number - 1) / number)
 
-    def interval(self, confidence: float = CONFIDENCE) -> Interval | None:
-        """Two-sided, around the mean; None for a single item, which says nothing of the next one."""
+    def interval(self) -> Interval | None:
+        """The 95 % confidence interval around the mean; None for a single item, which says nothing of the next one."""
         if len(self.values) < 2:
             return None
-        reach = t_quantile(confidence, len(self.values) - 1) * self.standard_error
+        reach = t_quantile(CONFIDENCE, len(self.values) - 1) * self.standard_error
         return Interval(self.mean - reach, self.mean + reach)
 
     def p_above_zero(self) -> float:
