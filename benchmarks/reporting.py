@@ -15,7 +15,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from narrowcast.files import check_report, versions, write_whole
+from narrowcast.files import check_report, versions, write_new
 
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
@@ -42,7 +42,8 @@ def keep(path: Path, runs: Iterable[Mapping[str, Any]], made: Mapping[str, Any] 
     """Write runs, `made` with these versions and on this date: by default those of now."""
     head = made or {"narrowcast": versions(), "date": f"{date.today()}"}
     lines = ",\n".join(f'"{key}": {json.dumps(value)}' for key, value in head.items())
-    write_whole(path, f'{{\n{lines},\n"runs": [\n' + ",\n".join(map(_text, runs)) + "\n]}\n")
+    text = f'{{\n{lines},\n"runs": [\n' + ",\n".join(map(_text, runs)) + "\n]}\n"
+    write_new(path, text.encode(), overwrite=True)
 
 
 def read(path: Path) -> list[Row]:

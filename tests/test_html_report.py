@@ -84,7 +84,7 @@ def test_the_page_says_what_was_scored_and_what_was_found(evaluated: tuple[Path,
     assert found["KL from the uncompressed model, nats"] == [f"{report['kl_nats']:.5f}", f"{low:.5f} to {high:.5f}"]
     assert found["top-5 agreement"][0] == f"{report['top5_agreement']:.2%}"
     assert found["perplexity"][0] == f"{report['perplexity']:.4f}"
-    assert found["99.9 %"] == [f"{report['kl_percentiles']['99.9']:.5f}"]
+    assert found["KL, 99.9 % of tokens at most"] == [f"{report['kl_percentiles']['99.9']:.5f}"]
     assert found["plan"] == [str(plan)] and found["fingerprint of the plan"] == [report["plan_fingerprint"][:16]]
     assert found["reference"] == ["the uncompressed model, whole"] and report["reference"] == "whole"
     assert found["split"] == ["tp_size 2"] and "torch" in found["versions"][0] and report["date"] in found["date"]

@@ -385,7 +385,7 @@ def test_axes_are_those_of_the_moments(chosen: Any, tmp_path: Path, monkeypatch:
         asked.update(shapes=[list(each.shape) for each in batches], tp_size=tp_size, moments=moments)
         return SimpleNamespace(moments=seen)
 
-    monkeypatch.setattr(sys.modules["narrowcast.cli.rotate"], "observe", observe)
+    monkeypatch.setattr(sys.modules["narrowcast.rotation.search"], "observe", observe)
     rotate_command(
         str(MODEL), tmp_path / "out", chosen, MODEL / "scoring.txt", tp=4, num_samples=2, max_seq_len=16, device="cpu"
     )

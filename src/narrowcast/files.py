@@ -12,6 +12,10 @@ from typing import Any
 from narrowcast.errors import InvalidInputError
 
 HTML_MARK = '<meta name="generator" content="narrowcast">'
+PACKAGES = (
+    *("narrowcast", "torch", "numpy", "safetensors"),
+    *("transformers", "accelerate", "typer", "rich", "matplotlib", "lm-eval"),
+)
 
 
 def write_new(path: Path, data: bytes, *, overwrite: bool) -> None:
@@ -63,50 +67,25 @@ def check_report(path: Path | None, *, html: bool = False) -> None:
     if path is None:
         return
     check_writable(path, overwrite=True)
-    if path.exists() and not (_is_html_report(path) if html else _is_report(path)):
+    if path.exists() and not is_report(path, html=html):
         raise InvalidInputError(
             str(path), expected="a new file or an earlier report", found="another file", remedy="Choose another name."
         )
 
 
-def _is_report(path: Path) -> bool:
+def is_report(path: Path, *, html: bool = False) -> bool:
+    """True for a file that is there and that `write_report` wrote; `html`: for a page with `HTML_MARK`."""
     try:
-        return "narrowcast" in json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, TypeError):
+        text = path.read_text(encoding="utf8")
+        return HTML_MARK in text[:1000] if html else "narrowcast" in json.loads(text)
+    except (OSError, ValueError, TypeError):
         return False
 
 
-def _is_html_report(path: Path) -> bool:
-    with path.open("rb") as file:
-        return HTML_MARK.encode() in file.read(1000)
-
-
-def read_report(path: Path, *, remedy: str) -> dict[str, Any]:
-    """The figures of an earlier report; InvalidInputError, with `remedy`, if `path` is none."""
-    if not path.is_file() or not _is_report(path):
-        found = "another file" if path.exists() else "no such file"
-        raise InvalidInputError(str(path), expected="an earlier report", found=found, remedy=remedy)
-    report: dict[str, Any] = json.loads(path.read_text(encoding="utf8"))
-    return report
-
-
 def write_report(path: Path, report: dict[str, Any]) -> None:
-    """Write `report` as JSON, marked as ours."""
+    """Write `report` as JSON, marked as ours, in place of an earlier one."""
     text = json.dumps({"narrowcast": versions(), "date": f"{date.today()}", **report}, indent=2)
-    write_whole(path, text + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write `text`, or leave what was there."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf8")
-    temporary.replace(path)
-
-
-PACKAGES = (
-    *("narrowcast", "torch", "numpy", "safetensors"),
-    *("transformers", "accelerate", "typer", "rich", "matplotlib", "lm-eval"),
-)
+    write_new(path, f"{text}\n".encode(), overwrite=True)
 
 
 def versions() -> dict[str, str | None]:

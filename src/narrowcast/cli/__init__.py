@@ -4,19 +4,7 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli import (
-    bench,
-    calibrate,
-    codecs,
-    demo,
-    doctor,
-    estimate,
-    evaluate,
-    generate,
-    inspect,
-    rotate,
-    tune,
-)
+from narrowcast.cli import bench, calibrate, codecs, demo, doctor, estimate, evaluate, generate, inspect, rotate, tune
 from narrowcast.files import versions
 
 app = typer.Typer(
@@ -37,16 +25,10 @@ def version(
         raise typer.Exit
 
 
-app.command()(demo.demo)
-app.command()(estimate.estimate)
-app.command()(calibrate.calibrate)
-app.command()(evaluate.evaluate)
-app.command()(inspect.inspect)
-app.command()(tune.tune)
-app.command()(generate.generate)
-app.command()(rotate.rotate)
-app.command()(bench.bench)
-app.command()(codecs.codecs)
-app.command()(doctor.doctor)
+for command in (
+    *(demo.demo, estimate.estimate, calibrate.calibrate, evaluate.evaluate, inspect.inspect, tune.tune),
+    *(generate.generate, rotate.rotate, bench.bench, codecs.codecs, doctor.doctor),
+):
+    app.command()(command)
 
 __all__ = ["app"]

@@ -4,21 +4,19 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
 from narrowcast.calibration import observe
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
-from narrowcast.cli.options import DEFAULT_CODEC, DEFAULT_TP, RUN, JsonOption, TensorParallel
+from narrowcast.cli.generate import summary
+from narrowcast.cli.options import DEFAULT_CODEC, DEFAULT_TP, RUN, JsonOption, TensorParallel, option
 from narrowcast.cli.progress import calibrating, tracked
+from narrowcast.cli.tables import table
 from narrowcast.codecs import recipe
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
@@ -26,12 +24,13 @@ from narrowcast.evaluation.ranks import Job, Outcome, run_on_ranks
 from narrowcast.files import check_report, write_report
 from narrowcast.plan.split import Split
 
-BASELINES = {
+ABOUT = {
     "bf16": "plain BF16 sums, the baseline of the texts",
     "int4": "4-bit integers, no outliers",
     "int4-random": "4-bit integers, random features in BF16",
+    DEFAULT_CODEC: "the paper's method",
 }
-PAPER = {DEFAULT_CODEC: "the paper's method"}
+BASELINES = "bf16", "int4", "int4-random"
 PROMPTS = [
     "It was a dark and stormy night, and",
     "The captain looked at the sea and said",
@@ -40,28 +39,13 @@ PROMPTS = [
 NUM_CALIBRATION, NUM_SCORING, MAX_NEW_TOKENS = 64, 32, 40
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One codec's figures; `same_text`: its continuations are those of plain sums."""
-
-    name: str
-    bits_per_value: float | None
-    wire_bytes_per_token: float
-    perplexity: float
-    kl_nats: float
-    top1_agreement: float
-    same_text: bool
-
-
 def demo(
     model: Annotated[
         Path | None,
         typer.Argument(metavar="MODEL", help="A folder with calibration.txt and scoring.txt; by default ours."),
     ] = None,
     tp: TensorParallel = DEFAULT_TP,
-    codec: Annotated[
-        str, typer.Option(metavar="CODEC", help="See `narrowcast codecs`.", rich_help_panel=RUN)
-    ] = DEFAULT_CODEC,
+    codec: Annotated[str, option(RUN, "CODEC", "See `narrowcast codecs`.")] = DEFAULT_CODEC,
     json: JsonOption = None,
 ) -> None:
     """Calibrate a small model, split it over -tp processes, and compare codecs."""
@@ -86,13 +70,9 @@ def demo(
         outcomes = dict(zip(names, run_on_ranks(job, Split(tp_size=tp)), strict=True))
     rows = [_row(name, outcome, outcomes["bf16"]) for name, outcome in outcomes.items()]
     if json is not None:
-        write_report(json, {"tp_size": tp, "codecs": list(map(vars, rows))})
+        write_report(json, {"tp_size": tp, "codecs": rows})
     _print(rows, f"{folder.name} split over {tp} processes")
-    uncompressed = outcomes[codec].report.uncompressed_bytes_per_token
-    Console().print(
-        "Travels uncompressed besides, bytes a token and rank: "
-        + (", ".join(f"{name} {nbytes:.0f}" for name, nbytes in uncompressed.items()) or "nothing")
-    )
+    Console().print(f"{codec}: {summary(outcomes[codec].report, Split(tp_size=tp))}")
     _print_texts({name: outcomes[name].continuations for name in ("bf16", codec)}, prompts, tokenizer)
 
 
@@ -117,40 +97,38 @@ def _calibrate(folder: Path, tokenizer: Any, tp_size: int, plans: Iterable[Path]
         seen.plan(path.name).save(path)
 
 
-def _row(name: str, outcome: Outcome, plain: Outcome) -> Row:
+def _row(name: str, outcome: Outcome, plain: Outcome) -> dict[str, Any]:
+    """One codec's figures; `same_text`: its continuations are those of plain sums."""
     assert outcome.score is not None, "the demo scores"
-    return Row(
-        name=name,
-        bits_per_value=outcome.report.bits_per_value,
-        wire_bytes_per_token=outcome.report.wire_bytes_per_token,
-        perplexity=outcome.score.perplexity,
-        kl_nats=outcome.score.kl_nats,
-        top1_agreement=outcome.score.top1_agreement,
-        same_text=outcome.continuations == plain.continuations,
-    )
+    return {
+        "name": name,
+        "bits_per_value": outcome.report.bits_per_value,
+        "wire_bytes_per_token": outcome.report.wire_bytes_per_token,
+        "perplexity": outcome.score.perplexity,
+        "kl_nats": outcome.score.kl_nats,
+        "top1_agreement": outcome.score.top1_agreement,
+        "same_text": outcome.continuations == plain.continuations,
+    }
 
 
-def _print(rows: Sequence[Row], title: str) -> None:
-    table = Table(title=escape(title), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("codec", no_wrap=True)
-    for column in ("bits/value", "B/token", "perplexity", "KL, nats", "top-1", "same text"):
-        table.add_column(column, justify="right", no_wrap=True)
+def _print(rows: Sequence[Mapping[str, Any]], title: str) -> None:
+    shown = table(title, ("codec",), ("bits/value", "B/token", "perplexity", "KL, nats", "top-1", "same text"))
     for row in rows:
-        table.add_row(
-            row.name,
-            "nothing sent" if row.bits_per_value is None else f"{row.bits_per_value:.4f}",
-            f"{row.wire_bytes_per_token:.0f}",
-            f"{row.perplexity:.3f}",
-            f"{row.kl_nats:.5f}",
-            f"{row.top1_agreement:.2%}",
-            "yes" if row.same_text else "no",
+        shown.add_row(
+            row["name"],
+            "nothing sent" if row["bits_per_value"] is None else f"{row['bits_per_value']:.4f}",
+            f"{row['wire_bytes_per_token']:.0f}",
+            f"{row['perplexity']:.3f}",
+            f"{row['kl_nats']:.5f}",
+            f"{row['top1_agreement']:.2%}",
+            "yes" if row["same_text"] else "no",
         )
     console = Console()
-    console.print(table)
+    console.print(shown)
     console.print("B/token: coded payload bytes that one rank sends for each token")
-    for name, what in (BASELINES | PAPER).items():
-        if any(row.name == name for row in rows):
-            console.print(f"{name}: {what}")
+    for row in rows:
+        if about := ABOUT.get(row["name"]):
+            console.print(f"{row['name']}: {about}")
 
 
 def _print_texts(continuations: Mapping[str, list[list[int]]], prompts: Sequence[Tensor], tokenizer: Any) -> None:

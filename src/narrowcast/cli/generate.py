@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli.options import TEXT, ModelArgument, PlanOption, Timeout, TransportOption
+from narrowcast.cli import options
+from narrowcast.cli.options import TEXT, option
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.ranks import Job, run_on_ranks
@@ -16,16 +17,12 @@ from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
 
 def generate(
-    model: ModelArgument,
-    plan: PlanOption,
-    prompt: Annotated[
-        list[str], typer.Option(metavar="TEXT", help="To continue; again and again for several.", rich_help_panel=TEXT)
-    ],
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens to add at most.", rich_help_panel=TEXT)
-    ] = 64,
-    transport: TransportOption = "auto",
-    timeout: Timeout = DEFAULT_TIMEOUT_S,
+    model: options.ModelArgument,
+    plan: options.PlanOption,
+    prompt: Annotated[list[str], option(TEXT, "TEXT", "To continue; again and again for several.")],
+    max_new_tokens: Annotated[int, option(TEXT, "N", "Tokens to add at most.", min=1)] = 64,
+    transport: options.TransportOption = "auto",
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
     check_transport(transport)

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from narrowcast.cli.options import OUTPUT, Overwrite
+from narrowcast.cli.options import OUTPUT, Overwrite, option
+from narrowcast.cli.tables import table
 from narrowcast.codecs import Codec, FeatureCodec
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import drawings
@@ -18,20 +18,17 @@ from narrowcast.files import check_writable
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
 
-# Hop, its title, and what the expected error is of: an algorithm, or a value that is coded once.
+# By hop: its title, and what the expected error is of: an algorithm, or a value that is coded once.
 HOPS = (
-    (0, "Values of the ranks (hop 0)", ("one_shot", "once")),
-    (1, "Sums, where they travel again (hop 1)", ("two_shot",)),
-    (2, "Sums of nodes (hop 2)", ("hierarchical",)),
+    ("Values of the ranks (hop 0)", ("one_shot", "once")),
+    ("Sums, where they travel again (hop 1)", ("two_shot",)),
+    ("Sums of nodes (hop 2)", ("hierarchical",)),
 )
 
 
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PLAN", help="A file that calibrate wrote.")],
-    plot: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="Draw each site's ranges into this PNG file.", rich_help_panel=OUTPUT),
-    ] = None,
+    plot: Annotated[Path | None, option(OUTPUT, "FILE", "Draw each site's ranges into this PNG file.")] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Show a plan: what was tuned, sites, codecs, bits, outliers, scales and expected errors at a glance."""
@@ -46,9 +43,8 @@ def inspect(
         console.print(f"nodes: {', '.join(str(list(group)) for group in plan.groups)}", highlight=False)
     for line in _decisions(plan):
         console.print(line, highlight=False)
-    for hop, title, errors in HOPS:
-        if any(hop < len(site.codecs) for site in plan.sites.values()):
-            console.print(_table(plan, hop, title, errors))
+    for hop in range(max((len(site.codecs) for site in plan.sites.values()), default=0)):
+        console.print(_table(plan, hop))
     if plot is not None:
         _draw(plan, plot)
         console.print(f"ranges drawn into {plot}", markup=False)
@@ -76,29 +72,24 @@ def _decisions(plan: Plan) -> Iterator[str]:
             yield f"tuned over {decisions.transport}, {what} of {num_features} features: {ways}"
 
 
-def _table(plan: Plan, hop: int, title: str, errors: tuple[str, ...]) -> Table:
-    title += f": scales, and the relative RMS error of {' or '.join(errors)}"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    rows, bits = [], bits_by_site(plan)
+def _table(plan: Plan, hop: int) -> Table:
+    """A row for each site that has this hop. `scale` is the median over ranks and features."""
+    (title, errors), bits = HOPS[hop], bits_by_site(plan)
+    alike = len({site.kind for site in plan.sites.values()}) == 1
+    rows = []
     for name, site in plan.sites.items():
         if hop < len(site.codecs):
-            error = next((f"{site.error[name]:.3f}" for name in errors if name in site.error), "")
-            short = name.removeprefix("model.").removeprefix("layers.")
             codec = site.codecs[hop]
-            transformed = _components(site, hop)
-            bits_here = f"{bits[name][hop]:.4f}"
-            rows.append((short, site.kind, codec_name(codec), *transformed, bits_here, *_scales(codec), error))
-    columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "min", "median", "max", "error"
-    alike = len({site.kind for site in plan.sites.values()}) == 1
-    crowded_out = {"kind"} if alike else {"min", "max"}  # a table of 80 columns
-    shown = [
-        place for place, column in enumerate(columns) if column not in crowded_out and any(row[place] for row in rows)
-    ]
-    for place in shown:
-        table.add_column(columns[place], justify="right" if place > 2 else "left", no_wrap=True)
+            what = drawings.short(name), "" if alike else site.kind, codec_name(codec), *_components(site, hop)
+            error = next((f"{site.error[each]:.3f}" for each in errors if each in site.error), "")
+            rows.append((*what, f"{bits[name][hop]:.4f}", *_scales(codec), error))
+    columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "scale", "error"
+    shown = [place for place in range(len(columns)) if any(row[place] for row in rows)]
+    words, figures = ([columns[place] for place in shown if (place < 4) == of_words] for of_words in (True, False))
+    found = table(f"{title}: scales, and the relative RMS error of {' or '.join(errors)}", words, figures)
     for row in rows:
-        table.add_row(*(row[place] for place in shown))
-    return table
+        found.add_row(*(row[place] for place in shown))
+    return found
 
 
 def _components(site: Site, hop: int) -> tuple[str, str]:
@@ -109,9 +100,8 @@ def _components(site: Site, hop: int) -> tuple[str, str]:
     return site.transform.axes, str(num_sent)
 
 
-def _scales(codec: Codec) -> tuple[str, ...]:
-    """Number of outliers; smallest, median and largest scale."""
+def _scales(codec: Codec) -> tuple[str, str]:
+    """Number of outliers, and the median scale."""
     if not isinstance(codec, FeatureCodec):
-        return ("",) * 4
-    scale = codec.scale.float()
-    return str(len(codec.outliers)), *(f"{value:.2g}" for value in (scale.min(), scale.median(), scale.max()))
+        return "", ""
+    return str(len(codec.outliers)), f"{codec.scale.float().median():.2g}"

@@ -1,7 +1,7 @@
 """Options that several commands have: one name, one meaning, one default."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,55 +16,29 @@ DEFAULT_TP = 2
 DEFAULT_CODEC = "int4-feature"
 DEFAULT_NUM_SAMPLES = 128
 
+
+def option(group: str, metavar: str | None, help: str, *names: str, **settings: Any) -> Any:
+    """An option in a group of the help; its `names`, unless that of the parameter serves."""
+    return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=group, **settings)
+
+
 ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
 PlanOption = Annotated[Path, typer.Option("--plan", metavar="FILE", help="A plan that calibrate wrote.")]
 TensorParallel = Annotated[
-    int,
-    typer.Option(
-        "-tp", "--tensor-parallel-size", metavar="N", min=1, help="Ranks that share each layer.", rich_help_panel=SPLIT
-    ),
+    int, option(SPLIT, "N", "Ranks that share each layer.", "-tp", "--tensor-parallel-size", min=1)
 ]
-PipelineParallel = Annotated[
-    int,
-    typer.Option(
-        "-pp", "--pipeline-parallel-size", metavar="N", min=1, help="Stages of layers.", rich_help_panel=SPLIT
-    ),
-]
-ExpertsOption = Annotated[
-    Experts,
-    typer.Option(metavar="NAME", help="slices, all_reduce, all_to_all.", rich_help_panel=SPLIT),
-]
-CodecOption = Annotated[
-    list[str],
-    typer.Option(metavar="CODEC", help="See `narrowcast codecs`; or KIND=CODEC.", rich_help_panel=RUN),
-]
-AlgorithmOption = Annotated[
-    str,
-    typer.Option(metavar="NAME", help=f"{', '.join(('auto', *ALGORITHMS, *NODE_ALGORITHMS))}.", rich_help_panel=RUN),
-]
-NumSamples = Annotated[
-    int, typer.Option("--num-samples", metavar="N", min=1, help="Sequences at most.", rich_help_panel=TEXT)
-]
-MaxSeqLen = Annotated[
-    int, typer.Option("--max-seq-len", metavar="N", min=2, help="Tokens a sequence at most.", rich_help_panel=TEXT)
-]
-Device = Annotated[str, typer.Option(metavar="NAME", help="Of the whole model.", rich_help_panel=RUN)]
-Real = Annotated[bool, typer.Option("--real", help="On real ranks, not simulated.", rich_help_panel=RUN)]
-TransportOption = Annotated[
-    str,
-    typer.Option("--transport", metavar="NAME", help=f"{', '.join(TRANSPORTS)}.", rich_help_panel=RUN),
-]
-Timeout = Annotated[
-    float,
-    typer.Option(metavar="SECONDS", min=0.1, help="Until a rank is lost.", rich_help_panel=RUN),
-]
-JsonOption = Annotated[
-    Path | None,
-    typer.Option("--json", metavar="FILE", help="Figures; replaces an earlier report.", rich_help_panel=OUTPUT),
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace what an earlier run wrote.", rich_help_panel=OUTPUT)
-]
+PipelineParallel = Annotated[int, option(SPLIT, "N", "Stages of layers.", "-pp", "--pipeline-parallel-size", min=1)]
+ExpertsOption = Annotated[Experts, option(SPLIT, "NAME", "slices, all_reduce, all_to_all.")]
+CodecOption = Annotated[list[str], option(RUN, "CODEC", "See `narrowcast codecs`; or KIND=CODEC.")]
+AlgorithmOption = Annotated[str, option(RUN, "NAME", f"{', '.join(('auto', *ALGORITHMS, *NODE_ALGORITHMS))}.")]
+NumSamples = Annotated[int, option(TEXT, "N", "Sequences at most.", min=1)]
+MaxSeqLen = Annotated[int, option(TEXT, "N", "Tokens a sequence at most.", min=2)]
+Device = Annotated[str, option(RUN, "NAME", "Of the whole model.")]
+Real = Annotated[bool, option(RUN, None, "On real ranks, not simulated.", "--real")]
+TransportOption = Annotated[str, option(RUN, "NAME", f"{', '.join(TRANSPORTS)}.")]
+Timeout = Annotated[float, option(RUN, "SECONDS", "Until a rank is lost.", min=0.1)]
+JsonOption = Annotated[Path | None, option(OUTPUT, "FILE", "Figures; replaces an earlier report.")]
+Overwrite = Annotated[bool, option(OUTPUT, None, "Replace what an earlier run wrote.", "--overwrite")]
 
 
 def checked_split(tp_size: int, pp_size: int, experts: Experts) -> Split:

@@ -1,5 +1,6 @@
 """A baseline: the figures of an earlier evaluation, by sequence, and the conditions under which they were found."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.evaluation import Evaluation
 from narrowcast.evaluation.verdict import Change, changes
-from narrowcast.files import read_report
+from narrowcast.files import is_report
 from narrowcast.scores import Items
 
-REMEDY = "Write one with evaluate --json."
+WRITE_ONE = "Write one with evaluate --json."
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,21 @@ class Baseline:
     @classmethod
     def load(cls, path: Path) -> "Baseline":
         """InvalidInputError for what is no report, or none of an evaluation."""
-        report = read_report(path, remedy=REMEDY)
+        if not is_report(path):
+            found = "another file" if path.exists() else "no such file"
+            raise InvalidInputError(str(path), expected="an earlier report", found=found, remedy=WRITE_ONE)
+        report = json.loads(path.read_text(encoding="utf8"))
         try:
             figures = {name: Items.from_json(items) for name, items in report["by_sequence"].items()}
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InvalidInputError(
-                str(path), expected="figures by sequence", found=f"{type(error).__name__}: {error}", remedy=REMEDY
-            ) from error
+            found = f"{type(error).__name__}: {error}"
+            raise InvalidInputError(str(path), expected="figures by sequence", found=found, remedy=WRITE_ONE) from error
         return cls(path, report, figures)
 
     def check(self, conditions: Mapping[str, Any]) -> None:
-        """InvalidInputError unless its figures were found under these conditions."""
+        """InvalidInputError unless its figures were found under these conditions, and for more than one sequence."""
+        if (number := conditions["num_samples"]) < 2:
+            raise InvalidInputError("text", expected="two sequences or more", found=number, remedy="Pass more text.")
         for name, mine in conditions.items():
             if (theirs := self.report.get(name)) != mine:
                 raise InvalidInputError(
@@ -53,7 +58,7 @@ class Baseline:
             if name not in now or now[name].weights != items.weights:
                 other = "other items" if name in now else "none"
                 raise InvalidInputError(
-                    str(self.path), expected=f"items of {name} as scored", found=other, remedy=REMEDY
+                    str(self.path), expected=f"items of {name} as scored", found=other, remedy=WRITE_ONE
                 )
         return changes(self.figures, now)
 

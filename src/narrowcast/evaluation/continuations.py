@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from narrowcast.engines import device_of, engine_of
 
@@ -19,9 +19,7 @@ def continuations(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: i
     """
     if len(prompts) > 1 and engine_of(model).split_of(model).pp_size > 1:
         return [ids for prompt in prompts for ids in continuations(model, [prompt], max_new_tokens)]
-    width = max(prompt.shape[1] for prompt in prompts)
-    ids = torch.cat([functional.pad(prompt, (width - prompt.shape[1], 0)) for prompt in prompts])
-    mask = torch.cat([functional.pad(torch.ones_like(prompt), (width - prompt.shape[1], 0)) for prompt in prompts])
+    ids, mask = _padded(prompts), _padded([torch.ones_like(prompt) for prompt in prompts])
     device = device_of(model)
     generated = model.generate(  # type: ignore[operator]
         ids.to(device),
@@ -32,4 +30,8 @@ def continuations(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: i
     )
     ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ends = {ends} if isinstance(ends, int) else set(ends or ())  # type: ignore[arg-type]
-    return [list(itertools.takewhile(lambda id: id not in ends, row)) for row in generated[:, width:].tolist()]
+    return [list(itertools.takewhile(lambda id: id not in ends, row)) for row in generated[:, ids.shape[1] :].tolist()]
+
+
+def _padded(prompts: Sequence[Tensor]) -> Tensor:
+    return pad_sequence([prompt[0] for prompt in prompts], batch_first=True, padding_side="left")

@@ -1,19 +1,31 @@
 """Pictures of a plan and of what it does to a model's answers, as matplotlib figures for whoever saves them."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from narrowcast.codecs import FeatureCodec
 from narrowcast.errors import MissingDependencyError
-from narrowcast.evaluation.sites import SiteError
-from narrowcast.plan import Plan
-from narrowcast.scores import Score
+from narrowcast.scores import Items, Score
 
 COLOURS = "#2563eb", "#f59e0b", "#10b981"
 SMALLEST_KL = 1e-9  # nats: less is rounding
 MARKED = 50, 90, 99, 99.9
+
+
+@dataclass
+class Panel:
+    """One figure of many sites: `series` by label, each of them numbers by site, which `form` writes.
+
+    `spread`: the items by site that such a number is the mean of, where its interval is known.
+    """
+
+    title: str
+    form: str
+    series: Mapping[str, Mapping[str, float]]
+    spread: Mapping[str, Items] = field(default_factory=dict)
 
 
 def check_possible() -> None:
@@ -65,53 +77,32 @@ def kl_of_tokens(score: Score) -> Any:
     return figure
 
 
-def by_site(
-    plan: Plan, bits: Mapping[str, Sequence[float]], errors: Sequence[SiteError], clipped: Mapping[str, float]
-) -> Any:
-    """A row a site, a panel a figure: bits by stage, expected error by algorithm, KL that it adds, values clipped."""
-    names, wide = list(plan.sites), 3 if errors else 2
-    panels = wide + any(clipped.values())
-    figure, all_axes = _figure(1.7 + 1.9 * panels, 1.2 + 0.2 * len(names), panels)
-    places = dict(zip(names, range(len(names)), strict=True))
-    stages = ["sent first", "sum sent again", "sum of nodes"]
-    for stage, label in enumerate(stages):
-        rows = [(values[stage], places[name]) for name, values in bits.items() if stage < len(values)]
-        _dots(all_axes[0], rows, stage, label)
-    algorithms = dict.fromkeys(algorithm for site in plan.sites.values() for algorithm in site.error)
-    for index, algorithm in enumerate(algorithms):
-        rows = [(site.error[algorithm], places[name]) for name, site in plan.sites.items() if algorithm in site.error]
-        _dots(all_axes[1], rows, index, algorithm)
-    if errors:
-        _dots(all_axes[2], [(each.added_kl_nats.mean, places[each.site]) for each in errors], 0, "")
-        for each in errors:
-            if interval := each.added_kl_nats.interval():
-                all_axes[2].plot(interval, [places[each.site]] * 2, color=COLOURS[0], linewidth=1)
-        all_axes[2].axvline(0, color="gray", linewidth=0.8)
-    if any(clipped.values()):
-        _dots(all_axes[-1], [(clipped[name], places[name]) for name in names], 0, "")
-    titles = ["bits a value", "relative RMS error\n(calibration)", "KL that it alone adds,\nnats"][:wide]
-    for axes, title in zip(all_axes, [*titles, "values clipped,\na token, all ranks"], strict=False):
-        axes.set_title(title, fontsize=9)
+def by_site(names: Sequence[str], panels: Sequence[Panel]) -> Any:
+    """A row for each of the sites `names`, the panels beside each other."""
+    figure, all_axes = _figure(1.7 + 1.9 * len(panels), 1.2 + 0.2 * len(names), len(panels))
+    for axes, panel in zip(all_axes, panels, strict=True):
+        for index, (label, values) in enumerate(panel.series.items()):
+            colour, size = COLOURS[index % len(COLOURS)], 7 if index == 0 else 4
+            places = [names.index(name) for name in values]
+            axes.plot(list(values.values()), places, "o", color=colour, markersize=size, alpha=0.85, label=label)
+        for name, items in panel.spread.items():
+            axes.plot(items.interval() or [items.mean] * 2, [names.index(name)] * 2, color=COLOURS[0], linewidth=1)
+        axes.set_title(panel.title, fontsize=9)
         axes.tick_params(axis="x", labelsize=8)
         axes.locator_params(axis="x", nbins=4)
         axes.set_ylim(len(names) - 0.5, -0.5)
-        if len(axes.get_legend_handles_labels()[1]) > 1:
-            axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.3 / (0.2 * len(names))))
         axes.set_yticks(range(len(names)), [""] * len(names))
+        if len(panel.series) > 1:
+            below = 0.5, -1.5 / len(names)
+            axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=below)
     all_axes[0].set_xlim(left=0)
-    all_axes[0].set_yticks(range(len(names)), [short(name) for name in names], fontsize=8)
+    all_axes[0].set_yticks(range(len(names)), list(map(short, names)), fontsize=8)
     return figure
 
 
 def short(name: str) -> str:
     """A site's name without what all have."""
     return name.removeprefix("model.").removeprefix("layers.")
-
-
-def _dots(axes: Any, rows: Sequence[tuple[float, int]], index: int, label: str) -> None:
-    if rows:
-        colour = COLOURS[index % len(COLOURS)]
-        axes.plot(*zip(*rows, strict=True), "o", color=colour, markersize=4 + 3 * (index == 0), alpha=0.85, label=label)
 
 
 def _drawable(kl: Any) -> Any:

@@ -11,7 +11,7 @@ from narrowcast.evaluation.sites import SiteError
 from narrowcast.evaluation.tasks import AnsweredTasks
 from narrowcast.plan import Plan
 from narrowcast.runtime.counters import Report
-from narrowcast.scores import Score
+from narrowcast.scores import Score, written
 
 FIGURES = {  # of a score: what they are called, and how they are written
     "kl_nats": ("KL from the uncompressed model, nats", "{:.5f}"),
@@ -38,6 +38,19 @@ class Evaluation:
     report: Report
     sites: Sequence[SiteError] = ()
     tasks: AnsweredTasks | None = None
+
+    def figures(self) -> list[tuple[str, str, str]]:
+        """Names of figures, their values and 95 % intervals, as users read them."""
+        score = self.score
+        rows = [
+            (what, form.format(getattr(score, name)), written(score.intervals[name], form))
+            for name, (what, form) in FIGURES.items()
+        ]
+        for percentile, value in score.kl_percentiles.items():
+            what = "largest KL of a token" if percentile == "100" else f"KL, {percentile} % of tokens at most"
+            rows.append((what, f"{value:.5f}", ""))
+        rows.append(("tokens scored", str(score.num_tokens), ""))
+        return rows
 
     def to_json(self) -> dict[str, Any]:
         """All figures as JSON values, which a later evaluation can be compared with."""

@@ -12,9 +12,8 @@ from narrowcast.attach import Handle
 from narrowcast.engines import load_engine
 from narrowcast.evaluation.continuations import continuations
 from narrowcast.evaluation.evaluation import Evaluation, conditions
-from narrowcast.evaluation.progress import Track, untold
 from narrowcast.evaluation.reference import Reference
-from narrowcast.evaluation.scoring import at_work, scored, standing_by
+from narrowcast.evaluation.scoring import Track, at_work, scored, standing_by, untold
 from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
 from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
@@ -101,10 +100,9 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
         plans = [replace(plan, decisions=Decisions()) for plan in plans]
     options = {"algorithm": job.algorithm, "transport": job.transport, "timeout_s": job.timeout_s}
     with standing_by(model, plans, **options) as handles:
-        outcomes = _compared(job, model, handles) if job.batches else None
+        outcomes = _compared(job, model, handles) if job.batches else []
         said = [_said(job, model, handle) for handle in handles]
-        if outcomes is None:
-            outcomes = [Outcome(report=_report(model, handle)) for handle in handles]
+        outcomes = outcomes or [Outcome(report=_report(model, handle)) for handle in handles]
     return [replace(outcome, continuations=ids) for outcome, ids in zip(outcomes, said, strict=True)]
 
 
@@ -130,10 +128,8 @@ def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Out
 
 
 def _said(job: Job, model: nn.Module, handle: Handle) -> list[list[int]]:
-    if not job.prompts:
-        return []
     with at_work(handle):
-        return continuations(model, job.prompts, job.max_new_tokens)
+        return continuations(model, job.prompts, job.max_new_tokens) if job.prompts else []
 
 
 def _report(model: nn.Module, handle: Handle) -> Report:

@@ -2,31 +2,34 @@
 
 import base64
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from html import escape
+from string import Template
 from typing import Any
 
 from narrowcast.evaluation import drawings
-from narrowcast.evaluation.evaluation import FIGURES, Evaluation
+from narrowcast.evaluation.drawings import Panel
+from narrowcast.evaluation.evaluation import Evaluation
 from narrowcast.files import HTML_MARK, versions
 from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
-from narrowcast.scores import Interval
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; background: #fff; max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.6rem; margin-bottom: 0 } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
-p.under { color: #6b7280; margin-top: .2rem }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(10rem, 1fr)); gap: .8rem; margin: 1.2rem 0 }
-.card { border: 1px solid #e5e7eb; border-radius: .5rem; padding: .7rem .9rem }
-.card b { display: block; font-size: 1.5rem; font-weight: 600 } .card small { color: #6b7280; display: block }
+HOPS = "sent first", "sum sent again", "sum of nodes"
+PAGE = Template("""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">$mark
+<meta name="viewport" content="width=device-width"><title>$title: quality</title>
+<style>
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2937; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem } p, summary { color: #6b7280; margin: .2rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { text-align: left; padding: .2rem 1.2rem .2rem 0; border-bottom: 1px solid #f3f4f6; vertical-align: top }
-th { font-weight: 600; color: #4b5563 } td.number, th.number { text-align: right }
-figure { margin: .6rem 0; overflow-x: auto } figcaption { color: #6b7280; font-size: .9rem }
-code { font-size: .9em; overflow-wrap: anywhere } summary { cursor: pointer; color: #4b5563 }
-"""
+td { overflow-wrap: anywhere } figure { margin: .6rem 0; overflow-x: auto } summary { cursor: pointer }
+</style></head>
+<body>
+<h1>$title</h1>
+$sections
+</body></html>
+""")
 
 
 def page(found: Evaluation, name: str, about: Mapping[str, str]) -> str:
@@ -34,69 +37,30 @@ def page(found: Evaluation, name: str, about: Mapping[str, str]) -> str:
 
     `about`: "model", and what else to say of what was scored.
     """
-    plan = found.plan
-    body = [
-        f"<h1>{escape(name)}</h1>",
-        f"<p class=under>What sending {escape(_sent(found))} does to the answers of {escape(about['model'])}</p>",
-        _cards(found),
-        _section("Figures", _figures(found), "95 % confidence intervals over sequences; docs/quality.md says what "
-                 "each figure is."),
-        _section("What was scored", _table((), _subject(found, about))),
-        _section("KL by token", _picture(drawings.kl_of_tokens(found.score), "KL by percentile of tokens") +
-                 _table(("percentile of tokens", "KL, nats"),
-                        [(_percentile(name), f"{value:.5f}") for name, value in found.score.kl_percentiles.items()]),
-                 "How far single tokens are off: few are far, and the mean does not show them."),
-        _section("By site", _by_site(found), _about_sites(found)),
-    ]  # fmt: skip
-    if codecs := with_ranges(plan):
-        picture = _picture(drawings.ranges(codecs, str(plan.split)), "ranges of features by site")
-        body.append(_section("Ranges of features", picture, "What the scales were calibrated from."))
-    title = escape(f"{name}: quality")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{HTML_MARK}\n'
-        f'<meta name="viewport" content="width=device-width"><title>{title}</title>\n'
-        f"<style>{STYLE}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
-    )
-
-
-def _sent(found: Evaluation) -> str:
-    bits = found.report.bits_per_value
-    return "nothing coded" if bits is None else f"{bits:.4g} bits a value"
-
-
-def _cards(found: Evaluation) -> str:
-    cards = []
-    for name in ("kl_nats", "top1_agreement", "perplexity_change"):
-        what, form = FIGURES[name]
-        value, interval = form.format(getattr(found.score, name)), _interval(found.score.intervals[name], form)
-        cards.append(f"<div class=card><small>{what}</small><b>{value}</b><small>{interval}</small></div>")
-    sent = f"{found.report.wire_bytes_per_token:.0f} bytes a token"
-    bits = "none" if found.report.bits_per_value is None else f"{found.report.bits_per_value:.4g}"
-    cards.append(
-        f"<div class=card><small>sent, bits a value</small><b>{bits}</b><small>{sent}, first rank</small></div>"
-    )
-    return f"<div class=cards>{''.join(cards)}</div>"
-
-
-def _figures(found: Evaluation) -> str:
-    rows = [
-        (what, form.format(getattr(found.score, name)), _interval(found.score.intervals[name], form))
-        for name, (what, form) in FIGURES.items()
+    intervals = "95 % confidence intervals over sequences; docs/quality.md says what each figure is."
+    tokens = "How far single tokens are off: few are far, and the mean does not show them."
+    sections = [
+        _section("Figures", intervals, _table(("figure", "value", "interval"), found.figures())),
+        _section("What was scored", "", _table((), _subject(found, about))),
+        _section("KL by token", tokens, _picture(drawings.kl_of_tokens(found.score), "KL by percentile of tokens")),
+        _section("By site", _about_sites(found), _by_site(found)),
     ]
-    counted = [
-        ("tokens scored", str(found.score.num_tokens), ""),
-        ("values clipped", str(found.report.num_saturated), ""),
-    ]
-    return _table(("figure", "value", "interval"), [*rows, *counted])
+    if codecs := with_ranges(found.plan):
+        picture = _picture(drawings.ranges(codecs, str(found.plan.split)), "ranges of features by site")
+        sections.append(_section("Ranges of features", "What the scales were calibrated from.", picture))
+    return PAGE.substitute(mark=HTML_MARK, title=escape(name), sections="\n".join(sections))
 
 
 def _subject(found: Evaluation, about: Mapping[str, str]) -> list[tuple[str, str]]:
-    plan, asked = found.plan, found.conditions
+    plan, asked, bits = found.plan, found.conditions, found.report.bits_per_value
+    sent = "nothing coded" if bits is None else f"{bits:.4g} bits a value"
     return [
         *about.items(),
         ("fingerprint of the plan", plan.fingerprint[:16]),
         ("calibration", ", ".join(f"{key} {value}" for key, value in plan.calibration.items())),
         ("split", str(plan.split)),
+        ("sent", f"{sent}, {found.report.wire_bytes_per_token:.0f} bytes a token"),
+        ("clipped", f"{found.report.num_saturated} values"),
         ("algorithm", f"{asked['algorithm']}, {'on real ranks' if found.real else 'simulated in one process'}"),
         ("reference", f"the uncompressed model, {found.reference}"),
         ("sequences", f"{asked['num_samples']} of {asked['max_seq_len']} tokens at most"),
@@ -106,26 +70,45 @@ def _subject(found: Evaluation, about: Mapping[str, str]) -> list[tuple[str, str
 
 
 def _by_site(found: Evaluation) -> str:
-    plan, bits = found.plan, bits_by_site(found.plan)
-    clipped = {
-        name: site.num_saturated / max(site.num_tokens, found.report.num_tokens, 1)
-        for name, site in found.report.sites.items()
+    """The same figures as a picture and as a table."""
+    names, panels = list(found.plan.sites), _panels(found)
+    columns, rows = ["site", "kind", "codec"], []
+    columns += [f"{panel.title} {label}".strip() for panel in panels for label in panel.series]
+    for name, site in found.plan.sites.items():
+        figures = [(panel.form, values.get(name)) for panel in panels for values in panel.series.values()]
+        cells = ("" if value is None else form.format(value) for form, value in figures)
+        rows.append((drawings.short(name), site.kind, codec_name(site.codecs[0]), *cells))
+    picture = _picture(drawings.by_site(names, panels), "figures by site")
+    return f"{picture}<details><summary>as a table</summary>{_table(columns, rows)}</details>"
+
+
+def _panels(found: Evaluation) -> list[Panel]:
+    """The figures of sites, but for those that are nought everywhere."""
+    sites, report, bits = found.plan.sites, found.report, bits_by_site(found.plan)
+    algorithms = dict.fromkeys(algorithm for site in sites.values() for algorithm in site.error)
+    by_hop = {
+        label: {name: values[hop] for name, values in bits.items() if hop < len(values)}
+        for hop, label in enumerate(HOPS)
     }
-    clipped = {name: clipped.get(name, 0.0) for name in plan.sites}
+    by_algorithm = {
+        algorithm: {name: site.error[algorithm] for name, site in sites.items() if algorithm in site.error}
+        for algorithm in algorithms
+    }
     added = {each.site: each.added_kl_nats for each in found.sites}
-    rows = []
-    for name, site in plan.sites.items():
-        error = ", ".join(f"{algorithm} {value:.4f}" for algorithm, value in site.error.items())
-        kl = f"{added[name].mean:.6f}" if name in added else ""
-        codec = codec_name(site.codecs[0])
-        rows.append((drawings.short(name), site.kind, codec, f"{bits[name][0]:.4f}", error, kl, f"{clipped[name]:.2f}"))
-    columns = "site", "kind", "codec", "bits", "expected error", "KL added, nats", "clipped a token"
-    kept = [place for place in range(len(columns)) if any(row[place] for row in rows)]
-    table = _table([columns[place] for place in kept], [[row[place] for place in kept] for row in rows])
-    return (
-        _picture(drawings.by_site(plan, bits, found.sites, clipped), "figures by site")
-        + f"<details><summary>as a table</summary>{table}</details>"
-    )
+    clipped = {
+        name: site.num_saturated / max(site.num_tokens, report.num_tokens, 1)
+        for name, site in report.sites.items()
+        if name in sites
+    }
+    panels = [
+        Panel("bits a value", "{:.4f}", by_hop),
+        Panel("expected error", "{:.4f}", by_algorithm),
+        Panel("KL added, nats", "{:.6f}", {"": {name: items.mean for name, items in added.items()}}, added),
+        Panel("clipped a token", "{:.2f}", {"": clipped}),
+    ]
+    for panel in panels:
+        panel.series = {label: values for label, values in panel.series.items() if any(values.values())}
+    return [panel for panel in panels if panel.series]
 
 
 def _about_sites(found: Evaluation) -> str:
@@ -139,24 +122,14 @@ def _about_sites(found: Evaluation) -> str:
     )
 
 
-def _percentile(name: str) -> str:
-    return "largest" if name == "100" else f"{name} %"
+def _section(title: str, about: str, content: str) -> str:
+    return f"<section><h2>{title}</h2><p>{escape(about)}</p>{content}</section>"
 
 
-def _interval(interval: Interval | None, form: str) -> str:
-    return "" if interval is None else f"{form.format(interval.low)} to {form.format(interval.high)}"
-
-
-def _section(title: str, content: str, about: str = "") -> str:
-    return (
-        f"<section><h2>{title}</h2>" + (f"<p class=under>{escape(about)}</p>" if about else "") + f"{content}</section>"
-    )
-
-
-def _table(columns: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    lines = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows)
-    return f"<table>{f'<tr>{head}</tr>' * bool(head)}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
+    lines = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return f"<table><tr>{head}</tr>{lines}</table>"
 
 
 def _picture(figure: Any, what: str) -> str:

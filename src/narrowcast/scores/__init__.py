@@ -1,6 +1,6 @@
 """Scores of a coded model against the uncompressed one, with intervals."""
 
-from narrowcast.scores.intervals import Interval, Items
+from narrowcast.scores.intervals import Interval, Items, written
 from narrowcast.scores.scores import PERCENTILES, Score, Scorer, compare, log_probs
 
-__all__ = ["PERCENTILES", "Interval", "Items", "Score", "Scorer", "compare", "log_probs"]
+__all__ = ["PERCENTILES", "Interval", "Items", "Score", "Scorer", "compare", "log_probs", "written"]

@@ -5,17 +5,22 @@ Tokens of a sequence depend on each other, so that items are whole sequences. St
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """The ends between which a mean lies, at the confidence asked for."""
+    """The ends between which a mean lies, with 95 % confidence."""
 
     low: float
     high: float
+
+
+def written(interval: Interval | None, form: str) -> str:
+    """The interval as users read it, each end in this `form`; nothing where there is none."""
+    return "" if interval is None else f"{form.format(interval.low)} to {form.format(interval.high)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +50,11 @@ class Items:
         squares = ((weight * (value - mean) / share) ** 2 for value, weight in self._pairs)
         return math.sqrt(math.fsum(squares) / (number - 1) / number)
 
-    def interval(self, confidence: float = CONFIDENCE) -> Interval | None:
-        """Two-sided, around the mean; None for a single item, which says nothing of the next one."""
+    def interval(self) -> Interval | None:
+        """The 95 % confidence interval around the mean; None for a single item, which says nothing of the next one."""
         if len(self.values) < 2:
             return None
-        reach = t_quantile(confidence, len(self.values) - 1) * self.standard_error
+        reach = t_quantile(CONFIDENCE, len(self.values) - 1) * self.standard_error
         return Interval(self.mean - reach, self.mean + reach)
 
     def p_above_zero(self) -> float:
@@ -73,13 +78,9 @@ class Items:
     def _pairs(self) -> Iterator[tuple[float, int]]:
         return zip(self.values, self.weights, strict=True)
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON values."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, figures: Mapping[str, Any]) -> Self:
-        """Items from the values of `to_json`; KeyError, TypeError or ValueError for anything else."""
+        """Items from the JSON values of both fields; KeyError, TypeError or ValueError for anything else."""
         values, weights = tuple(map(float, figures["values"])), tuple(map(int, figures["weights"]))
         if len(values) != len(weights) or not values or min(weights) < 1 or not all(map(math.isfinite, values)):
             raise ValueError("no finite value with its weight for each item")

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -91,8 +91,8 @@ class Score:
         """All figures as JSON values, without the KL of single tokens."""
         figures = "perplexity", "perplexity_change", "kl_nats", "kl_percentiles", "top1_agreement", "top5_agreement"
         return {figure: getattr(self, figure) for figure in (*figures, "num_tokens", "intervals")} | {
-            "by_sequence": {name: items.to_json() for name, items in self.by_sequence.items()},
-            "reference_nll_nats": self.reference_nll_nats.to_json(),
+            "by_sequence": {name: asdict(items) for name, items in self.by_sequence.items()},
+            "reference_nll_nats": asdict(self.reference_nll_nats),
         }
 
 

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import NamedTuple
 
 import numpy as np
 
 from narrowcast.errors import InvalidInputError
+from narrowcast.scores import Interval
 
-Z = 1.959963984540054  # of the normal distribution, two-sided 95 %
-
-Interval = tuple[float, float]
+Z = NormalDist().inv_cdf(0.975)  # two-sided 95 %
 
 
 class Answer(NamedTuple):
@@ -69,11 +69,12 @@ class Comparison:
 
 def compare(uncompressed: Mapping[str, TaskAnswers], coded: Mapping[str, TaskAnswers]) -> Comparison:
     """Figures of `coded` against `uncompressed`: answers to the same items of the same tasks."""
-    if {name: len(task.items) for name, task in uncompressed.items()} != {n: len(t.items) for n, t in coded.items()}:
+    plain_sizes, coded_sizes = _sizes(uncompressed), _sizes(coded)
+    if plain_sizes != coded_sizes:
         raise InvalidInputError(
             "answers",
             expected="the same items of the same tasks",
-            found=f"{_sizes(uncompressed)} and {_sizes(coded)}",
+            found=f"{plain_sizes} and {coded_sizes}",
             remedy="Let both models answer the same tasks with the same limit.",
         )
     pairs = {name: (task.items, coded[name].items) for name, task in uncompressed.items()}
@@ -87,8 +88,8 @@ def task_items(answers: Mapping[str, TaskAnswers]) -> dict[str, list[list[int]]]
     return {name: [[each.chosen, int(each.correct)] for each in task.items] for name, task in answers.items()}
 
 
-def _sizes(answers: Mapping[str, TaskAnswers]) -> str:
-    return ", ".join(f"{len(task.items)} of {name}" for name, task in answers.items()) or "none"
+def _sizes(answers: Mapping[str, TaskAnswers]) -> dict[str, int]:
+    return {name: len(task.items) for name, task in answers.items()}
 
 
 def _figures(tasks: Sequence[tuple[Sequence[Answer], Sequence[Answer]]]) -> Figures:
@@ -119,7 +120,7 @@ def _kept_interval(tasks: Sequence[np.ndarray], ratio: float, uncompressed: floa
     residuals = [right[:, 1] - ratio * right[:, 0] for right in tasks]
     variance = sum(each.var(ddof=1) / len(each) for each in residuals) / len(tasks) ** 2
     half = 100 * Z * math.sqrt(variance) / uncompressed
-    return 100 * ratio - half, 100 * ratio + half
+    return Interval(100 * ratio - half, 100 * ratio + half)
 
 
 def wilson(count: int, total: int) -> Interval:
@@ -127,4 +128,4 @@ def wilson(count: int, total: int) -> Interval:
     share, shrink = count / total, 1 + Z**2 / total
     middle = (share + Z**2 / (2 * total)) / shrink
     half = Z * math.sqrt(share * (1 - share) / total + Z**2 / (4 * total**2)) / shrink
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return Interval(max(0.0, middle - half), min(1.0, middle + half))
