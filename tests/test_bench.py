@@ -68,7 +68,7 @@ def report_of(command: str, folder: Path, *options: object) -> dict[str, object]
     run_command("bench", command, *OPTIONS[command], "--json", path, *options)
     report = json.loads(path.read_text(encoding="utf8"))
     assert {"date", "command", "narrowcast", "machine", "rows"} <= report.keys()
-    assert report["command"].startswith("narrowcast ") and report["machine"]["cores"] == os.cpu_count()
+    assert report["command"].startswith("narrowcast") and report["machine"]["cores"] == os.cpu_count()
     assert all(row.keys() == ROWS[command] for row in report["rows"])
     return report
 

@@ -316,7 +316,7 @@ def started(*arguments: object) -> subprocess.Popen[str]:
 
 def ranks_of(process: subprocess.Popen[str]) -> list[int]:
     """Process ids of its ranks, once all have been started for a while."""
-    for _ in range(200):
+    for _ in range(600):
         server = children_of(process.pid, "forkserver")
         ranks = children_of(*server) if server else []
         if len(ranks) == 2:
@@ -339,9 +339,16 @@ def running(pid: int) -> bool:
         return False
 
 
+def cpu_seconds(pid: int) -> float:
+    """Seconds that a process has computed."""
+    user, system = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+
 def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
     calibrating = started("calibrate", MODEL, "-tp", 16, "--text", MODEL / "calibration.txt", "-o", tmp_path / "p")
-    time.sleep(5)
+    while cpu_seconds(calibrating.pid) < 5:  # until well after its imports, on a busy machine too
+        time.sleep(0.1)
     os.killpg(calibrating.pid, signal.SIGINT)
     _, errors = calibrating.communicate(timeout=60)
     assert (calibrating.returncode, errors) == (130, "narrowcast: interrupted; no file was left half-written\n")

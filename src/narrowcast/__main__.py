@@ -17,13 +17,20 @@ def main() -> None:
         app()
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            print("narrowcast: interrupted; no file was left half-written", file=sys.stderr)
+            _say_interrupted()
         raise
+    except KeyboardInterrupt:  # before typer listens: while modules are imported
+        _say_interrupted()
+        sys.exit(INTERRUPTED)
     except NarrowcastError as error:
         print(*getattr(error, "__notes__", ()), sep="", end="", file=sys.stderr)  # the traceback of a rank that crashed
         sys.exit(f"narrowcast: error: {error}")
     except OSError as error:
         sys.exit(f"narrowcast: error: {error.filename or ''}: {error.strerror or error}")
+
+
+def _say_interrupted() -> None:
+    print("narrowcast: interrupted; no file was left half-written", file=sys.stderr)
 
 
 if __name__ == "__main__":
