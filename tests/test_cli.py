@@ -171,6 +171,7 @@ def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
     assert "kinds of sites among sum, gather" in wrong
 
 
+@pytest.mark.slow
 def test_generate_starts_its_ranks_or_uses_those_of_torchrun(plan: Path) -> None:
     arguments = ["generate", str(MODEL), "--plan", str(plan), "--prompt", "The sea", "--max-new-tokens", "8"]
     own = narrowcast(*arguments, "--prompt", "A much longer prompt about")
@@ -345,6 +346,7 @@ def cpu_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
     calibrating = started("calibrate", MODEL, "-tp", 16, "--text", MODEL / "calibration.txt", "-o", tmp_path / "p")
     while cpu_seconds(calibrating.pid) < 5:  # until well after its imports, on a busy machine too
@@ -363,6 +365,7 @@ def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
     assert not any(running(pid) for pid in ranks)
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_ranks_behind(plan: Path) -> None:
     generating = started("generate", MODEL, "--plan", plan, "--prompt", "x", "--max-new-tokens", 490)
     ranks = ranks_of(generating)
@@ -389,6 +392,7 @@ def test_the_end_of_text_ends_a_continuation(plan: Path, tmp_path: Path) -> None
     assert len(tokenizer(ended.rstrip("\n")).input_ids) == len(tokenizer("The sea").input_ids) + 1
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_all_and_is_named(plan: Path) -> None:
     generating = started("generate", MODEL, "--plan", plan, "--prompt", "x", "--max-new-tokens", 490)
     ranks = ranks_of(generating)

@@ -34,6 +34,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     assert done.stdout == "4.2 bits a value\n"
 
 
+@pytest.mark.slow
 def test_the_example_runs_under_torchrun() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "examples/all_reduce.py"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
