@@ -65,10 +65,12 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def report_of(command: str, folder: Path, *options: object) -> dict[str, object]:
     path = folder / "report.json"
-    run_command("bench", command, *OPTIONS[command], "--json", path, *options)
+    with pytest.MonkeyPatch.context() as patch:  # workers of pytest have arguments of their own
+        patch.setattr(sys, "argv", ["/somewhere/narrowcast", "bench", command])
+        run_command("bench", command, *OPTIONS[command], "--json", path, *options)
     report = json.loads(path.read_text(encoding="utf8"))
     assert {"date", "command", "narrowcast", "machine", "rows"} <= report.keys()
-    assert report["command"].startswith("narrowcast") and report["machine"]["cores"] == os.cpu_count()
+    assert report["command"] == f"narrowcast bench {command}" and report["machine"]["cores"] == os.cpu_count()
     assert all(row.keys() == ROWS[command] for row in report["rows"])
     return report
 

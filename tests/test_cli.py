@@ -346,6 +346,12 @@ def cpu_seconds(pid: int) -> float:
     return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
+def test_ctrl_c_while_commands_are_imported(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
+    done = narrowcast("codecs", check=False, PYTHONPATH=str(tmp_path))
+    assert (done.returncode, done.stderr) == (130, "narrowcast: interrupted; no file was left half-written\n")
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
     calibrating = started("calibrate", MODEL, "-tp", 16, "--text", MODEL / "calibration.txt", "-o", tmp_path / "p")
