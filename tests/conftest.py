@@ -19,11 +19,12 @@ MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 SHARED = Path(__file__).parents[2] / "shared"
 
 # Files whose tests start processes of their own, besides all tests that take the fixture `ranks`.
-STARTING_PROCESSES = "bench", "cli", "extending", "failure", "handshake", "html_report", "launch", "tcp", "wire_bytes"
+STARTING_PROCESSES = "bench", "cli", "failure", "handshake", "launch", "tcp", "wire_bytes"
 
 torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One of two workers has all tests that start ranks, which would take each other's cores; a file stays together."""
     for item in items:

@@ -210,7 +210,7 @@ def test_inspect_of_codecs_that_calibrate_nothing(tmp_path: Path) -> None:
 def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> None:
     """Components stand for 256 features: bits are of these, on average over stages those that were asked for."""
     path = tmp_path / "plan"
-    arguments = "-tp", 4, "--text", TEXT, "--num-samples", 4, "--max-seq-len", 64
+    arguments = "-tp", 4, "--text", TEXT, "--num-samples", 2, "--max-seq-len", 32
     codec = f"transform(bits=2, axes={axes})" if axes else "allocated(bits=2)"
     narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", codec)
     shown = narrowcast("inspect", path).stdout

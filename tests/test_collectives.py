@@ -1,7 +1,8 @@
 """Collectives on real ranks, over gloo and the TCP mesh: bit for bit their twins, and alike on all ranks."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from ranks import Ranks
 from transports import GLOO, TCP, Kind, needs_mesh, over_both
 
 Pools = Callable[[int], Ranks]
+few_worlds = pytest.mark.parametrize("world_size", [2, 3, 5])
 every_world = pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, 6, 8])
 
 # Fewer tokens than ranks cut features into blocks; fewer features than ranks leave one_shot alone.
@@ -39,26 +41,46 @@ def same_bits(found: Tensor, expected: Tensor) -> bool:
     )
 
 
-def check_all_reduce(shape: tuple[int, int], preset: str, kind: Kind = GLOO) -> None:
-    rank, world_size, group = dist.get_rank(), dist.get_world_size(), kind()
+CASES = [(dtype, way) for dtype in (torch.bfloat16, torch.float16, torch.float32) for way in ("auto", *ALGORITHMS)]
+
+
+def summands(world_size: int, shape: tuple[int, int], preset: str) -> Iterator[tuple[list[Tensor], dict[str, Any]]]:
+    """What all ranks put in, and the options of the sum, for each of `CASES`."""
     codecs = calibrated(preset, torch.stack(partials(world_size, 30, shape[1], seed=1)))
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        inputs = partials(world_size, *shape, dtype=dtype)
-        for algorithm in ("auto", *ALGORITHMS):
-            found = narrowcast.all_reduce(inputs[rank], codec=codecs, group=group, algorithm=algorithm)
-            expected = simulate.all_reduce(inputs, codec=codecs, algorithm=algorithm)
-            assert same_bits(found, expected), (algorithm, dtype)
+    for dtype, algorithm in CASES:
+        yield partials(world_size, *shape, dtype=dtype), {"codec": codecs, "algorithm": algorithm}
+
+
+def sums_on_rank(shapes: Sequence[tuple[int, int]], preset: str, kind: Kind) -> list[Tensor]:
+    rank, world_size, group = dist.get_rank(), dist.get_world_size(), kind()
+    return [
+        narrowcast.all_reduce(inputs[rank], group=group, **options)
+        for shape in shapes
+        for inputs, options in summands(world_size, shape, preset)
+    ]
+
+
+def check_all_reduce(pool: Ranks, shapes: Sequence[tuple[int, int]], preset: str, kind: Kind = GLOO) -> None:
+    found = zip(*pool.run(sums_on_rank, shapes, preset, kind), strict=True)
+    for shape in shapes:
+        for (inputs, options), of_ranks in zip(summands(pool.world_size, shape, preset), found, strict=False):
+            expected = simulate.all_reduce(inputs, **options)
+            assert all(same_bits(each, expected) for each in of_ranks), (shape, inputs[0].dtype, options["algorithm"])
+    assert not list(found)
 
 
 @every_world
 @pytest.mark.parametrize(
-    ("preset", "kind"),
-    [(preset, GLOO) for preset in ("bf16", "cast(dtype=fp32)", "int4-feature", "feature(bits=3)", "int4")]
-    + [pytest.param("int4-feature", TCP, marks=needs_mesh)],
+    ("preset", "kind"), [("bf16", GLOO), ("int4-feature", GLOO), pytest.param("int4-feature", TCP, marks=needs_mesh)]
 )
 def test_all_reduce_equals_its_twin(ranks: Pools, world_size: int, preset: str, kind: Kind) -> None:
-    for shape in SHAPES:
-        ranks(world_size).run(check_all_reduce, shape, preset, kind)
+    check_all_reduce(ranks(world_size), SHAPES, preset, kind)
+
+
+@few_worlds
+@pytest.mark.parametrize("preset", ["cast(dtype=fp32)", "feature(bits=3)", "int4"])
+def test_other_widths_equal_their_twins(ranks: Pools, world_size: int, preset: str) -> None:
+    check_all_reduce(ranks(world_size), SHAPES, preset)
 
 
 # Blocks of whole groups for each rank, the last one short; too few groups; a scale for the whole token.
@@ -74,15 +96,10 @@ GROUPED = [
 GROUPED_SHAPES = [(1, 5), (1, 165), (2, 290), (3, 64), (4, 650), (7, 129)]
 
 
-def check_groups(preset: str) -> None:
-    for shape in GROUPED_SHAPES:
-        check_all_reduce(shape, preset)
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 4, 5])
+@few_worlds
 @pytest.mark.parametrize("preset", GROUPED)
 def test_codecs_with_groups_equal_their_twins(ranks: Pools, world_size: int, preset: str) -> None:
-    ranks(world_size).run(check_groups, preset)
+    check_all_reduce(ranks(world_size), GROUPED_SHAPES, preset)
 
 
 def check_mixed_stages() -> None:
@@ -96,7 +113,7 @@ def check_mixed_stages() -> None:
         assert same_bits(found, simulate.all_reduce(inputs, codec=codecs, algorithm="two_shot"))
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@few_worlds
 def test_stages_of_different_granularity(ranks: Pools, world_size: int) -> None:
     ranks(world_size).run(check_mixed_stages)
 

@@ -265,9 +265,9 @@ def test_ordinary_text_is_no_worse_for_it(preset: str, unguarded: Callable[[], N
     engine = load_engine()
     model, tokenizer = engine.load(MODEL), engine.load_tokenizer(MODEL)
     plan = narrowcast.calibrate(
-        model, sequences(tokenizer, MODEL / "calibration.txt", length=256, limit=8), tp_size=8, codec=preset
+        model, sequences(tokenizer, MODEL / "calibration.txt", length=128, limit=8), tp_size=4, codec=preset
     )
-    batches = sequences(tokenizer, MODEL / "scoring.txt", length=256, limit=2)
+    batches = sequences(tokenizer, MODEL / "scoring.txt", length=128, limit=2)
     reference = [log_probs(model, ids) for ids in batches]
     kl, reports = [], []
     for _ in range(2):

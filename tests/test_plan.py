@@ -91,34 +91,28 @@ def test_a_folder_or_a_missing_folder_is_refused(tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, signal, sys
-sys.path.insert(0, "tests")
-import test_plan
+from narrowcast.plan import Plan
+plan = Plan.load(sys.argv[1])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    test_plan.plan().save(sys.argv[1], overwrite=True)
-except OSError as error:
-    print(type(error).__name__, error.strerror)
+for path in sys.argv[2:]:
+    try:
+        plan.save(path, overwrite=True)
+    except OSError as error:
+        print(type(error).__name__, error.strerror)
 """
 
 
-@pytest.mark.parametrize("exists", [False, True])
-def test_a_full_disk_leaves_no_half_file_and_the_old_one_whole(tmp_path: Path, exists: bool) -> None:
+def test_a_full_disk_leaves_no_half_file_and_the_old_one_whole(tmp_path: Path) -> None:
     """A file size limit stands in for the disk: the write fails half-way in the same place."""
-    path = tmp_path / "plan"
-    if exists:
-        path.write_text("old")
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, path],
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
-    assert done.stdout == "OSError File too large\n"
-    assert names(tmp_path) == (["plan"] if exists else [])
-    assert not exists or path.read_text() == "old"
+    given, old, new = (tmp_path / name for name in ("given", "old", "new"))
+    plan().save(given)
+    old.write_text("old")
+    command = [sys.executable, "-c", FULL_DISK, given, old, new]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "OSError File too large\n" * 2
+    assert names(tmp_path) == ["given", "old"]
+    assert old.read_text() == "old"
 
 
 def test_another_process_that_saves_meanwhile_is_not_overwritten(

@@ -404,7 +404,7 @@ def test_axes_are_those_of_the_moments(chosen: Any, tmp_path: Path, monkeypatch:
 
 def test_measured_axes_serve_the_model(tmp_path: Path) -> None:
     """From the model's own sums to a folder that answers alike."""
-    text = "--text", MODEL / "scoring.txt", "--num-samples", 4, "--max-seq-len", 32
+    text = "--text", MODEL / "scoring.txt", "--num-samples", 2, "--max-seq-len", 16
     command("rotate", MODEL, tmp_path / "out", "--axes", "joint", *text)
     assert_answers_alike(tmp_path / "out")
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _library = torch.library.Library("narrowcast", "DEF")
 _numbers = itertools.count()
 _wires: "WeakValueDictionary[int, Wires]" = WeakValueDictionary()
+_runs: dict[str, Callable[[Tensor, str, int], Tensor]] = {}
 
 
 def register(wires: "Wires") -> int:
@@ -37,12 +38,15 @@ class Operator:
     wires: "Wires"
 
     def __call__(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor and not x.is_meta and not torch.compiler.is_compiling():
+            return _runs[self.name](x, self.site, self.wires.handle)  # 1 us; through the dispatcher 10
         result: Tensor = getattr(torch.ops.narrowcast, self.name)(x, self.site, self.wires.handle)
         return result
 
 
 def _define(name: str, run: Callable[[Tensor, str, int], Tensor], shape: Callable[[Tensor, str, int], Tensor]) -> None:
     argument = "tokens" if name == "row_parallel" else "x"
+    _runs[name] = run
     _library.define(f"{name}(Tensor {argument}, str site, int handle) -> Tensor")
     _library.impl(name, run, "CompositeExplicitAutograd")
     _library.impl(name, shape, "Meta")
