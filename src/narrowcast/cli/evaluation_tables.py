@@ -8,9 +8,9 @@ from rich.table import Table
 
 from narrowcast.cli.tables import table
 from narrowcast.evaluation import Change, Evaluation
-from narrowcast.evaluation.drawings import short
 from narrowcast.evaluation.tasks import AnsweredTasks, Figures
 from narrowcast.evaluation.verdict import LEVEL
+from narrowcast.plan.summary import short_name
 from narrowcast.scores import written
 
 LABELS = {"kl_nats": "KL, nats", "top1_agreement": "top-1", "top5_agreement": "top-5", "nll_nats": "NLL, nats"}
@@ -21,7 +21,7 @@ def sites(found: Evaluation) -> Table:
     shown = table("each site coded alone", ("site",), ("KL added, nats", "95 % interval", "error", "clipped"))
     for each in sorted(found.sites, key=lambda each: -each.added_kl_nats.mean):
         shown.add_row(
-            short(each.site),
+            short_name(each.site),
             f"{each.added_kl_nats.mean:.6f}",
             written(each.added_kl_nats.interval(), "{:.6f}"),
             next((f"{error:.4f}" for error in found.plan.sites[each.site].error.values()), ""),

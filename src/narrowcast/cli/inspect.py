@@ -16,7 +16,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import drawings
 from narrowcast.files import check_writable
 from narrowcast.plan import Plan, Site
-from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
+from narrowcast.plan.summary import bits_by_site, codec_name, short_name, with_ranges
 
 # By hop: its title, and what the expected error is of: an algorithm, or a value that is coded once.
 HOPS = (
@@ -80,7 +80,7 @@ def _table(plan: Plan, hop: int) -> Table:
     for name, site in plan.sites.items():
         if hop < len(site.codecs):
             codec = site.codecs[hop]
-            what = drawings.short(name), "" if alike else site.kind, codec_name(codec), *_components(site, hop)
+            what = short_name(name), "" if alike else site.kind, codec_name(codec), *_components(site, hop)
             error = next((f"{site.error[each]:.3f}" for each in errors if each in site.error), "")
             rows.append((*what, f"{bits[name][hop]:.4f}", *_scales(codec), error))
     columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "scale", "error"

@@ -8,6 +8,7 @@ import numpy as np
 
 from narrowcast.codecs import FeatureCodec
 from narrowcast.errors import MissingDependencyError
+from narrowcast.plan.summary import short_name
 from narrowcast.scores import Items, Score
 
 COLOURS = "#2563eb", "#f59e0b", "#10b981"
@@ -96,13 +97,8 @@ def by_site(names: Sequence[str], panels: Sequence[Panel]) -> Any:
             below = 0.5, -1.5 / len(names)
             axes.legend(fontsize=7, frameon=False, loc="upper center", bbox_to_anchor=below)
     all_axes[0].set_xlim(left=0)
-    all_axes[0].set_yticks(range(len(names)), list(map(short, names)), fontsize=8)
+    all_axes[0].set_yticks(range(len(names)), list(map(short_name, names)), fontsize=8)
     return figure
-
-
-def short(name: str) -> str:
-    """A site's name without what all have."""
-    return name.removeprefix("model.").removeprefix("layers.")
 
 
 def _drawable(kl: Any) -> Any:

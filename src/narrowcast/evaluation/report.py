@@ -12,7 +12,7 @@ from narrowcast.evaluation import drawings
 from narrowcast.evaluation.drawings import Panel
 from narrowcast.evaluation.evaluation import Evaluation
 from narrowcast.files import HTML_MARK, versions
-from narrowcast.plan.summary import bits_by_site, codec_name, with_ranges
+from narrowcast.plan.summary import bits_by_site, codec_name, short_name, with_ranges
 
 HOPS = "sent first", "sum sent again", "sum of nodes"
 PAGE = Template("""<!DOCTYPE html>
@@ -77,7 +77,7 @@ def _by_site(found: Evaluation) -> str:
     for name, site in found.plan.sites.items():
         figures = [(panel.form, values.get(name)) for panel in panels for values in panel.series.values()]
         cells = ("" if value is None else form.format(value) for form, value in figures)
-        rows.append((drawings.short(name), site.kind, codec_name(site.codecs[0]), *cells))
+        rows.append((short_name(name), site.kind, codec_name(site.codecs[0]), *cells))
     picture = _picture(drawings.by_site(names, panels), "figures by site")
     return f"{picture}<details><summary>as a table</summary>{_table(columns, rows)}</details>"
 

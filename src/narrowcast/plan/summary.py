@@ -1,4 +1,4 @@
-"""A plan's codecs in figures: names, bits a value."""
+"""A plan in words and figures: short names, bits a value."""
 
 from narrowcast.codecs import Codec, FeatureCodec
 from narrowcast.codecs.dynamic import DynamicCodec
@@ -8,6 +8,11 @@ from narrowcast.plan.plan import Plan, Site
 def codec_name(codec: Codec) -> str:
     """Its preset or spelling where there are no calibrated tensors, otherwise the id of its format."""
     return str(codec) if isinstance(codec, DynamicCodec) else codec.id
+
+
+def short_name(site: str) -> str:
+    """A site's name without what all have."""
+    return site.removeprefix("model.").removeprefix("layers.")
 
 
 def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:
