@@ -54,6 +54,9 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# Both are 130 to a shell: Python ends by the signal if it came while a string of code was run, as imports do.
+INTERRUPTED = 130, -signal.SIGINT
+
 COMMANDS = {
     "demo": "--codec --json --tensor-parallel-size",
     "estimate": (
@@ -349,7 +352,8 @@ def cpu_seconds(pid: int) -> float:
 def test_ctrl_c_while_commands_are_imported(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt")
     done = narrowcast("codecs", check=False, PYTHONPATH=str(tmp_path))
-    assert (done.returncode, done.stderr) == (130, "narrowcast: interrupted; no file was left half-written\n")
+    assert done.stderr == "narrowcast: interrupted; no file was left half-written\n"
+    assert done.returncode in INTERRUPTED
 
 
 @pytest.mark.slow
@@ -359,14 +363,15 @@ def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
         time.sleep(0.1)
     os.killpg(calibrating.pid, signal.SIGINT)
     _, errors = calibrating.communicate(timeout=60)
-    assert (calibrating.returncode, errors) == (130, "narrowcast: interrupted; no file was left half-written\n")
+    assert errors == "narrowcast: interrupted; no file was left half-written\n"
+    assert calibrating.returncode in INTERRUPTED
     assert list(tmp_path.iterdir()) == []
 
     generating = started("generate", MODEL, "--plan", plan, "--prompt", "x", "--max-new-tokens", 490)
     ranks = ranks_of(generating)
     os.killpg(generating.pid, signal.SIGINT)
     _, errors = generating.communicate(timeout=60)
-    assert generating.returncode == 130
+    assert generating.returncode in INTERRUPTED
     assert "narrowcast: interrupted" in errors and "Traceback" not in errors
     assert not any(running(pid) for pid in ranks)
 
