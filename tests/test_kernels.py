@@ -57,7 +57,7 @@ def strided(x: Tensor) -> Tensor:
 def outcome(codec: Codec, reduced: Codec, x_RTE: Tensor, noise_RTB: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """Everything that kernels can be asked for; of bytes that nothing encodes to, too."""
     num_ranks, num_tokens, num_features = x_RTE.shape
-    counts = torch.zeros(2, 3, dtype=torch.int64)
+    counts = torch.zeros(3, 3, dtype=torch.int64)
     payloads_RTB = strided(torch.zeros(num_ranks, num_tokens, codec.row_nbytes(num_features), dtype=torch.uint8))
     for rank, x_TE in enumerate(x_RTE):
         codec.encode(strided(x_TE), source=rank, out=payloads_RTB[rank], stats=counts[0])
@@ -69,7 +69,9 @@ def outcome(codec: Codec, reduced: Codec, x_RTE: Tensor, noise_RTB: Tensor, dtyp
         found.append(codec.decode(each_RTB[last], source=last, num_features=num_features, dtype=dtype))
     recoded_TB = strided(torch.zeros(num_tokens, reduced.row_nbytes(num_features), dtype=torch.uint8))
     codec.recode(payloads_RTB, reduced, num_features=num_features, out=recoded_TB, stats=counts[1])
-    return [payloads_RTB, *found, recoded_TB, counts]
+    residue_TE = strided(x_RTE.float().nan_to_num(0, 0, 0).flip(0)[-1] / 3)
+    fed_TB = codec.encode(strided(x_RTE[-1]), source=num_ranks - 1, residue=residue_TE, stats=counts[2])
+    return [payloads_RTB, *found, recoded_TB, fed_TB, residue_TE, counts]
 
 
 @compiled
@@ -101,7 +103,17 @@ def test_every_path_gives_the_bits_of_the_reference(
     for path in PATHS:
         with kernels.forced(path):
             found = outcome(codec, reduced, x_RTE, noise_RTB, dtype)
-        names = "payloads", "sum", "last rank", "sum of noise", "noise of the last", "recoded", "counts"
+        names = (
+            "payloads",
+            "sum",
+            "last rank",
+            "sum of noise",
+            "noise of the last",
+            "recoded",
+            "fed",
+            "residue",
+            "counts",
+        )
         for name, mine, reference in zip(names, found, expected, strict=True):
             assert torch.equal(bits(mine), bits(reference)), f"{path}: {name}"
 

@@ -454,7 +454,7 @@ def is_full(transform: Transform | None) -> TypeGuard[Transform]:
 def chunked(num_tokens: int) -> tuple[Tensor, Tensor]:
     """The sum of products with random weights in chunks of few tokens, mixed in between, and its simulation."""
     transport = TorchDistributedTransport()
-    transport.chunk_nbytes = 500  # type: ignore[misc]
+    transport.chunk_values = 1000  # type: ignore[misc]
     site = transformed_plan(3).sites["s"]
     assert site.transform is not None
     inputs = [

@@ -125,6 +125,23 @@ void encode(const Format& format, uintptr_t x, int dtype, size_t num_tokens, siz
            });
 }
 
+void encode_with_residue(const Format& format, uintptr_t x, int dtype, size_t num_tokens, size_t num_features,
+                         ptrdiff_t stride, uintptr_t residue, ptrdiff_t residue_stride, size_t source, uintptr_t out,
+                         ptrdiff_t out_stride, uintptr_t stats) {
+  nb::gil_scoped_release release;
+  const Rows rows = {at<void>(x), static_cast<Dtype>(dtype), stride, num_tokens, num_features};
+  const Rows lost = {at<void>(residue), Dtype::fp32, residue_stride, num_tokens, num_features};
+  const Payload payload = {at<uint8_t>(out), out_stride};
+  const Kernels* path = kernels;
+  Total total(stats);
+  for_rows(num_tokens, num_tokens * num_features * 4, num_features, 1,
+           [&](size_t begin, size_t end, const Scratch& scratch) {
+             Counts counts;
+             path->encode_with_residue(format, rows, lost, source, payload, counts, scratch, begin, end);
+             total.add(counts);
+           });
+}
+
 void decode_sum(const Format& format, uintptr_t payloads, size_t num_ranks, ptrdiff_t rank_stride,
                 ptrdiff_t token_stride, size_t first_source, uintptr_t out, int dtype, size_t num_tokens,
                 size_t num_features, ptrdiff_t stride) {
@@ -182,6 +199,7 @@ void bind_kernels(nb::module_& m) {
   m.def("minifloat", &make_minifloat);
   m.def("allocated", &make_allocated);
   m.def("encode", &encode);
+  m.def("encode_with_residue", &encode_with_residue);
   m.def("decode_sum", &decode_sum);
   m.def("recode", &recode);
   m.def("limit_threads", &limit_threads);

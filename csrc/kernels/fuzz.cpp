@@ -231,11 +231,15 @@ void run_case(const Kernels& path) {
     payloads.data[row * partial.row_nbytes + 1] = 0xFF;
   }
   Buffer<uint8_t> coded(num_tokens * partial.row_nbytes), recoded(num_tokens * reduced.row_nbytes);
+  auto residue = random_bytes<uint8_t>(num_values * sizeof(float));
   const Rows rows = {values.data.get(), dtype, ptrdiff_t(num_features), num_tokens, num_features};
+  const Rows lost = {residue.data.get(), Dtype::fp32, ptrdiff_t(num_features), num_tokens, num_features};
   const Payloads from = {{payloads.data.get(), stride}, ptrdiff_t(num_tokens) * stride, num_ranks, 0};
   for_rows(num_tokens, 0, num_features, num_ranks, [&](size_t begin, size_t end, const Scratch& scratch) {
     Counts counts;
     path.encode(partial.format, rows, below(num_ranks), {coded.data.get(), stride}, counts, scratch, begin, end);
+    path.encode_with_residue(partial.format, rows, lost, below(num_ranks), {coded.data.get(), stride}, counts, scratch,
+                             begin, end);
     path.decode_sum(partial.format, from, rows, scratch, begin, end);
     const Payload out = {recoded.data.get(), reduced_stride};
     path.recode(partial.format, from, reduced.format, num_features, out, counts, scratch, begin, end);

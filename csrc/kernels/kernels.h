@@ -125,6 +125,9 @@ struct Kernels {
   const char* name;
   void (*encode)(const Format&, const Rows& x, size_t source, const Payload& out, Counts&, const Scratch&,
                  size_t begin, size_t end);
+  // Codes x + residue, and leaves in the residue (FP32) what is lost, or nothing of what is not finite.
+  void (*encode_with_residue)(const Format&, const Rows& x, const Rows& residue, size_t source, const Payload& out,
+                              Counts&, const Scratch&, size_t begin, size_t end);
   void (*decode_sum)(const Format&, const Payloads&, const Rows& out, const Scratch&, size_t begin, size_t end);
   // What two_shot does to a share: add up, and code the sum again, a row at a time.
   void (*recode)(const Format& partial, const Payloads&, const Format& reduced, size_t num_features,

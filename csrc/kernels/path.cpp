@@ -1,4 +1,6 @@
 // All kernels of one path. CMakeLists.txt compiles this file once for each, with its flags and its name.
+#include <type_traits>
+
 #include "allocated.h"
 #include "cast.h"
 #include "feature.h"
@@ -40,6 +42,20 @@ static void encode(const Format& format, const Rows& x, size_t source, const Pay
 }
 
 template <class T>
+NARROWCAST_INLINE void add_row(const T* x, float* residue, size_t num_values) {
+  for_each_vector(num_values, [&](size_t first, size_t count) {
+    store(residue + first, load(x + first, count) + load(residue + first, count), count);
+  });
+}
+
+NARROWCAST_INLINE void keep_lost_row(float* coded, const float* decoded, size_t num_values) {
+  for_each_vector(num_values, [&](size_t first, size_t count) {
+    const F32 lost = load(coded + first, count) - load(decoded + first, count);
+    store(coded + first, select(lost - lost == splat(0.0f), lost, splat(0.0f)), count);
+  });
+}
+
+template <class T>
 static void decode_sum_row(const Format& format, const Payloads& payloads, size_t row, const Scratch& scratch, T* out,
                            size_t num_values) {
   switch (format.kind) {
@@ -62,6 +78,20 @@ static void decode_sum(const Format& format, const Payloads& payloads, const Row
   });
 }
 
+static void encode_with_residue(const Format& format, const Rows& x, const Rows& residue, size_t source,
+                                const Payload& out, Counts& counts, const Scratch& scratch, size_t begin, size_t end) {
+  for (size_t row = begin; row < end; ++row) {
+    float* coded = static_cast<float*>(residue.row(row));
+    with_dtype(x.dtype, [&](auto* from) {
+      add_row(static_cast<const std::remove_pointer_t<decltype(from)>*>(x.row(row)), coded, x.num_values);
+    });
+    encode(format, {coded, Dtype::fp32, 0, 1, x.num_values}, source, {out.row(row), 0}, counts, scratch, 0, 1);
+    const Payloads payload = {{out.row(row), 0}, 0, 1, source};
+    decode_sum_row(format, payload, 0, scratch, scratch.values, x.num_values);
+    keep_lost_row(coded, scratch.values, x.num_values);
+  }
+}
+
 static void recode(const Format& partial, const Payloads& payloads, const Format& reduced, size_t num_features,
                    const Payload& out, Counts& counts, const Scratch& scratch, size_t begin, size_t end) {
   const Rows total = {scratch.values, Dtype::fp32, 0, 1, num_features};
@@ -76,6 +106,7 @@ static void recode(const Format& partial, const Payloads& payloads, const Format
 const Kernels NARROWCAST_TABLE(NARROWCAST_PATH) = {
     NARROWCAST_TEXT(NARROWCAST_PATH),
     NARROWCAST_PATH::encode,
+    NARROWCAST_PATH::encode_with_residue,
     NARROWCAST_PATH::decode_sum,
     NARROWCAST_PATH::recode,
 };

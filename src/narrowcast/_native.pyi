@@ -56,6 +56,20 @@ def encode(
     out_stride: int,
     stats: int,
 ) -> None: ...
+def encode_with_residue(
+    format: Format,
+    x: int,
+    dtype: int,
+    num_tokens: int,
+    num_features: int,
+    stride: int,
+    residue: int,
+    residue_stride: int,
+    source: int,
+    out: int,
+    out_stride: int,
+    stats: int,
+) -> None: ...
 def decode_sum(
     format: Format,
     payloads: int,

@@ -13,6 +13,7 @@ from narrowcast.engines.forwards import Forwards
 from narrowcast.errors import InvalidInputError, PlanMismatchError
 from narrowcast.plan import Plan
 from narrowcast.plan.split import SUMS, Split
+from narrowcast.plan.summary import feedback_in_words
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.counters import Report
 from narrowcast.runtime.simulator import Simulator
@@ -81,6 +82,7 @@ def attach(
     count_only: bool = False,
     algorithm: str = "auto",
     deterministic: bool = False,
+    feedback: bool = True,
     timed: bool = False,
     transport: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -93,6 +95,8 @@ def attach(
     `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast
     tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
     `deterministic=True`: one algorithm for all sizes, always coded, so that no result depends on the batch.
+    `feedback=False`: what a payload loses is lost for good, and not made good by the next sum where the plan says that
+    it can be.
     `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
@@ -109,6 +113,7 @@ def attach(
         algorithm,
         device,
         transforms={name: site.transform for name, site in plan.sites.items() if site.transform is not None},
+        chains=plan.feedback.chains if feedback else (),
         decisions=plan.decisions,
         deterministic=deterministic,
         timed=timed,
@@ -120,10 +125,12 @@ def attach(
     else:
         _check_split(engine, model, plan)
         tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
-        mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": f"{count_only=}, {deterministic=}"}
+        options = f"{count_only=}, {deterministic=}, {feedback=}"
+        mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": options}
         _check_on_all_ranks(engine, model, plan, [each for each in (tp, pp) if each is not None], mine)
         _tell(plan, algorithm, sites, tp, pp)
         wires = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
+    logger.info("%s", "; ".join(feedback_in_words(plan)) if feedback else "depth feedback is turned off")
     return Handle(model, engine.take_over(model, plan.split, wires), sites)
 
 

@@ -22,6 +22,7 @@ from narrowcast.engines import engine_of
 from narrowcast.engines.forwards import evaluating
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import ModelFingerprint, Plan, Site
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import Split
 from narrowcast.scores import compare, log_probs
 from narrowcast.transport import Groups, transports_of
@@ -34,13 +35,15 @@ BITS_STEP, MOST_BITS = 1 / 16, 8.0
 class Observations:
     """Everything that calibration saw.
 
-    `ranges` by site and hop; second `moments` of sums, where they were asked for. `head`: the sequences that errors
-    are measured on; `held_out`: those that no moment was taken of, to judge a plan by.
+    `chains`: which sums can leave what they lose to the next one. `ranges` by site and hop; second `moments` of sums,
+    where they were asked for. `head`: the sequences that errors are measured on; `held_out`: those that no moment was
+    taken of, to judge a plan by.
     """
 
     model: nn.Module
     split: Split
     groups: tuple[tuple[int, ...], ...]
+    chains: Chains
     ranges: Mapping[str, Sequence[Ranges]]
     moments: Mapping[str, Moments]
     calibration: Mapping[str, Any]
@@ -155,6 +158,7 @@ class Observations:
             model=engine_of(self.model).fingerprint(self.model),
             calibration={**asked, **self.calibration},
             sites=sites,
+            feedback=self.chains,
         )
 
 
@@ -166,5 +170,6 @@ def _merged(plan: Plan, groups: Groups) -> Plan:
             plans = [Plan.from_bytes(base64.b85decode(text), "of another rank") for text in texts]
             sites = {name: site for each in plans for name, site in each.sites.items()}
             model = functools.reduce(ModelFingerprint.merged, [each.model for each in plans])
-            plan = dataclasses.replace(plan, model=model, sites=sites)
+            feedback = functools.reduce(Chains.joined, [each.feedback for each in plans])
+            plan = dataclasses.replace(plan, model=model, sites=sites, feedback=feedback)
     return plan

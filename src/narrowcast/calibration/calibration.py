@@ -19,12 +19,14 @@ from narrowcast.calibration.moments import MomentObserver, Moments, MomentsNeede
 from narrowcast.calibration.observers import EMA_FACTOR, FirstTokens, RangeObserver
 from narrowcast.calibration.observing import Observer, observed, run
 from narrowcast.calibration.recipes import CodecByKind, moments_needed, recipes_by_kind
+from narrowcast.calibration.stream import chains_of
 from narrowcast.codecs import Recipe, recipe
 from narrowcast.collectives import checked_groups
 from narrowcast.engines import Engine, device_of, engine_of
 from narrowcast.engines.forwards import evaluating
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Plan
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import Experts, Split
 
 DEFAULT_FIRST_TOKENS: FirstTokens = "count"
@@ -128,12 +130,20 @@ def observe(
         model=model,
         split=split,
         groups=nodes,
+        chains=_chains(model, split, found[0], sites),
         ranges=ranges.ranges(sites),
         calibration=text | options,
         head=found[:NUM_ERROR_SEQUENCES],
         held_out=found[:num_held_out] or found[:1],
         moments={} if moments == "none" else _moments(model, of_moments, found[num_held_out:], sites),
     )
+
+
+def _chains(model: nn.Module, split: Split, ids: Tensor, sites: Mapping[str, str]) -> Chains:
+    if "sum" not in sites.values():
+        return Chains()
+    with evaluating(model):
+        return chains_of(model, split, ids)
 
 
 def _moments(

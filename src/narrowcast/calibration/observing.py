@@ -1,8 +1,8 @@
 """Letting observers see what travels: from a whole model, or from the ranks of a split one."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Protocol
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,7 @@ class ObservedWires(VirtualWires):
         super().__init__(tp_size)
         self._observers = observers
 
-    def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
+    def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         total = exact_sum(partials)
         for observer in self._observers:
             observer.see_sum(partials, total, site)
@@ -81,10 +81,10 @@ class GatheringCommunicator(Communicator):
         super().__init__(Sites({}, (), "auto", device), tp=tp, pp=pp)
         self._observed = observed
 
-    def sum_products(self, x: Tensor, site: str) -> Tensor:
-        return Wires.sum_products(self, x, site)
+    def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
+        return Wires.sum_products(self, x, site, residue)
 
-    def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
+    def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         (x,) = partials
         x_TE = x.reshape(-1, x.shape[-1])
         return self._observed.sum(self._gather(x_TE, [len(x_TE)] * self.tp_size), site).view(x.shape)
@@ -121,11 +121,15 @@ class GatheringCommunicator(Communicator):
         return list(Pending(steps, self.tp).wait().split(list(num_tokens)))
 
 
-@contextmanager
-def observed(observers: Sequence[Observer], model: nn.Module, split: Split) -> Iterator[None]:
+def observed(observers: Sequence[Observer], model: nn.Module, split: Split) -> AbstractContextManager[None]:
     """Let observers see what all ranks send each other: of a whole model, or gathered from those of a split one."""
-    engine = engine_of(model)
-    wires: Wires = (whole := ObservedWires(observers, split.tp_size))
+    return over_wires(ObservedWires(observers, split.tp_size), model, split)
+
+
+@contextmanager
+def over_wires(whole: ObservedWires, model: nn.Module, split: Split) -> Iterator[None]:
+    """Let the values of all ranks travel over `whole`: of a whole model, or gathered from those of a split one."""
+    engine, wires = engine_of(model), cast(Wires, whole)
     if engine.split_of(model) != Split():
         wires = GatheringCommunicator(whole, *transports_of(engine.groups(model)), device=device_of(model))
     forwards = engine.take_over(model, split, wires)

@@ -38,6 +38,7 @@ def evaluate(
     tasks: Annotated[str, option(TEXT, "NAME,NAME", "Of lm-eval, or YAML files of its.")] = "",
     limit: Annotated[int | None, option(TEXT, "N", "Items of each task at most.")] = None,
     algorithm: options.AlgorithmOption = "auto",
+    no_feedback: options.NoFeedback = False,
     device: options.Device = "cpu",
     real: options.Real = False,
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
@@ -53,7 +54,8 @@ def evaluate(
     _check_files(json, report, baseline)
     if real and sites:
         raise InvalidInputError("--sites", expected="without --real", found="both", remedy="Leave one of them out.")
-    asked: dict[str, Any] = {"algorithm": algorithm, "tasks": _tasks(tasks, limit), "track": tracked}
+    asked: dict[str, Any] = {"algorithm": algorithm, "feedback": not no_feedback}
+    asked |= {"tasks": _tasks(tasks, limit), "track": tracked}
     text = text or Path(model) / "scoring.txt"
     loaded, tokenizer = Plan.load(plan), load_engine().load_tokenizer(model)
     batches = sequences(tokenizer, text, length=max_seq_len, limit=num_samples)

@@ -13,7 +13,7 @@ from narrowcast.evaluation.verdict import LEVEL
 from narrowcast.plan.summary import short_name
 from narrowcast.scores import written
 
-LABELS = {"kl_nats": "KL, nats", "top1_agreement": "top-1", "top5_agreement": "top-5", "nll_nats": "NLL, nats"}
+LABELS = {"kl_nats": "KL", "top1_agreement": "top-1", "top5_agreement": "top-5", "nll_nats": "NLL"}
 
 
 def sites(found: Evaluation) -> Table:
@@ -50,8 +50,8 @@ def print_tasks(tasks: AnsweredTasks) -> None:
 
 def print_changes(found: Mapping[str, Change], title: str) -> None:
     """A row for each figure: what moved, how surely, and the verdict."""
-    columns = "baseline", "now", "change", "95 % interval", "allowed", "p", "verdict"
-    shown, console = table(title, ("figure",), columns), Console(highlight=False)
+    columns = "before", "now", "change", "95 % interval", "allowed", "p", "verdict"
+    shown, console = table(f"{title}, in nats and shares", ("figure",), columns), Console(highlight=False)
     for name, change in found.items():
         shown.add_row(LABELS.get(name, name), *_change_cells(change), change.verdict)
     console.print(shown)
@@ -81,6 +81,6 @@ def _change_cells(change: Change) -> Iterable[str]:
         f"{change.found:.3g}",
         f"{change.change:+.2g}",
         written(change.interval, "{:+.2g}"),
-        f"{change.tolerated:.2g}",
+        f"{change.tolerated:.1g}",
         "" if math.isnan(p) else f"{p:.1g}",
     )

@@ -22,6 +22,7 @@ def generate(
     prompt: Annotated[list[str], option(TEXT, "TEXT", "To continue; again and again for several.")],
     max_new_tokens: Annotated[int, option(TEXT, "N", "Tokens to add at most.", min=1)] = 64,
     transport: options.TransportOption = "auto",
+    no_feedback: options.NoFeedback = False,
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
@@ -35,6 +36,7 @@ def generate(
         model=model,
         plans=[plan],
         transport=transport,
+        feedback=not no_feedback,
         timeout_s=timeout,
         prompts=prompts,
         max_new_tokens=max_new_tokens,

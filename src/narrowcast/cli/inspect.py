@@ -16,7 +16,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import drawings
 from narrowcast.files import check_writable
 from narrowcast.plan import Plan, Site
-from narrowcast.plan.summary import bits_by_site, codec_name, short_name, with_ranges
+from narrowcast.plan.summary import bits_by_site, codec_name, feedback_in_words, short_name, with_ranges
 
 # By hop: its title, and what the expected error is of: an algorithm, or a value that is coded once.
 HOPS = (
@@ -41,7 +41,7 @@ def inspect(
     console.print("calibration: " + ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
     if plan.groups:
         console.print(f"nodes: {', '.join(str(list(group)) for group in plan.groups)}", highlight=False)
-    for line in _decisions(plan):
+    for line in (*_decisions(plan), *feedback_in_words(plan)):
         console.print(line, highlight=False)
     for hop in range(max((len(site.codecs) for site in plan.sites.values()), default=0)):
         console.print(_table(plan, hop))

@@ -22,7 +22,7 @@ def option(group: str, metavar: str | None, help: str, *names: str, **settings: 
     return typer.Option(*names, metavar=metavar, help=help, rich_help_panel=group, **settings)
 
 
-ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder or a hub name.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a hub name, or a GGUF file.")]
 PlanOption = Annotated[Path, typer.Option("--plan", metavar="FILE", help="A plan that calibrate wrote.")]
 TensorParallel = Annotated[
     int, option(SPLIT, "N", "Ranks that share each layer.", "-tp", "--tensor-parallel-size", min=1)
@@ -36,6 +36,7 @@ MaxSeqLen = Annotated[int, option(TEXT, "N", "Tokens a sequence at most.", min=2
 Device = Annotated[str, option(RUN, "NAME", "Of the whole model.")]
 Real = Annotated[bool, option(RUN, None, "On real ranks, not simulated.", "--real")]
 TransportOption = Annotated[str, option(RUN, "NAME", f"{', '.join(TRANSPORTS)}.")]
+NoFeedback = Annotated[bool, option(RUN, None, "What a sum loses is lost for good.", "--no-feedback")]
 Timeout = Annotated[float, option(RUN, "SECONDS", "Until a rank is lost.", min=0.1)]
 JsonOption = Annotated[Path | None, option(OUTPUT, "FILE", "Figures; replaces an earlier report.")]
 Overwrite = Annotated[bool, option(OUTPUT, None, "Replace what an earlier run wrote.", "--overwrite")]

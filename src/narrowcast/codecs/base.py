@@ -61,9 +61,19 @@ class Codec(ABC):
         """Payload bytes of `num_tokens` tokens."""
         return num_tokens * self.row_nbytes(num_features)
 
-    def encode(self, x_TE: Tensor, *, source: int, out: Tensor | None = None, stats: Tensor | None = None) -> Tensor:
+    def encode(
+        self,
+        x_TE: Tensor,
+        *,
+        source: int,
+        out: Tensor | None = None,
+        stats: Tensor | None = None,
+        residue: Tensor | None = None,
+    ) -> Tensor:
         """Code `x_TE` (bf16, fp16 or fp32) into `out`, uint8 [T, B], made if not given.
 
+        `residue`, fp32 [T, E], is added to the values in FP32, and becomes what the payload lost of that sum; 0 where
+        that is not finite.
         `stats`, int64 [3] on the same device, counts at the places `SATURATED`, `NON_FINITE` and `GUARDED`: values
         that were clipped, values that were not finite, and tokens that a guard coded in another form, whose values do
         not count as clipped.
@@ -78,8 +88,14 @@ class Codec(ABC):
             out = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
         elif out.shape != shape or out.dtype is not torch.uint8:
             raise self._misfit(f"out of {list(shape)} bytes", out)
+        if residue is not None and (residue.shape != x_TE.shape or residue.dtype is not torch.float32):
+            raise self._misfit(f"a residue of {list(x_TE.shape)} in fp32", residue)
         if num_tokens and num_features:
-            kernels.find(self, "encode", x_TE, out, stats)(self, x_TE, source, out, stats)
+            if residue is None:
+                kernels.find(self, "encode", x_TE, out, stats)(self, x_TE, source, out, stats)
+            else:
+                run = kernels.find(self, "encode_with_residue", x_TE, out, stats)
+                run(self, x_TE, residue, source, out, stats)
         return out
 
     def decode(
@@ -196,6 +212,10 @@ class Codec(ABC):
                 remedy="Pass num_features, or out.",
             )
         return fits[0]
+
+    def tokens(self, own: slice) -> "Codec":
+        """The codec of some tokens of a tensor: this one, unless it stands in for one and keeps something of each."""
+        return self
 
     def features(self, start: int, stop: int) -> "Codec":
         """The codec of the features `start` to `stop` alone: their values decode as they would among all.

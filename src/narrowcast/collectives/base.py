@@ -8,7 +8,7 @@ Shapes: T tokens, E features, R ranks, B payload bytes of a token.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -66,11 +66,17 @@ class Hops:
     `codecs`: [0] for the partial sums, [1] for the reduced value when it travels again, [2] for the sums of nodes.
     `groups`: the ranks of each node, ascending; empty where all ranks are alike.
     `mix`: [J, E], where the reduced value travels along other axes: two_shot then ends with J features.
+    `unit`: features that stay together where features are cut, besides those that the codecs keep together.
     """
 
     codecs: tuple[Codec, ...]
     groups: tuple[tuple[int, ...], ...] = ()
     mix: Tensor | None = None
+    unit: int = 1
+
+    def tokens(self, own: slice) -> Self:
+        """The hops of some tokens of a tensor."""
+        return replace(self, codecs=tuple(codec.tokens(own) for codec in self.codecs))
 
     def num_reduced(self, num_features: int) -> int:
         """Features of the reduced value where it travels again."""

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import wraps
 from typing import Any, TypeVar, cast
 
@@ -40,7 +40,7 @@ class Clock:
 
     def hops(self, hops: Hops) -> Hops:
         """The same hops, with codecs that count their time here."""
-        return Hops(tuple(self.codec(codec) for codec in hops.codecs), hops.groups, hops.mix)
+        return replace(hops, codecs=tuple(self.codec(codec) for codec in hops.codecs))
 
     def codec(self, codec: Codec) -> Codec:
         """The same codec, counting its time here."""
@@ -67,6 +67,10 @@ class TimedCodec:
     def recode(self, payloads_RTB: Any, reduced: "TimedCodec", **kwargs: Any) -> Any:
         """The codec's `recode`, by the codec that `reduced` stands in for."""
         return self._clock.timed(self._codec.recode, "recode_s")(payloads_RTB, reduced._codec, **kwargs)
+
+    def tokens(self, own: slice) -> "TimedCodec":
+        """A stand-in for the codec of some tokens."""
+        return TimedCodec(self._codec.tokens(own), self._clock)
 
     def features(self, start: int, stop: int) -> "TimedCodec":
         """A stand-in for the codec of a block of features."""

@@ -109,26 +109,26 @@ def deferred_all_reduce_steps(
 ) -> Steps:
     """The same of tokens that are yet to be computed: all at once, or chunks that take turns, computing and sending."""
     steps, rank, world_size = named(algorithm).steps, transport.rank, transport.world_size
-    chunks = chunks_of(hops, x.num_tokens, x.num_features, world_size, transport.chunk_nbytes)
+    chunks = chunks_of(hops, x.num_tokens, x.num_features, world_size, transport.chunk_values)
     if len(chunks) == 1:
         yield from steps(x.tokens(chunks[0]), y_TE, hops, rank, world_size, stats)
     else:
-        yield from in_turns(steps(x.tokens(own), y_TE[own], hops, rank, world_size, stats) for own in chunks)
+        yield from in_turns(
+            steps(x.tokens(own), y_TE[own], hops.tokens(own), rank, world_size, stats) for own in chunks
+        )
     return y_TE
 
 
-def chunks_of(hops: Hops, num_tokens: int, num_features: int, world_size: int, chunk_nbytes: int | None) -> list[slice]:
-    """Tokens that travel together: as many as take `chunk_nbytes` (None: all).
+def chunks_of(hops: Hops, num_tokens: int, num_features: int, world_size: int, chunk_values: int | None) -> list[slice]:
+    """Tokens that travel together: as many as have `chunk_values` values (None: all).
 
     In units that all ranks share evenly, so that each owns and sends as much as without chunks.
     """
     unit = math.lcm(world_size, *map(len, hops.groups)) if hops.groups else world_size
-    if chunk_nbytes is None or num_tokens < 2 * unit:
+    num_values = num_tokens * num_features
+    if chunk_values is None or num_tokens < 2 * unit or num_values <= chunk_values:
         return [slice(0, num_tokens)]
-    nbytes = hops.codecs[0].payload_nbytes(num_tokens, num_features)
-    if nbytes <= chunk_nbytes:
-        return [slice(0, num_tokens)]
-    num_chunks = min(-(-nbytes // chunk_nbytes), MAX_CHUNKS, num_tokens // unit)
+    num_chunks = min(-(-num_values // chunk_values), MAX_CHUNKS, num_tokens // unit)
     starts = [share_of(num_tokens // unit, chunk, num_chunks).start * unit for chunk in range(num_chunks)]
     return [slice(start, stop) for start, stop in pairwise([*starts, num_tokens])]
 

@@ -66,8 +66,8 @@ def shares(hops: Hops, num_tokens: int, num_features: int, world_size: int) -> l
         return None
     if num_tokens >= world_size:
         tokens = [share_of(num_tokens, rank, world_size) for rank in range(world_size)]
-        return [Share(own, slice(0, num_features), hops.codecs) for own in tokens]
-    blocks = _blocks([codec.granularity for codec in hops.codecs], num_features, world_size)
+        return [Share(own, slice(0, num_features), hops.tokens(own).codecs) for own in tokens]
+    blocks = _blocks([hops.unit, *(codec.granularity for codec in hops.codecs)], num_features, world_size)
     if blocks is None:
         return None
     return [

@@ -26,14 +26,15 @@ FIGURES = {  # of a score: what they are called, and how they are written
 class Evaluation:
     """A plan's effect on a model's answers: `score` against the uncompressed model, `report` of what was sent.
 
-    `reference`: the uncompressed model was "whole", or "split" over the ranks, which rounds otherwise. If asked for:
-    errors by site, and answers to zero-shot tasks.
+    `reference`: the uncompressed model was "whole", or "split" over the ranks, which rounds otherwise. `feedback`: what
+    a sum lost was fed back where the plan says so. If asked for: errors by site, and answers to zero-shot tasks.
     """
 
     plan: Plan
     conditions: Mapping[str, Any]
     reference: Literal["whole", "split"]
     real: bool
+    feedback: bool
     score: Score
     report: Report
     sites: Sequence[SiteError] = ()
@@ -63,6 +64,7 @@ class Evaluation:
             "reference": self.reference,
             "plan_fingerprint": self.plan.fingerprint,
             "real": self.real,
+            "feedback": self.feedback,
             **self.score.to_json(),
             **self.report.to_json(),
             "site_errors": errors,

@@ -36,6 +36,7 @@ class Job:
     plans: Sequence[Path]
     algorithm: str = "auto"
     transport: str = "auto"
+    feedback: bool = True
     timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
     tasks: TaskSet | None = None
@@ -66,6 +67,7 @@ def evaluate_on_ranks(
     batches: Sequence[Tensor],
     *,
     algorithm: str = "auto",
+    feedback: bool = True,
     tasks: TaskSet | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     track: Track = untold,
@@ -76,7 +78,14 @@ def evaluate_on_ranks(
     """
     plan = Plan.load(path)
     job = Job(
-        model=model, plans=[path], algorithm=algorithm, timeout_s=timeout_s, batches=batches, tasks=tasks, track=track
+        model=model,
+        plans=[path],
+        algorithm=algorithm,
+        feedback=feedback,
+        timeout_s=timeout_s,
+        batches=batches,
+        tasks=tasks,
+        track=track,
     )
     (outcome,) = run_on_ranks(job, plan.split)
     if not is_first_rank():
@@ -87,6 +96,7 @@ def evaluate_on_ranks(
         conditions=conditions(plan, batches, algorithm),
         reference=outcome.reference,
         real=True,
+        feedback=feedback,
         score=outcome.score,
         report=outcome.report,
         tasks=outcome.tasks,
@@ -98,7 +108,8 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
     plans = [Plan.load(path) for path in job.plans]
     if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
         plans = [replace(plan, decisions=Decisions()) for plan in plans]
-    options = {"algorithm": job.algorithm, "transport": job.transport, "timeout_s": job.timeout_s}
+    names = "algorithm", "transport", "feedback", "timeout_s"
+    options = {name: getattr(job, name) for name in names}
     with standing_by(model, plans, **options) as handles:
         outcomes = _compared(job, model, handles) if job.batches else []
         said = [_said(job, model, handle) for handle in handles]

@@ -12,7 +12,7 @@ from narrowcast.evaluation import drawings
 from narrowcast.evaluation.drawings import Panel
 from narrowcast.evaluation.evaluation import Evaluation
 from narrowcast.files import HTML_MARK, versions
-from narrowcast.plan.summary import bits_by_site, codec_name, short_name, with_ranges
+from narrowcast.plan.summary import bits_by_site, codec_name, feedback_in_words, short_name, with_ranges
 
 HOPS = "sent first", "sum sent again", "sum of nodes"
 PAGE = Template("""<!DOCTYPE html>
@@ -62,6 +62,7 @@ def _subject(found: Evaluation, about: Mapping[str, str]) -> list[tuple[str, str
         ("sent", f"{sent}, {found.report.wire_bytes_per_token:.0f} bytes a token"),
         ("clipped", f"{found.report.num_saturated} values"),
         ("algorithm", f"{asked['algorithm']}, {'on real ranks' if found.real else 'simulated in one process'}"),
+        ("depth feedback", "; ".join(feedback_in_words(plan)) if found.feedback else "turned off"),
         ("reference", f"the uncompressed model, {found.reference}"),
         ("sequences", f"{asked['num_samples']} of {asked['max_seq_len']} tokens at most"),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions().items() if version)),

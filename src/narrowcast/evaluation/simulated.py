@@ -24,6 +24,7 @@ def evaluate(
     batches: Sequence[Tensor],
     *,
     algorithm: str = "auto",
+    feedback: bool = True,
     reference: Sequence[Tensor] | None = None,
     sites: bool = False,
     tasks: TaskSet | None = None,
@@ -34,7 +35,8 @@ def evaluate(
 
     Each batch goes through `model`, whole and uncompressed, then through the same with the plan attached; nothing but
     figures is kept of it. `reference`: log-probabilities [B, T, V] of the uncompressed model for each batch, where they
-    are at hand. Of a tuned plan, too, every sum is coded: what it leaves uncoded for speed makes answers only better.
+    are at hand. `feedback`: as `attach` has it. Of a tuned plan, too, every sum is coded: what it leaves uncoded for
+    speed makes answers only better.
     `sites`: measure too what each site alone adds to the KL divergence, on the first batches.
     `tasks`: let lm-evaluation-harness ask both models, too, which takes the `tokenizer`.
     Raises InvalidInputError for what `attach` refuses, and for no batches.
@@ -47,7 +49,7 @@ def evaluate(
         return (log_probs(model, ids) for ids in some) if reference is None else reference[:num_batches]
 
     coded = replace(plan, decisions=Decisions())
-    with standing_by(model, [coded], simulate=True, algorithm=algorithm) as (handle,):
+    with standing_by(model, [coded], simulate=True, algorithm=algorithm, feedback=feedback) as (handle,):
         (score,) = scored(model, [handle], track(batches, "scoring"), uncompressed(len(batches)))
         report = handle.report()
         answered = None
@@ -58,12 +60,14 @@ def evaluate(
     errors: Sequence[SiteError] = ()
     if sites:
         first = batches[:NUM_SITE_BATCHES]
-        errors = site_errors(model, coded, track(first, "sites"), uncompressed(len(first)), algorithm=algorithm)
+        seen = track(first, "sites")
+        errors = site_errors(model, coded, seen, uncompressed(len(first)), algorithm=algorithm, feedback=feedback)
     return Evaluation(
         plan=plan,
         conditions=conditions(plan, batches, algorithm),
         reference="whole",
         real=False,
+        feedback=feedback,
         score=score,
         report=report,
         sites=errors,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,15 +26,15 @@ class SiteError:
 
 
 def site_errors(
-    model: nn.Module, plan: Plan, batches: Iterable[Tensor], reference: Iterable[Tensor], *, algorithm: str = "auto"
+    model: nn.Module, plan: Plan, batches: Iterable[Tensor], reference: Iterable[Tensor], **options: Any
 ) -> list[SiteError]:
     """The error of each site of `plan`, simulated on a whole model: a forward a site and batch of ids [B, T].
 
-    `reference`: the uncompressed model's log-probabilities [B, T, V] of each batch.
+    `reference`: the uncompressed model's log-probabilities [B, T, V] of each batch. `options`: those of `attach`.
     """
     sites = list(plan.sites)
     plans = [plan.only(()), *(plan.only([site]) for site in sites)]
-    with standing_by(model, plans, simulate=True, algorithm=algorithm) as handles:
+    with standing_by(model, plans, simulate=True, **options) as handles:
         plain, *scores = (score.by_sequence["kl_nats"] for score in scored(model, handles, batches, reference))
         reports = [handle.report() for handle in handles[1:]]
     return [

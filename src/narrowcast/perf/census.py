@@ -84,7 +84,7 @@ class Census(ObservedWires):
 
             self._note(site, x.shape, send)
 
-        return Noting("all_gather", site, self, note)
+        return Noting("all_gather", site, self, note, adds_up=False)
 
     def gather_tokens(self, parts: Sequence[Tensor], site: str, num_tokens: Sequence[int]) -> Tensor:
         self._note(site, parts[0].shape, lambda simulator, name: simulator.gather_tokens(parts, name, num_tokens))

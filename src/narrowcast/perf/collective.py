@@ -143,5 +143,5 @@ def _checked(x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, exp
     found = _sum(x_TE, hops, transport, algorithm, sent)()
     if not torch.equal(found.view(torch.uint8), expected.view(torch.uint8)):
         raise NarrowcastError(f"{algorithm} differs from its twin on rank {transport.rank}; please report it")
-    num_chunks = len(chunks_of(hops, len(x_TE), x_TE.shape[1], transport.world_size, transport.chunk_nbytes))
+    num_chunks = len(chunks_of(hops, len(x_TE), x_TE.shape[1], transport.world_size, transport.chunk_values))
     return sum(each.nbytes for each in sent), len(sent) // num_chunks

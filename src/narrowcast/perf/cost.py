@@ -29,7 +29,7 @@ NUM_TOKENS, SECONDS = 64, 0.04  # of measuring what coding costs
 # medians), Python and waking up included; and gloo's arithmetic.
 MESSAGE_S = {"tcp": 90e-6, "torch": 260e-6}
 NATIVE_MESSAGES_S, NATIVE_VALUE_S = 450e-6, 2e-9
-CHUNK_NBYTES = {"tcp": TcpTransport.chunk_nbytes, "torch": TorchDistributedTransport.chunk_nbytes}
+CHUNK_VALUES = {"tcp": TcpTransport.chunk_values, "torch": TorchDistributedTransport.chunk_values}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,8 +83,8 @@ class CostModel:
         num_latencies, num_encoded, num_decoded = work
         coding_s = num_encoded * coding.encode_s + num_decoded * coding.decode_s
         wire_s = self._wire_s(sent.nbytes)
-        chunk_nbytes = CHUNK_NBYTES[self.transport]
-        num_chunks = len(chunks_of(hops, num_tokens, self.num_features, self.world_size, chunk_nbytes))
+        chunk_values = CHUNK_VALUES[self.transport]
+        num_chunks = len(chunks_of(hops, num_tokens, self.num_features, self.world_size, chunk_values))
         overlapped_s = max(coding_s, wire_s) + min(coding_s, wire_s) / num_chunks
         return num_latencies * (self.link.delay_s + MESSAGE_S[self.transport]) + overlapped_s
 

@@ -20,6 +20,7 @@ from narrowcast.perf.timing import Case, interleaved, seconds
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
 from narrowcast.plan.transform import Transform
+from narrowcast.runtime import feedback
 from narrowcast.runtime.sites import plain as uncoded
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
 
@@ -70,7 +71,8 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
         rounds = _of_first_rank(transport, _affordable_rounds(times, deadline, budget_s))
         if rounds:
             x_TE = torch.zeros(num_tokens, num_features, dtype=dtype)
-            times = _measured(_ways(site, plan.groups, x_TE, transport), rounds, transport)
+            ways = _ways(site, plan.groups, x_TE, transport, feeds_back=bool(plan.feedback.chains))
+            times = _measured(ways, rounds, transport)
         timings.append(Timing(num_tokens=num_tokens, nbytes=nbytes, seconds=times, measured=rounds > 0))
         num_tokens *= GROWTH
     coded, plain = ({num_features: _thresholds(timings, forms)} for forms in (FORMS, FORMS[1:]))
@@ -120,12 +122,17 @@ def _measured(ways: Mapping[Choice, Case], rounds: int, transport: Transport) ->
     return {Choice.parse(way): median for way, median in _of_first_rank(transport, medians).items()}
 
 
-def _ways(site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport) -> dict[Choice, Case]:
+def _ways(
+    site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport, *, feeds_back: bool
+) -> dict[Choice, Case]:
     """Sums of `x_TE`, and coded ones of as many components of it as travel."""
     ways = {Choice("native"): Case(lambda: transport.native_all_reduce(x_TE))}
     transform = site.transform
     coded = Hops(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
     z_TK = x_TE if transform is None else x_TE.new_zeros(len(x_TE), transform.num_components)
+    if feeds_back and transform is None:
+        residue = torch.zeros(3, *x_TE.shape, dtype=feedback.DTYPE)
+        coded = feedback.Feedback((), (1, 1, 1)).hops(coded, residue)
     for form, hops, given in (("plain", uncoded(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
         for name, algorithm in (ALGORITHMS | NODE_ALGORITHMS).items():
             if algorithm.recodes and transport.world_size == 2:

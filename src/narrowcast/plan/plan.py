@@ -21,6 +21,7 @@ from torch import Tensor
 from narrowcast.codecs import CODECS, CastCodec, Codec
 from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.files import write_new
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.fingerprint import ModelFingerprint, in_order
 from narrowcast.plan.split import Split
@@ -28,7 +29,7 @@ from narrowcast.plan.transform import Transform
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,7 +53,8 @@ class Plan:
 
     `groups`: the tensor-parallel ranks of each node, where sums go within nodes first.
     `calibration` says how it was made (JSON values); `sites` maps a layer's name to its codecs. What travels
-    elsewhere is not coded. `decisions`: what `tune` measured on the ranks, if it did.
+    elsewhere is not coded. `decisions`: what `tune` measured on the ranks, if it did. `feedback`: which sums leave what
+    they lose to the next one.
     """
 
     split: Split
@@ -61,6 +63,7 @@ class Plan:
     calibration: Mapping[str, Any]
     sites: Mapping[str, Site]
     decisions: Decisions = field(default_factory=Decisions)
+    feedback: Chains = field(default_factory=Chains)
 
     @property
     def tp_size(self) -> int:
@@ -138,6 +141,7 @@ class Plan:
                 calibration=header["calibration"],
                 sites={name: _site(name, entry, tensors) for name, entry in header["sites"].items()},
                 decisions=Decisions.from_json(header["decisions"]),
+                feedback=Chains.from_json(header["feedback"]),
             )
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise _unusable(path, expected="the header of a plan", found=f"{type(error).__name__}: {error}") from error
@@ -165,6 +169,7 @@ class Plan:
             "calibration": dict(self.calibration),
             "sites": sites,
             "decisions": self.decisions.to_json(),
+            "feedback": self.feedback.to_json(),
         }
         return json.dumps(header), tensors
 

@@ -1,8 +1,13 @@
 """A plan in words and figures: short names, bits a value."""
 
+from collections.abc import Iterator
+
 from narrowcast.codecs import Codec, FeatureCodec
 from narrowcast.codecs.dynamic import DynamicCodec
 from narrowcast.plan.plan import Plan, Site
+
+ALONE = "no other sum of its stage goes into the residual stream as it does"
+TRANSFORMED = "components travel there, of whose loss a rank knows nothing in features"
 
 
 def codec_name(codec: Codec) -> str:
@@ -13,6 +18,22 @@ def codec_name(codec: Codec) -> str:
 def short_name(site: str) -> str:
     """A site's name without what all have."""
     return site.removeprefix("model.").removeprefix("layers.")
+
+
+def feedback_in_words(plan: Plan) -> Iterator[str]:
+    """At how many of the plan's sums what is lost is made good by the next one, and why at others not."""
+    chained = [site for chain in plan.feedback.chains for site in chain]
+    sums = [name for name, site in plan.sites.items() if site.kind == "sum"]
+    if not sums:
+        return
+    served = [name for name in chained if name in sums and plan.sites[name].transform is None]
+    yield f"depth feedback at {len(served)} of {len(sums)} sums"
+    reasons = {name: plan.feedback.refused.get(name, ALONE) for name in sums if name not in served}
+    reasons |= {name: TRANSFORMED for name in reasons if plan.sites[name].transform is not None}
+    for reason in dict.fromkeys(reasons.values()):
+        names = [short_name(name) for name in reasons if reasons[name] == reason]
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"none at {names[0]}{others}: {reason}"
 
 
 def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:

@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from narrowcast.codecs import CastCodec, Codec
@@ -12,6 +13,7 @@ from narrowcast.collectives.base import Deferred, Traffic
 from narrowcast.plan.decisions import Choice
 from narrowcast.plan.transform import Transform
 from narrowcast.runtime.counters import SiteCounters
+from narrowcast.runtime.feedback import Feedback
 from narrowcast.runtime.products import Product, components
 from narrowcast.runtime.sites import Sites, plain
 from narrowcast.runtime.wires import Wires
@@ -26,9 +28,14 @@ class PlannedWires(Wires):
     def __init__(self, sites: Sites, rank: int | None, tp_size: int, *, count_only: bool = False) -> None:
         Wires.__init__(self, rank, tp_size)
         self.sites, self._count_only = sites, count_only
+        nodes = max(len(sites.groups), 1)
+        self._feedback = Feedback(sites.chains, (tp_size, 1, nodes) if self.virtual else (1, 1, 1))
         self._components: dict[str, Sequence[Product]] = {}
 
-    def sum_products(self, x: Tensor, site: str) -> Tensor:
+    def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
+        return None if self._count_only else self._feedback.residue(site, num_tokens, num_features, device)
+
+    def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         products = self.products(site)
         num_tokens, num_features = math.prod(x.shape[:-1]), products[0].num_features
         x_TF = x.reshape(num_tokens, x.shape[-1])  # a rank may hold no column
@@ -37,9 +44,10 @@ class PlannedWires(Wires):
             products = self._of_components(site, transform)
         partials = [_deferred(product, x_TF) for product in products]
         like = x.new_empty(0, dtype=products[0].dtype or x.dtype)
-        return self._sum(partials, site, choice, transform, num_features, like).view(*x.shape[:-1], num_features)
+        total_TE = self._sum(partials, site, choice, transform, num_features, like, residue)
+        return total_TE.view(*x.shape[:-1], num_features)
 
-    def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
+    def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         x, num_features = partials[0], partials[0].shape[-1]
         flat = [each.reshape(-1, num_features) for each in partials]
         choice, transform = self._way(site, len(flat[0]), num_features)
@@ -48,7 +56,7 @@ class PlannedWires(Wires):
         deferred = [Deferred.of(x_TE) for x_TE in flat]
         if transform is not None:
             deferred = [_analyzed(x_TE, transform, rank) for rank, x_TE in zip(self.ranks, flat, strict=True)]
-        return self._sum(deferred, site, choice, transform, num_features, x).view(x.shape)
+        return self._sum(deferred, site, choice, transform, num_features, x, residue).view(x.shape)
 
     def _way(self, site: str, num_tokens: int, num_features: int) -> tuple[Choice, Transform | None]:
         """The way of a sum, and the transform into the components that travel."""
@@ -70,6 +78,7 @@ class PlannedWires(Wires):
         transform: Transform | None,
         num_features: int,
         like: Tensor,
+        residue: Tensor | None,
     ) -> Tensor:
         """Features [T, E] of the dtype and device of `like`: the sum of `partials`, or made of it if of components."""
         num_tokens, dtype, counters = partials[0].num_tokens, like.dtype, self.sites.counters(site)
@@ -78,12 +87,15 @@ class PlannedWires(Wires):
             num_tokens, self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size), dtype.itemsize
         )
         if choice.form == "native":
-            return self._add_up_natively(partials)
+            given = partials if residue is None else self._feedback.taken_along(partials, residue)
+            return self._add_up_natively(given)
         hops, algorithm = self.sites.hops(site, dtype), choice.algorithm
         if self._count_only or choice.form != "coded":
             hops = plain(dtype)
         if self._count_only:
             algorithm = choose("auto", hops, *shape, self.tp_size)
+        if residue is not None:
+            hops = self._feedback.hops(hops, residue)
         recodes, num_summed = named(algorithm).recodes, partials[0].num_features
         y_TE = like.new_empty(num_tokens, hops.num_reduced(num_summed) if recodes else num_summed)
         self._add_up(partials, y_TE, hops, algorithm, counters)

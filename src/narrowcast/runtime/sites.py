@@ -12,6 +12,7 @@ from narrowcast.collectives.base import Traffic
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.transform import Transform
 from narrowcast.runtime.counters import Counters, Report, SiteCounters
+from narrowcast.runtime.feedback import common_unit
 
 Codecs = Mapping[str, Sequence[Codec]]
 
@@ -28,6 +29,7 @@ class Sites:
     """The codecs of sites on one device, with counters. Where there are none, values travel in their own dtype.
 
     `algorithm`: that of coded sums; with "auto" the one that `decisions` name, or else the one of fewest bytes.
+    `chains`: sites in the order of execution that leave what they lose to the next (`runtime.feedback`).
     `deterministic`: one choice for all sizes, the one that a single token takes, always coded where there are codecs.
     `timed`: count seconds beside bytes.
     """
@@ -40,14 +42,18 @@ class Sites:
         device: torch.device,
         *,
         transforms: Mapping[str, Transform] = MappingProxyType({}),
+        chains: Sequence[Sequence[str]] = (),
         decisions: Decisions = Decisions(),
         deterministic: bool = False,
         timed: bool = False,
     ) -> None:
-        nodes = tuple(tuple(group) for group in groups)
+        self.groups = tuple(tuple(group) for group in groups)
+        # Of components a rank has no partial sum in features, whose loss it could know.
+        self.chains = [[site for site in chain if site in codecs and site not in transforms] for chain in chains]
         self._transforms = {name: transform.to(device) for name, transform in transforms.items()}
         mixes = {name: each.remix.mix for name, each in self._transforms.items() if each.remix is not None}
-        self._coded = {name: Hops(tuple(hops), nodes, mixes.get(name)) for name, hops in codecs.items()}
+        unit = common_unit({site: codecs[site] for chain in self.chains for site in chain})
+        self._coded = {name: Hops(tuple(hops), self.groups, mixes.get(name), unit) for name, hops in codecs.items()}
         self._algorithm, self._deterministic = algorithm, deterministic
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
         self._algorithms: dict[tuple[str, str, int, int], str] = {}

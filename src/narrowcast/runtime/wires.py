@@ -8,6 +8,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from narrowcast.runtime.operators import Operator, register
@@ -38,7 +39,7 @@ class Wires(ABC):
         It takes the columns of `ranks`, [..., E], side by side.
         """
         self._columns[site] = num_features
-        return Operator("all_gather", site, self)
+        return Operator("all_gather", site, self, adds_up=False)
 
     def partial_sums(self, site: str) -> Operator:
         """The operator that adds up partial sums which exist already: [..., E], or of virtual ranks [R, ..., E]."""
@@ -52,15 +53,22 @@ class Wires(ABC):
         """The columns by rank of a site, as `column_parallel` was given them."""
         return self._columns[site]
 
-    def sum_products(self, x: Tensor, site: str) -> Tensor:
+    def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
+        """The loss that earlier sums of this forward have left to this one (`runtime.feedback`); None for none."""
+        return None
+
+    def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         """The sum [..., E] over all ranks of their products of tokens `x` [..., F]."""
         x_TF = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # a rank may hold no column
-        total_TE = self.sum([product(x_TF) for product in self.products(site)], site)
+        total_TE = self.sum([product(x_TF) for product in self.products(site)], site, residue)
         return total_TE.view(*x.shape[:-1], total_TE.shape[-1])
 
     @abstractmethod
-    def sum(self, partials: Sequence[Tensor], site: str) -> Tensor:
-        """The sum [..., E] over all ranks of the partial sums that they put in."""
+    def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
+        """The sum [..., E] over all ranks of the partial sums that they put in.
+
+        It takes the `residue` along, and leaves in its place what is lost now.
+        """
 
     @abstractmethod
     def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:

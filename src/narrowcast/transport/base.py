@@ -35,15 +35,16 @@ class Transport(ABC):
     """A group of `world_size` ranks, this one being `rank`.
 
     Sizes are known to both ends, buffers belong to the caller, and every wait has a deadline.
-    `chunk_nbytes`: the bytes of payload to send at a time, so that coding and sending overlap; None for all at once,
-    where a message costs more than that gains.
+    `chunk_values`: the values to code and send at a time, so that both overlap; None for all at once, where a message
+    costs more than that gains. A number of bytes would cut tensors of other codecs elsewhere, and tokens would change
+    their owner from one sum to the next.
     """
 
     rank: int
     world_size: int
     collectives: Collectives
     name: ClassVar[str] = "custom"
-    chunk_nbytes: ClassVar[int | None] = None
+    chunk_values: ClassVar[int | None] = None
 
     @abstractmethod
     def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> Work:

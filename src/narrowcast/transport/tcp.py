@@ -42,7 +42,7 @@ class TcpTransport(GroupTransport):
     """
 
     name = "tcp"
-    chunk_nbytes = 131072
+    chunk_values = 1 << 18  # 128 KiB at 4 bits
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
 """The kernels there are, by operator and device, and which of them run.
 
-A codec has three operators, each with a reference in plain PyTorch that runs on any device:
+A codec has four operators, each with a reference in plain PyTorch that runs on any device:
 
     encode(codec, x_TE, source, out_TB, stats)
+    encode_with_residue(codec, x_TE, residue_TE, source, out_TB, stats)
     decode_sum(codec, payloads_RTB, first_source, out_TE)
     recode(codec, payloads_RTB, reduced, num_features, out_TB, stats)
 
@@ -29,6 +30,7 @@ REFERENCE = "reference"
 
 REFERENCES: dict[str, Kernel] = {
     "encode": reference.encode,
+    "encode_with_residue": reference.encode_with_residue,
     "decode_sum": reference.decode_sum,
     "recode": reference.recode,
 }
@@ -36,7 +38,12 @@ REFERENCES: dict[str, Kernel] = {
 # By the format (`Codec.id`) of what is encoded or decoded, operator, and type of device.
 KERNELS: dict[tuple[str, str, str], Kernel] = {
     (form, operator, "cpu"): kernel
-    for operator, kernel in (("encode", cpu.encode), ("decode_sum", cpu.decode_sum), ("recode", cpu.recode))
+    for operator, kernel in (
+        ("encode", cpu.encode),
+        ("encode_with_residue", cpu.encode_with_residue),
+        ("decode_sum", cpu.decode_sum),
+        ("recode", cpu.recode),
+    )
     for form in (cpu.FORMS if cpu.native else ())
 }
 

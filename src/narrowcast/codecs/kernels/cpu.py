@@ -55,6 +55,30 @@ def encode(codec: "Codec", x_TE: Tensor, source: int, out_TB: Tensor, stats: Ten
     )
 
 
+def encode_with_residue(
+    codec: "Codec", x_TE: Tensor, residue_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None
+) -> None:
+    """Code x + residue, and leave in the residue what is lost."""
+    assert native is not None
+    num_tokens, num_features = x_TE.shape
+    if num_tokens * num_features >= _LARGE:
+        _limit_threads()
+    native.encode_with_residue(
+        (codec.prepared.get("cpu") or _prepare(codec))[0],
+        x_TE.data_ptr(),
+        _DTYPES[x_TE.dtype],
+        num_tokens,
+        num_features,
+        x_TE.stride(0),
+        residue_TE.data_ptr(),
+        residue_TE.stride(0),
+        source,
+        out_TB.data_ptr(),
+        out_TB.stride(0),
+        0 if stats is None else stats.data_ptr(),
+    )
+
+
 def decode_sum(codec: "Codec", payloads_RTB: Tensor, first_source: int, out_TE: Tensor) -> None:
     """Decode the payloads of the sources from `first_source` on and add them up."""
     assert native is not None

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -11,6 +12,16 @@ if TYPE_CHECKING:
 def encode(codec: "Codec", x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:
     """Code [T, E] into uint8 [T, B]."""
     codec._encode(x_TE, source, out_TB, stats)
+
+
+def encode_with_residue(
+    codec: "Codec", x_TE: Tensor, residue_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None
+) -> None:
+    """Code x + residue in FP32, and leave in the residue what is lost, or nothing of what is not finite."""
+    y_TE = x_TE.float() + residue_TE
+    codec.encode(y_TE, source=source, out=out_TB, stats=stats)
+    lost_TE = y_TE - codec.decode(out_TB, source=source, out=torch.empty_like(y_TE))
+    residue_TE.copy_(torch.where(lost_TE.isfinite(), lost_TE, 0.0))
 
 
 def decode_sum(codec: "Codec", payloads_RTB: Tensor, first_source: int, out_TE: Tensor) -> None:

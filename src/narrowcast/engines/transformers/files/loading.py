@@ -1,7 +1,9 @@
 """Loading models and tokenizers, whole or this rank's part."""
 
+import importlib.util
+import io
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +14,15 @@ from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.plan.split import Split
 
 WHOLE = Split()
+GGUF = ".gguf"
 
 
 def load(
     path: str | Path, *, split: Split = WHOLE, replicate_vocabulary: bool = False, device: str | None = None
 ) -> nn.Module:
-    """The causal LM in folder or of hub name `path`; with a `split`, what this rank of torch.distributed holds of it.
+    """The causal LM of `path`; with a `split`, what this rank of torch.distributed holds of it.
 
+    `path`: a folder, a hub name, or a GGUF file, whose weights are unpacked to BF16.
     With `replicate_vocabulary` each rank keeps all of the embedding and of the output layer, of which nothing travels
     then. A whole model goes to `device`; where a part goes, Transformers decides.
     """
@@ -29,15 +33,18 @@ def load(
     try:
         if split == WHOLE:
             _check_device(device)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+            with _hushed(path):
+                model = AutoModelForCausalLM.from_pretrained(**_located(path), **_weights(path))
             return cast(nn.Module, model.to(device))
         _check_version(split, replicate_vocabulary)
-        _check_divisible(AutoConfig.from_pretrained(path).get_text_config(), split)
-        with _stages_may_be_split() if split.pp_size > 1 else nullcontext():
+        _check_divisible(AutoConfig.from_pretrained(**_located(path)).get_text_config(), split)
+        with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             return cast(
                 nn.Module,
                 AutoModelForCausalLM.from_pretrained(
-                    path, dtype="auto", distributed_config=_distributed_config(split, replicate_vocabulary)
+                    **_located(path),
+                    **_weights(path),
+                    distributed_config=_distributed_config(split, replicate_vocabulary),
                 ),
             )
     except InvalidInputError:
@@ -57,14 +64,39 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 
 def skeleton(path: str | Path) -> nn.Module:
-    """The causal LM of folder or hub name `path` on the meta device: its config is all that is read."""
+    """The causal LM of `path` on the meta device: its config is all that is read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         with torch.device("meta"):
-            return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path)))
+            return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**_located(path))))
     except (OSError, ValueError) as error:
         raise _not_loaded(path, error) from error
+
+
+def _located(path: str | Path) -> dict[str, Any]:
+    """The arguments by which Transformers finds a model: a GGUF file is one in a folder."""
+    if Path(path).suffix != GGUF:
+        return {"pretrained_model_name_or_path": path}
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError("gguf", "gguf")
+    if not Path(path).is_file():
+        raise InvalidInputError(f"model {path}", expected="a file", found="none", remedy="Check the name.")
+    return {"pretrained_model_name_or_path": Path(path).parent, "gguf_file": Path(path).name}
+
+
+def _weights(path: str | Path) -> dict[str, Any]:
+    """The arguments that say in which dtype weights are wanted: as they are, or unpacked."""
+    if Path(path).suffix != GGUF:
+        return {"dtype": "auto"}
+    from transformers import GgufConfig
+
+    return {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def _hushed(path: str | Path) -> AbstractContextManager[Any]:
+    """No bar for each rank that unpacks a file: the engine has no switch for that one."""
+    return redirect_stderr(io.StringIO()) if Path(path).suffix == GGUF else nullcontext()
 
 
 def _check_device(device: str | None) -> None:
@@ -153,7 +185,7 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(**_located(path))
     except (OSError, ValueError) as error:
         raise _not_loaded(path, error) from error
 
@@ -161,7 +193,7 @@ def load_tokenizer(path: str | Path) -> Any:
 def _not_loaded(path: str | Path, error: Exception) -> InvalidInputError:
     return InvalidInputError(
         f"model {path}",
-        expected="a folder or hub name that Transformers can load",
+        expected="a folder, hub name or GGUF file that Transformers can load",
         found=str(error).strip().splitlines()[0].rstrip("."),
         remedy="Check the name; offline, pass a folder.",
     )

@@ -1,0 +1,137 @@
+"""Depth feedback: what a rank's payload lost at one site is added to what it sends at the next, for the same token.
+
+In a pre-norm transformer sums are added to the residual stream as they are, so that the stream carries the loss of the
+last site alone and not that of all. Where a sum travels again, what its coding loses is fed back likewise, by whoever
+owns a token. docs/method.md derives it; decision 0026 says why it stands in for codecs.
+
+Shapes: T tokens, E features, S sources of a hop that code here.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from narrowcast.codecs import Codec
+from narrowcast.collectives import Hops
+from narrowcast.collectives.base import Deferred
+
+DTYPE = torch.float32  # of what was lost
+
+
+class FeedbackCodec:
+    """Stands in for `codec` in the steps of an algorithm: adds what was lost before, and keeps what is lost now.
+
+    `residue`: [S, T, E] of the tokens and features that are coded; S is 1 where one source codes here.
+    """
+
+    def __init__(self, codec: Codec, residue_STE: Tensor) -> None:
+        self._codec, self._residue_STE = codec, residue_STE
+
+    def encode(self, x_TE: Tensor, *, source: int, out: Tensor | None = None, stats: Tensor | None = None) -> Tensor:
+        """The payload of `x_TE` and of what was lost before."""
+        residue_TE = self._residue_STE[source if len(self._residue_STE) > 1 else 0]
+        return self._codec.encode(x_TE, source=source, out=out, stats=stats, residue=residue_TE)
+
+    def recode(
+        self,
+        payloads_RTB: Tensor,
+        reduced: "FeedbackCodec",
+        *,
+        num_features: int,
+        out: Tensor,
+        stats: Tensor | None = None,
+    ) -> Tensor:
+        """The payload of the sum and of what was lost of sums before."""
+        total_TE = self._codec.decode_sum(payloads_RTB, num_features=num_features)
+        return reduced.encode(total_TE, source=0, out=out, stats=stats)
+
+    def tokens(self, own: slice) -> "FeedbackCodec":
+        """A stand-in for the codec of some tokens."""
+        return FeedbackCodec(self._codec.tokens(own), self._residue_STE[:, own])
+
+    def features(self, start: int, stop: int) -> "FeedbackCodec":
+        """A stand-in for the codec of a block of features."""
+        return FeedbackCodec(self._codec.features(start, stop), self._residue_STE[:, :, start:stop])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._codec, name)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site's place among those of a forward that feed back one into the next."""
+
+    chain: int
+    index: int
+    last: bool
+
+
+class Feedback:
+    """The loss of a forward so far, of the ranks that compute here: zero before a chain's first site, dropped after its
+    last.
+
+    `chains`: sites in the order of execution, each of which leaves its loss to the next one in its chain.
+    `num_sources`: by hop, those that code here, of which each row of a residue [rows, T, E] is one's.
+    """
+
+    def __init__(self, chains: Iterable[Sequence[str]], num_sources: Sequence[int]) -> None:
+        self._places = {
+            site: Place(number, index, index == len(chain) - 1)
+            for number, chain in enumerate(chains)
+            for index, site in enumerate(chain)
+        }
+        self._num_sources = list(num_sources)
+        self._residue: Tensor | None = None
+        self._next: tuple[int, int] = (0, 0)
+
+    def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
+        """The loss that the site before has left, for this one to add and to replace; None where none is fed back.
+
+        Zeros, unless the last sum was of the site before and of as many tokens.
+        """
+        place = self._places.get(site)
+        if place is None:
+            return None
+        residue, shape = self._residue, (sum(self._num_sources), num_tokens, num_features)
+        if residue is None or self._next != (place.chain, place.index) or residue.shape != shape or place.index == 0:
+            residue = torch.zeros(shape, dtype=DTYPE, device=device)
+        self._residue, self._next = None if place.last else residue, (place.chain, place.index + 1)
+        return residue
+
+    def hops(self, hops: Hops, residue: Tensor) -> Hops:
+        """The same hops, with codecs that feed back."""
+        rows = residue.split(self._num_sources)
+        codecs = tuple(
+            cast(Codec, FeedbackCodec(codec, own_STE)) for codec, own_STE in zip(hops.codecs, rows, strict=False)
+        )
+        return replace(hops, codecs=codecs)
+
+    def taken_along(self, partials: Sequence[Deferred], residue: Tensor) -> list[Deferred]:
+        """Partial sums that travel uncoded, by whatever the group has for that: they take all along, and lose nothing.
+
+        Of sums that were coded again a token's owner alone has the loss; simulated, one rank takes all of it.
+        """
+        own, *others = residue.clone().split(self._num_sources)
+        residue.zero_()
+        lost = [row.clone() for row in own]
+        for rows in others:
+            lost[0] += rows.sum(dim=0)
+        return [_plus(partial, lost_TE) for partial, lost_TE in zip(partials, lost, strict=True)]
+
+
+def _plus(partial: Deferred, lost_TE: Tensor) -> Deferred:
+    def tokens(own: slice) -> Tensor:
+        x_TE = partial.tokens(own)
+        return (x_TE.float() + lost_TE[own]).to(x_TE.dtype)
+
+    return replace(partial, tokens=tokens)
+
+
+def common_unit(codecs: Mapping[str, Sequence[Codec]]) -> int:
+    """Features that stay together at all of these sites, so that blocks of features have one owner in a forward."""
+    units = [codec.granularity for hops in codecs.values() for codec in hops]
+    return math.lcm(*(unit for unit in units if unit is not None))

@@ -1,0 +1,53 @@
+"""SmolLM2-135M, whose sums have outliers as those of large models have: what small random models cannot show."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import narrowcast
+from narrowcast.calibration.stream import chains_of
+from narrowcast.engines import load_engine
+from narrowcast.plan.split import Split
+from narrowcast.scores import compare, log_probs
+
+FOLDER = Path(__file__).parents[1] / "models" / "smollm2-135m"
+TEXTS = [
+    "The harbour was quiet when the last boat came in, and nobody on the quay could say where it had been all night.",
+    "A bridge carries its own weight first of all; what crosses it comes second, and the wind is never far behind.",
+    "She wrote the recipe down twice, once for her brother and once for herself, and left the salt out of both.",
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    """In FP32, which CPUs multiply several times faster than BF16."""
+    if not FOLDER.is_dir():
+        pytest.skip("needs the real model: run make model")
+    return load_engine().load(FOLDER).float()
+
+
+def test_it_answers(model: nn.Module) -> None:
+    tokenizer = load_engine().load_tokenizer(FOLDER)
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(log_probs(model, ids)[0, -1].argmax()) == " Paris"
+    assert "<|im_start|>user" in tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+
+
+def test_all_its_sums_form_a_chain(model: nn.Module) -> None:
+    (chain,) = chains_of(model, Split(tp_size=3), torch.arange(100, 108)).chains
+    assert len(chain) == 60
+    assert (chain[0], chain[-1]) == ("model.layers.0.self_attn.o_proj", "model.layers.29.mlp.down_proj")
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_feedback_wins_back_most_of_what_is_lost(model: nn.Module, algorithm: str) -> None:
+    tokenizer = load_engine().load_tokenizer(FOLDER)
+    *seen, scored = (tokenizer(text, return_tensors="pt").input_ids for text in TEXTS)
+    plan = narrowcast.calibrate(model, seen, tp_size=3, codec="int4-group128")
+    reference, kl = log_probs(model, scored), {}
+    for feedback in (True, False):
+        with narrowcast.attach(model, plan, simulate=True, algorithm=algorithm, feedback=feedback):
+            kl[feedback] = compare([reference], [log_probs(model, scored)], [scored]).kl_nats
+    assert kl[True] < 0.6 * kl[False]
