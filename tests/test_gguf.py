@@ -95,8 +95,10 @@ def test_ranks_take_their_parts_of_a_file(ranks: Callable[[int], Ranks], folder:
 
 
 def test_a_missing_file_and_a_missing_package_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InvalidInputError, match=r"nowhere\.gguf: expected a file"):
-        load_engine().load(folder / "nowhere.gguf")
+    engine = load_engine()
+    for read in (engine.load, engine.skeleton, engine.load_tokenizer):
+        with pytest.raises(InvalidInputError, match=r"^model \S*nowhere\.gguf: expected a file, found none"):
+            read(folder / "nowhere.gguf")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"narrowcast\[gguf\]"):
-        load_engine().load_tokenizer(folder / "model.gguf")
+        engine.load_tokenizer(folder / "model.gguf")

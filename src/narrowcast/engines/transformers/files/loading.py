@@ -67,9 +67,10 @@ def skeleton(path: str | Path) -> nn.Module:
     """The causal LM of `path` on the meta device: its config is all that is read."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    located = _located(path)
     try:
         with torch.device("meta"):
-            return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**_located(path))))
+            return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**located)))
     except (OSError, ValueError) as error:
         raise _not_loaded(path, error) from error
 
@@ -184,8 +185,9 @@ def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer beside the model."""
     from transformers import AutoTokenizer
 
+    located = _located(path)
     try:
-        return AutoTokenizer.from_pretrained(**_located(path))
+        return AutoTokenizer.from_pretrained(**located)
     except (OSError, ValueError) as error:
         raise _not_loaded(path, error) from error
 
