@@ -2,9 +2,8 @@
 
 usage: python benchmarks/feedback.py [--json FILE] [--model FOLDER] [--calibrate TEXT] [--score TEXT] [--tp N]
 
-TEXT: as frontier.py has it. The figures that are kept are of SmolLM2-135M-Instruct (make model), calibrated on
-WikiText-2 (raw) and scored on books of Project Gutenberg. KL in nats from the uncompressed model, simulated, with its
-95 % interval over sequences, and the change of perplexity.
+TEXT: as frontier.py has it. KL in nats from the uncompressed model, simulated, with its 95 % interval over sequences,
+and the change of perplexity. `make model` gets a real model for it.
 """
 
 from collections.abc import Iterator

@@ -100,5 +100,6 @@ def test_a_missing_file_and_a_missing_package_are_told(folder: Path, monkeypatch
         with pytest.raises(InvalidInputError, match=r"^model \S*nowhere\.gguf: expected a file, found none"):
             read(folder / "nowhere.gguf")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match=r"narrowcast\[gguf\]"):
-        engine.load_tokenizer(folder / "model.gguf")
+    for read in (engine.load, engine.skeleton, engine.load_tokenizer):
+        with pytest.raises(MissingDependencyError, match=r"narrowcast\[gguf\]"):
+            read(folder / "model.gguf")

@@ -88,8 +88,8 @@ class Codec(ABC):
             out = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
         elif out.shape != shape or out.dtype is not torch.uint8:
             raise self._misfit(f"out of {list(shape)} bytes", out)
-        if residue is not None and (residue.shape != x_TE.shape or residue.dtype is not torch.float32):
-            raise self._misfit(f"a residue of {list(x_TE.shape)} in fp32", residue)
+        if residue is not None:
+            self._check_residue(residue, x_TE)
         if num_tokens and num_features:
             if residue is None:
                 kernels.find(self, "encode", x_TE, out, stats)(self, x_TE, source, out, stats)
@@ -284,6 +284,17 @@ class Codec(ABC):
                 expected="values [tokens, features] in bf16, fp16 or fp32",
                 found=f"{list(x_TE.shape)} in {x_TE.dtype}",
                 remedy="Reshape or convert them first.",
+            )
+
+    def _check_residue(self, residue: Tensor, x_TE: Tensor) -> None:
+        """Kernels write to its rows by address."""
+        fits = residue.shape == x_TE.shape and residue.dtype is torch.float32 and residue.device == x_TE.device
+        if not fits or residue.stride(-1) != 1:
+            raise InvalidInputError(
+                "residue",
+                expected=f"{list(x_TE.shape)} in fp32 on {x_TE.device}, rows contiguous",
+                found=f"{list(residue.shape)} in {residue.dtype} on {residue.device}, strides {residue.stride()}",
+                remedy="Begin with torch.zeros of that shape.",
             )
 
     def _misfit(self, expected: str, found: Tensor) -> InvalidInputError:

@@ -16,11 +16,6 @@ class Chains:
     chains: Sequence[tuple[str, ...]] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def last(self) -> set[str]:
-        """Sites whose loss nobody makes good."""
-        return {chain[-1] for chain in self.chains}
-
     def joined(self, other: "Chains") -> "Chains":
         """Those of two ranks: of other stages, or the same."""
         new = tuple(chain for chain in other.chains if chain not in self.chains)

@@ -30,19 +30,20 @@ def load(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a rank would garble the screen
+    located = _located(path)
     try:
         if split == WHOLE:
             _check_device(device)
             with _hushed(path):
-                model = AutoModelForCausalLM.from_pretrained(**_located(path), **_weights(path))
+                model = AutoModelForCausalLM.from_pretrained(**located, **_weights(path))
             return cast(nn.Module, model.to(device))
         _check_version(split, replicate_vocabulary)
-        _check_divisible(AutoConfig.from_pretrained(**_located(path)).get_text_config(), split)
+        _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             return cast(
                 nn.Module,
                 AutoModelForCausalLM.from_pretrained(
-                    **_located(path),
+                    **located,
                     **_weights(path),
                     distributed_config=_distributed_config(split, replicate_vocabulary),
                 ),
