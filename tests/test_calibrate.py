@@ -1,6 +1,9 @@
 """Calibration: the paper's moving averages, whatever the batches and the padding."""
 
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +31,10 @@ def sequences() -> list[Tensor]:
 
 
 def test_ranges_follow_the_paper(model: nn.Module) -> None:
-    """Recomputed with forward hooks on the whole layer: partial sums from its input, weight by weight."""
+    """Recomputed with forward hooks on the whole layer: partial sums from its input, weight by weight.
+
+    The first of five sequences is held out.
+    """
     seen: list[list[Tensor]] = []
     layer = model.get_submodule("model.layers.1.mlp.down_proj")
     assert isinstance(layer, nn.Linear)
@@ -39,7 +45,7 @@ def test_ranges_follow_the_paper(model: nn.Module) -> None:
 
     handle = layer.register_forward_hook(hook)
     with torch.no_grad():
-        for ids in sequences():
+        for ids in sequences()[1:]:
             model(ids)
     handle.remove()
     low, high = (torch.stack([x.amin(0) for x in seen[0]]), torch.stack([x.amax(0) for x in seen[0]]))
@@ -87,7 +93,9 @@ def test_order_and_text_do_change_the_plan(model: nn.Module) -> None:
 @pytest.mark.parametrize("tp_size", [2, 3, 5, 8, 97])
 def test_any_tp_size_also_indivisible(model: nn.Module, tp_size: int) -> None:
     """At 97 some ranks hold nothing: their partial sums are zeros."""
-    plan = narrowcast.calibrate(model, sequences(), tp_size=tp_size)
+    plan = narrowcast.calibrate(
+        model, sequences(), tp_size=tp_size, codec={"sum": "int4-feature", "last": "int4-feature"}
+    )
     for site in plan.sites.values():
         partial, reduced = site.codecs
         assert (partial.num_sources, reduced.num_sources) == (tp_size, 1)
@@ -122,7 +130,9 @@ def test_ways_to_count_the_first_tokens(model: nn.Module) -> None:
 
 def test_any_number_of_outliers_by_recipe(model: nn.Module) -> None:
     plan = narrowcast.calibrate(model, sequences(), tp_size=2, codec=FeatureRecipe(num_bits=5, num_outliers=7))
-    for site in plan.sites.values():
+    *others, last = plan.feedback.chains[0]
+    assert plan.sites[last].codecs[0].id == "group"  # which nothing makes good
+    for site in (plan.sites[name] for name in others):
         assert isinstance(site.codecs[0], FeatureCodec)
         assert (site.codecs[0].num_bits, len(site.codecs[0].outliers)) == (5, 7)
     assert plan.calibration["codec"] == "feature(bits=5, outliers=7)"
@@ -149,17 +159,24 @@ def test_dropout_does_not_change_the_plan(model: nn.Module) -> None:
 
 
 def test_an_interrupt_leaves_the_model_as_it_was(model: nn.Module) -> None:
-    def interrupt(done: int) -> None:
-        raise KeyboardInterrupt
+    phases = "calibrating", "trying errors", "calibrating under feedback"
+    for phase in phases:
 
-    with pytest.raises(KeyboardInterrupt):
-        narrowcast.calibrate(model, sequences(), tp_size=2, progress=interrupt)
-    assert all("forward" not in module.__dict__ for module in model.modules())
+        def interrupted(steps: Iterable[Any], what: str, phase: str = phase) -> Iterator[Any]:
+            yield from itertools.islice(steps, 2 if what == phase else None)
+            if what == phase:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            narrowcast.calibrate(model, sequences(), tp_size=2, track=interrupted)
+        assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 def test_expected_errors_are_those_of_the_plan(model: nn.Module) -> None:
     text = sequences()[:1]
-    fine, coarse = (narrowcast.calibrate(model, text, tp_size=2, codec=f"int{n}-feature") for n in (8, 4))
+    fine, coarse = (
+        narrowcast.calibrate(model, text, tp_size=2, codec=f"int{n}-feature", feedback=False) for n in (8, 4)
+    )
     for name, site in fine.sites.items():
         assert 0 < site.error["one_shot"] < site.error["two_shot"]
         # 127 / 7 times coarser steps; the sequence that set the ranges clips nothing.
@@ -204,13 +221,16 @@ def test_partial_sums_that_are_not_finite_are_refused(model: nn.Module) -> None:
             layer.weight[3, 5] = 0.0
 
 
-def test_a_plan_with_outliers_is_saved_and_loaded(model: nn.Module, tmp_path: Path) -> None:
-    plan = narrowcast.calibrate(model, sequences(), tp_size=2)
+def test_a_plan_says_how_it_was_made(model: nn.Module, tmp_path: Path) -> None:
+    plan = narrowcast.calibrate(model, sequences(), tp_size=2, codec="int4-feature")
     plan.save(tmp_path / "plan")
-    assert Plan.load(tmp_path / "plan").calibration == {
+    told = dict(Plan.load(tmp_path / "plan").calibration)
+    assert 0 < told.pop("kl_nats") < told.pop("kl_nats_without_feedback") < 0.1
+    assert told == {
         "codec": "int4-feature",
-        "num_sequences": 5,
-        "num_tokens": 87,
+        "num_sequences": 4,
+        "num_tokens": 67,
+        "num_held_out": 1,
         "first_tokens": "count",
         "num_first": 4,
         "ema_factor": EMA_FACTOR,

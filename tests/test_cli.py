@@ -18,11 +18,12 @@ from conftest import MODEL
 from models import save_random
 from narrowcast import Plan
 from narrowcast.cli import app
-from narrowcast.codecs import PRESETS
+from narrowcast.codecs import PRESETS, FeatureCodec
 from narrowcast.engines import load_engine
 from narrowcast.plan import Site
 
 TEXT = str(MODEL / "scoring.txt")
+SHORT = "--text", TEXT, "--num-samples", 8, "--max-seq-len", 64
 
 
 def narrowcast(*arguments: object, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -49,8 +50,9 @@ def refused(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plans") / "two"
-    done = narrowcast("calibrate", MODEL, "-tp", 2, "--text", TEXT, "--num-samples", 8, "--max-seq-len", 64, "-o", path)
-    assert done.stdout == f"{path}: 16 sites, tp_size 2, int4-feature, from 8 sequences\n"
+    done = narrowcast("calibrate", MODEL, "-tp", 2, "--codec", "int4-feature", *SHORT, "-o", path)
+    assert done.stdout.startswith(f"{path}: 16 sites, tp_size 2, int4-feature, 4.441 bits a value, from 8 sequences\n")
+    assert "verdict: none noticed; KL 0.00" in done.stdout
     return path
 
 
@@ -63,8 +65,8 @@ COMMANDS = {
         "--codec --experts --input-len --json --link --pipeline-parallel-size --tensor-parallel-size --transport"
     ),
     "calibrate": (
-        "--codec --device --experts --first-tokens --max-seq-len --nnodes --num-samples --output --overwrite "
-        "--pipeline-parallel-size --real --tensor-parallel-size --text --timeout"
+        "--bits --codec --device --experts --first-tokens --max-seq-len --nnodes --no-feedback --num-samples --output "
+        "--overwrite --pipeline-parallel-size --real --target-kl --tensor-parallel-size --text --timeout"
     ),
     "evaluate": (
         "--algorithm --baseline --device --json --limit --max-seq-len --no-feedback --num-samples --plan --real "
@@ -90,24 +92,24 @@ def options() -> dict[str, dict[str, Any]]:
 
 
 def test_commands_and_options_are_pinned() -> None:
-    """Eleven commands, 65 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
+    """Eleven commands, 68 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
     assert {command: " ".join(sorted(found)) for command, found in options().items()} == COMMANDS
-    assert sum(map(len, options().values())) == 65
+    assert sum(map(len, options().values())) == 68
 
 
 def test_an_option_has_one_default() -> None:
-    """But where one command asks for several of what another has one of, and where one can do without."""
+    """But where one command asks for several of what another has one of, can do without, or looks at the model."""
     defaults: dict[str, set[str]] = {}
     for found in options().values():
         for name, default in found.items():
             defaults.setdefault(name, set()).add(str(default))
     several = {name for name, values in defaults.items() if len(values) > 1}
-    assert several <= {"--codec", "--link", "--transport"}, {name: defaults[name] for name in several}
+    assert several <= {"--codec", "--link", "--transport", "--tensor-parallel-size"}, {name: defaults[name] for name in several}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_fits_a_screen(command: str) -> None:
-    assert len(run(command, "--help").strip().splitlines()) <= 42
+    assert len(run(command, "--help").strip().splitlines()) <= 45
 
 
 @pytest.mark.parametrize("option", ["-tp", "--tensor-parallel-size"])
@@ -127,8 +129,8 @@ def test_evaluate_real_equals_simulated(plan: Path, tmp_path: Path) -> None:
     assert real["real"] and not simulated["real"]
     for figure in ("bits_per_value", "wire_bytes_per_token", "num_tokens", "tp_size"):
         assert simulated[figure] == real[figure]
-    assert simulated["bits_per_value"] == 4.1875
-    assert simulated["wire_bytes_per_token"] == 16 * 134
+    assert simulated["wire_bytes_per_token"] == 15 * 134 + (256 + 2 * 4)  # the last sum in int8-group128
+    assert simulated["bits_per_value"] == simulated["wire_bytes_per_token"] / 16 / 256 * 8
     # bf16 matrix products may round differently with another number of threads; scores then move a little.
     assert real["kl_nats"] == pytest.approx(simulated["kl_nats"], rel=0.1)
     assert real["perplexity"] == pytest.approx(simulated["perplexity"], rel=0.01)
@@ -139,15 +141,17 @@ def test_evaluate_real_equals_simulated(plan: Path, tmp_path: Path) -> None:
 def test_calibrate_on_ranks_writes_the_plan_of_one_process(plan: Path, tmp_path: Path) -> None:
     """At 1 thread a rank, matrix products may round differently: the same sites, and ranges within a rounding."""
     path = tmp_path / "real"
-    arguments = ["--text", TEXT, "--num-samples", 8, "--max-seq-len", 64]
-    done = narrowcast("calibrate", MODEL, "-tp", 2, *arguments, "-o", path, "--real")
-    assert done.stdout == f"{path}: 16 sites, tp_size 2, int4-feature, from 8 sequences\n"
+    arguments = "calibrate", MODEL, "-tp", 2, "--codec", "int4-feature", *SHORT, "-o", path, "--real"
+    assert "16 sites, tp_size 2, int4-feature, 4.441 bits a value, from 8 sequences" in narrowcast(*arguments).stdout
     found, expected = Plan.load(path), Plan.load(plan)
-    assert found.model == expected.model and found.calibration == expected.calibration
+    assert found.model == expected.model and found.calibration.keys() == expected.calibration.keys()
     for name, site in expected.sites.items():
         for mine, theirs in zip(found.sites[name].codecs, site.codecs, strict=True):
-            assert torch.allclose(mine.scale.float(), theirs.scale.float(), rtol=0.05)
-    assert "a new file" in refused("calibrate", MODEL, "-tp", 2, *arguments, "-o", path, "--real")
+            assert type(mine) is type(theirs)
+            assert not isinstance(mine, FeatureCodec) or torch.allclose(
+                mine.scale.float(), theirs.scale.float(), rtol=0.05
+            )
+    assert "a new file" in refused(*arguments)
 
 
 def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
@@ -155,7 +159,7 @@ def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
     codecs = ["--codec", "int8-feature", "--codec", "logits=int8-group128"]
     split, text = ["-tp", 1, "-pp", 2], ["--text", TEXT, "--num-samples", 4, "--max-seq-len", 64]
     done = narrowcast("calibrate", MODEL, *split, *codecs, *text, "-o", path)
-    assert "2 sites, tp_size 1, pp_size 2, int8-feature, logits=int8-group128" in done.stdout
+    assert "2 sites, tp_size 1, pp_size 2, " in done.stdout and "logits=int8-group128" in done.stdout
     assert "boundary" in narrowcast("inspect", path).stdout
     prompts = ["--prompt", "The sea", "--prompt", "A much longer prompt about"]
     done = narrowcast("generate", MODEL, "--plan", path, *prompts, "--max-new-tokens", 8)
@@ -215,7 +219,8 @@ def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> 
     path = tmp_path / "plan"
     arguments = "-tp", 4, "--text", TEXT, "--num-samples", 2, "--max-seq-len", 32
     codec = f"transform(bits=2, axes={axes})" if axes else "allocated(bits=2)"
-    narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", codec)
+    done = narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", codec, check=False)
+    assert done.returncode == ("verdict: unusable" in done.stdout)  # of so little text
     shown = narrowcast("inspect", path).stdout
     head, _, tables = shown.partition("Values of the ranks")
     assert ("depth feedback at 0 of 16 sums" in head) == bool(axes)

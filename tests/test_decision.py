@@ -235,7 +235,7 @@ def test_scores_are_of_the_codecs_however_a_plan_was_tuned(tmp_path: Path) -> No
     options = "--num-samples", "1", "--max-seq-len", "32", "--json", str(tmp_path / "r.json")
     done = run_cli("evaluate", str(MODEL), "--plan", str(tmp_path / "plan"), *options)
     assert done.exit_code == 0, done.output
-    assert json.loads((tmp_path / "r.json").read_text(encoding="utf8"))["bits_per_value"] < 5
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf8"))["bits_per_value"] < 6
 
 
 def told(folder: Path, plan: bytes) -> str:
@@ -269,7 +269,7 @@ def test_an_attached_model_follows_its_plan(ranks: Callable[[int], Ranks], tmp_p
         exact = model(ids).logits.float()
     for (plain_logits, plain_report), (coded_logits, coded_report) in ranks(2).run(attached, folder, data, ids):
         assert plain_report.bits_per_value == 16
-        assert coded_report.bits_per_value < 5  # type: ignore[operator]
+        assert coded_report.bits_per_value < 6  # type: ignore[operator]
         assert (plain_logits - exact).abs().max() < (coded_logits - exact).abs().max()
 
 

@@ -178,7 +178,8 @@ def test_errors_by_site_find_the_site_that_is_coded_badly(model: nn.Module) -> N
     """All sites in 8 bits but one, in 2; and what they add is nearly what all of them together do."""
     batches = [random_ids(1, 24, seed=seed) for seed in range(3)]
     fine, coarse = (
-        narrowcast.calibrate(model, batches, tp_size=2, codec=f"group(bits={bits}, size=32)") for bits in (8, 2)
+        narrowcast.calibrate(model, batches, tp_size=2, codec={"sum": codec, "last": codec})
+        for codec in ("group(bits=8, size=32)", "group(bits=2, size=32)")
     )
     bad = "model.layers.1.mlp.down_proj"
     plan = replace(fine, sites={**fine.sites, bad: coarse.sites[bad]})

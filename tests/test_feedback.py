@@ -265,7 +265,7 @@ def test_a_plan_keeps_the_chains(tmp_path: Path) -> None:
 
 def test_it_is_on_unless_it_is_turned_off() -> None:
     model, ids = a_model("llama"), random_ids(2, 16)
-    plan = narrowcast.calibrate(model, [ids], tp_size=4)
+    plan = narrowcast.calibrate(model, [ids], tp_size=4, codec="int4-feature")
     logits = {}
     for feedback in (True, False):
         with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, feedback=feedback):
@@ -273,7 +273,7 @@ def test_it_is_on_unless_it_is_turned_off() -> None:
     with torch.no_grad():
         exact = model(ids).logits.float()
     on, off = ((logits[each] - exact).norm() for each in (True, False))
-    assert on < 0.9 * off
+    assert on < 0.8 * off
 
 
 def options_differ(folder: Path) -> str:

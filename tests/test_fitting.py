@@ -17,6 +17,8 @@ from narrowcast import InvalidInputError, Plan
 from narrowcast.calibration import observe, recipes_by_kind
 from narrowcast.calibration.fit import fit
 from narrowcast.calibration.moments import Moments, fisher_information
+from narrowcast.calibration.sensitivity import sensitivities
+from narrowcast.calibration.stream import chains_of
 from narrowcast.cli.calibrate import codec_by_kind
 from narrowcast.codecs import (
     PRESETS,
@@ -29,8 +31,10 @@ from narrowcast.codecs import (
     recipe,
 )
 from narrowcast.codecs.allocation import BLOCK, Entry, allocate
-from narrowcast.engines import load_engine
+from narrowcast.engines import engine_of, load_engine
 from narrowcast.engines.forwards import chunk
+from narrowcast.plan.chains import Chains
+from narrowcast.plan.split import Split
 from narrowcast.scores import compare, log_probs
 from test_calibrate import batch
 
@@ -78,8 +82,33 @@ def test_diagonal_moments_are_the_diagonals(model: nn.Module) -> None:
     assert full.keys() == diagonal.keys()
     for site, moments in full.items():
         of_full = moments.diagonal()
-        for name in ("partial", "total", "fisher"):
+        for name in ("partial", "total"):
             assert torch.allclose(getattr(of_full, name), getattr(diagonal[site], name), rtol=1e-4)
+
+
+def test_sensitivities_are_what_gradients_tell(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tried with noise, without gradients: the mean of the Fisher information's diagonal, which 3000 labels tell.
+
+    In FP32 the noise may be smaller than what shows in BF16, and this model's answers saturate early.
+    """
+    monkeypatch.setattr("narrowcast.calibration.sensitivity.KL_OF_NOISE", 1e-4)
+    text = [random_ids(1, 100, seed=seed)[0] for seed in range(30)]
+    sites = [name for name, kind in engine_of(model).sites(model, Split(tp_size=2)).items() if kind == "sum"]
+    expected = {site: fisher.diagonal().mean() for site, fisher in fisher_information(model, text, sites).items()}
+    power = dict.fromkeys(sites, torch.full((1, 96), 1e-4))
+    found = sensitivities(model, Split(tp_size=2), Chains(), power, torch.cat(text[:2]))
+    for site in sites:
+        assert found[site].mean() == pytest.approx(expected[site], rel=0.25)
+
+
+def test_what_is_made_good_at_the_next_site_costs_less(model: nn.Module) -> None:
+    """Between what an error costs for good and what it costs until the next site; the last site's stays for good."""
+    split, ids = Split(tp_size=2), random_ids(1, 100)[0]
+    (chain,) = (chains := chains_of(model, split, ids)).chains
+    power = dict.fromkeys(chain, torch.full((1, 96), 1e-4))
+    for_good, until_next = (sensitivities(model, split, each, power, ids) for each in (Chains(), chains))
+    assert all((until_next[site] < for_good[site]).all() for site in chain[:-1])
+    assert torch.allclose(until_next[chain[-1]], for_good[chain[-1]], rtol=0.01)
 
 
 class Softmax(nn.Module):
@@ -93,16 +122,15 @@ class Softmax(nn.Module):
         return SimpleNamespace(logits=self.scores(input_ids))
 
 
-@pytest.mark.parametrize("full", [True, False])
-def test_fisher_information_of_a_softmax(full: bool) -> None:
+def test_fisher_information_of_a_softmax() -> None:
     """20,000 labels of 4 classes: an entry's standard error is below 0.5 / sqrt(20,000) = 0.0036."""
     softmax = Softmax(4)
     with torch.no_grad():
         softmax.scores.weight.copy_(torch.tensor([[0.0, 1.0, -1.0, 2.0]]))
     p = softmax.scores.weight[0].detach().softmax(dim=0)
-    found = fisher_information(softmax, [torch.zeros(5000, dtype=torch.long)] * 4, ["scores"], full=full)["scores"]
+    found = fisher_information(softmax, [torch.zeros(5000, dtype=torch.long)] * 4, ["scores"])["scores"]
     expected = p.diag() - torch.outer(p, p)
-    assert torch.allclose(found, expected if full else expected.diagonal(), atol=4 * 0.0036)
+    assert torch.allclose(found, expected, atol=4 * 0.0036)
     assert all(weight.requires_grad and weight.grad is None for weight in softmax.parameters())
 
 
@@ -112,7 +140,7 @@ def test_fisher_information_predicts_the_divergence(model: nn.Module) -> None:
     H is an average over labels that are drawn: over some 3000 of them, within a fifth.
     """
     text = [random_ids(1, 100, seed=seed) for seed in range(30)]
-    fisher = fisher_information(model, [ids[0] for ids in text], [SITE], full=True)[SITE].double()
+    fisher = fisher_information(model, [ids[0] for ids in text], [SITE])[SITE].double()
     generator = torch.Generator().manual_seed(0)
     layer, divergence, expected = model.get_submodule(SITE), 0.0, 0.0
     with torch.no_grad():
@@ -222,12 +250,13 @@ def test_a_target_is_met_with_the_fewest_bits(model: nn.Module, observed: Any, f
     bits = plan.calibration["bits"]
     assert 1 < bits < 8
     kl = held_out_kl(plan, model)
-    assert kl == pytest.approx(plan.calibration["held_out_kl"], rel=1e-3)
+    assert kl == pytest.approx(plan.calibration["kl_nats"], rel=1e-3)
     assert kl <= target
     fewer = observed.plan(replace(RECIPES[form], bits=bits - 1 / 16))
     assert held_out_kl(fewer, model) > target
     same = observed.plan(replace(RECIPES[form], bits=bits))
-    assert {name: site.error for name, site in same.sites.items()} == {n: s.error for n, s in plan.sites.items()}
+    for name, site in same.sites.items():  # up to what was lost in the runs that their ranges are from
+        assert site.error == pytest.approx(plan.sites[name].error, rel=0.1)
 
 
 def test_impossible_targets_are_refused(observed: Any) -> None:
@@ -241,7 +270,9 @@ def test_impossible_targets_are_refused(observed: Any) -> None:
 
 
 def test_what_cannot_be_fitted_is_refused(model: nn.Module) -> None:
-    with pytest.raises(InvalidInputError, match=r"sums of nodes are not yet.*Leave the groups \(--nodes\) out"):
+    with pytest.raises(
+        InvalidInputError, match=r"no transform, as sums of nodes have none yet.*Leave the groups \(--nnodes\) out"
+    ):
         narrowcast.calibrate(model, sequences(2), tp_size=4, groups=[[0, 1], [2, 3]], codec="transform")
     with pytest.raises(InvalidInputError, match=r"only sums are fitted.*found allocated for logits"):
         narrowcast.calibrate(model, sequences(2), tp_size=2, codec={"logits": "allocated"})
@@ -270,14 +301,12 @@ def test_partial_sums_that_do_not_span_all_features(observed: Any, recipe: Fitte
 
 
 def on_rank(folder: Path) -> None:
-    from narrowcast.plan.split import Split
-
     part = transformers.load(folder, split=Split(tp_size=2))
     with pytest.raises(InvalidInputError, match="a whole model, of whose loss there are gradients, found one split"):
-        narrowcast.calibrate(part, sequences(2), codec="allocated")
+        narrowcast.calibrate(part, sequences(2), codec="transform")
 
 
-def test_a_split_model_is_refused_on_every_rank(ranks: Any, tmp_path: Path) -> None:
+def test_axes_of_a_split_model_are_refused_on_every_rank(ranks: Any, tmp_path: Path) -> None:
     ranks(2).run(on_rank, save_random("llama", tmp_path / "model"))
 
 
@@ -317,13 +346,14 @@ def test_calibration_needs_no_care_about_gradients(model: nn.Module, codec: str,
 def test_a_failure_gives_the_weights_their_gradients_back(model: nn.Module) -> None:
     wanted = [weight.requires_grad for weight in model.parameters()]
     with pytest.raises(AttributeError, match="no_such_site"):
-        fisher_information(model, sequences(1), ["no_such_site"], full=False)
+        fisher_information(model, sequences(1), ["no_such_site"])
 
-    def interrupt() -> None:
+    def interrupted() -> Iterator[Tensor]:
+        yield sequences(1)[0][0]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fisher_information(model, [sequences(1)[0][0]], [SITE], full=False, progress=interrupt)
+        fisher_information(model, interrupted(), [SITE])
     assert [weight.requires_grad for weight in model.parameters()] == wanted
     assert not any(module._forward_hooks for module in model.modules())
 

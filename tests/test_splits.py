@@ -130,7 +130,7 @@ def test_a_plan_for_nodes_is_made_on_ranks_too(ranks: Pools, tmp_path: Path) -> 
 
 def calibrate_for_nodes(folder: Path) -> str:
     model = transformers.load(folder, split=Split(tp_size=4))
-    return narrowcast.calibrate(model, [random_ids(8, 40, seed=1)], groups=GROUPS).fingerprint
+    return narrowcast.calibrate(model, [random_ids(8, 40, seed=1)], groups=GROUPS, codec="int4-feature").fingerprint
 
 
 @pytest.mark.parametrize("name", ["phi3", "mixtral"])
@@ -146,7 +146,7 @@ def test_counting_only_sends_what_the_model_sends(ranks: Pools, tmp_path: Path, 
     for (logits, text, _), (_, _, report), (found, continued, only) in zip(expected, coded, counted, strict=True):
         assert torch.equal(found, logits) and torch.equal(continued, text)
         assert only.sites == {name: site.counting([]) for name, site in report.sites.items()}  # nothing is clipped
-        assert report.bits_per_value is not None and report.bits_per_value < 4.5
+        assert report.bits_per_value is not None and report.bits_per_value < 6
     model = transformers.load(folder)
     assert (
         answers(model, plan, ids, torch.ones_like(ids), simulate=True, count_only=True)[2].sites == counted[0][2].sites

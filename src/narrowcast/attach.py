@@ -130,7 +130,7 @@ def attach(
         _check_on_all_ranks(engine, model, plan, [each for each in (tp, pp) if each is not None], mine)
         _tell(plan, algorithm, sites, tp, pp)
         wires = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
-    logger.info("%s", "; ".join(feedback_in_words(plan)) if feedback else "depth feedback is turned off")
+    _tell_of_feedback(plan, feedback)
     return Handle(model, engine.take_over(model, plan.split, wires), sites)
 
 
@@ -171,6 +171,19 @@ def _tell(plan: Plan, algorithm: str, sites: Sites, tp: Transport | None, pp: Tr
     if tp is not None and tuned_over not in ("", tp.name):
         logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)
     logger.info("plan %s at %d sites, algorithm %s, over %s", plan.fingerprint[:12], len(plan.sites), algorithm, over)
+
+
+def _tell_of_feedback(plan: Plan, feedback: bool) -> None:
+    if feedback:
+        logger.info("%s", "; ".join(feedback_in_words(plan)))
+    elif plan.feedback.chains:
+        kl, without = (plan.calibration.get(name, "?") for name in ("kl_nats", "kl_nats_without_feedback"))
+        logger.warning(
+            "the plan was calibrated for depth feedback, which is turned off: expect a KL divergence of %s nats, not "
+            "%s; or calibrate without it",
+            without,
+            kl,
+        )
 
 
 def _check_on_all_ranks(

@@ -4,40 +4,44 @@ import base64
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from narrowcast.attach import attach
 from narrowcast.calibration.fit import fit, least_bits
-from narrowcast.calibration.moments import Moments
-from narrowcast.calibration.observers import ErrorObserver
-from narrowcast.calibration.observing import observed, run
-from narrowcast.calibration.recipes import CodecByKind, recipes_by_kind, spelt
-from narrowcast.codecs import Codec, FittedRecipe, Ranges, Recipe
+from narrowcast.calibration.judge import Judge
+from narrowcast.calibration.moments import MomentObserver, Moments, of_all_stages
+from narrowcast.calibration.observers import ErrorObserver, FirstTokens, RangeObserver
+from narrowcast.calibration.observing import CodedWires, observed, over_wires, run
+from narrowcast.calibration.recipes import DEFAULT_CODEC, LAST, CodecByKind, of_last, recipes_by_kind, spelt
+from narrowcast.calibration.tracking import Track, untold
+from narrowcast.codecs import Codec, FittedRecipe, Ranges, Recipe, TransformRecipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.engines import engine_of
-from narrowcast.engines.forwards import evaluating
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import ModelFingerprint, Plan, Site
 from narrowcast.plan.chains import Chains
-from narrowcast.plan.split import Split
-from narrowcast.scores import compare, log_probs
-from narrowcast.transport import Groups, transports_of
+from narrowcast.plan.split import SUMS, Split
+from narrowcast.transport import transports_of
 
-# A plan of a wanted quality is looked for among multiples of this many bits a value.
-BITS_STEP, MOST_BITS = 1 / 16, 8.0
+# A plan of a wanted quality is looked for among multiples of this many bits a value. The first try suits most models; a
+# bit more divides the KL divergence by four, about.
+BITS_STEP, FIRST_BITS, MOST_BITS = 1 / 16, 4.0, 8.0
+STEPS_BY_LOG_KL = 1 / math.log(4) / BITS_STEP
+
+CAREFUL_BITS = 8  # of the last sum of a stream, which sums of as many bits have anyway
+NUM_ERROR_SEQUENCES = 4  # the first ones, run again to measure the error that the finished plan makes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Observations:
-    """Everything that calibration saw.
+    """Everything that calibration saw of a model.
 
     `chains`: which sums can leave what they lose to the next one. `ranges` by site and hop; second `moments` of sums,
-    where they were asked for. `head`: the sequences that errors are measured on; `held_out`: those that no moment was
-    taken of, to judge a plan by.
+    where they were asked for. `first_tokens` and `num_first`: how first tokens counted. `text`: the sequences that all
+    this was seen on; `held_out`: others, to judge a plan by. `about`: what a plan is to say of how it was made.
     """
 
     model: nn.Module
@@ -46,130 +50,206 @@ class Observations:
     chains: Chains
     ranges: Mapping[str, Sequence[Ranges]]
     moments: Mapping[str, Moments]
-    calibration: Mapping[str, Any]
-    head: Sequence[Tensor]
+    first_tokens: FirstTokens
+    num_first: int
+    text: Sequence[Tensor]
     held_out: Sequence[Tensor]
+    about: Mapping[str, Any]
 
-    def plan(self, codec: CodecByKind, *, within: str | Recipe = "bf16") -> Plan:
+    def plan(
+        self,
+        codec: CodecByKind = DEFAULT_CODEC,
+        *,
+        within: str | Recipe = "bf16",
+        feedback: bool = True,
+        track: Track = untold,
+    ) -> Plan:
         """The plan of these codecs, asked for as in `calibrate`; `within` serves in nodes."""
-        recipes, engine = recipes_by_kind(codec), engine_of(self.model)
-        kinds = {name: kind for name, kind in engine.sites(self.model, self.split).items() if kind in recipes}
-        if not kinds and engine.split_of(self.model).pp_size == 1:  # another pipeline stage may have some
+        recipes = recipes_by_kind(codec)
+        self._check(recipes)
+        chains = self.chains if feedback else self.chains.turned_off()
+        return Maker(self, recipes, recipe_of_one(within), chains, track).plan()
+
+    @functools.cached_property
+    def judge(self) -> Judge:
+        """The judge of plans that are made from this."""
+        return Judge(self.model, self.split, self.held_out)
+
+    def _check(self, recipes: Mapping[str, Recipe]) -> None:
+        engine, of_sums = engine_of(self.model), recipes.get("sum")
+        found = set(engine.sites(self.model, self.split).values())
+        if not found & recipes.keys() and engine.split_of(self.model).pp_size == 1:  # another stage may have some
             raise InvalidInputError(
                 "codec",
-                expected=f"one for {' or '.join(sorted(set(engine.sites(self.model, self.split).values())))}",
+                expected=f"one for {' or '.join(sorted(found))}",
                 found=f"codecs for {', '.join(recipes) or 'nothing'}",
                 remedy="Name a kind of site that this model has, such as codec={'logits': 'int8-group128'}.",
             )
-        of_nodes, of_sums, asked = recipe_of_one(within), recipes.get("sum"), {"codec": spelt(recipes)}
-        sites = {
-            name: Site(kind=kind, codecs=self._codecs(name, recipes[kind], of_nodes), error={})
-            for name, kind in kinds.items()
-            if not isinstance(recipes[kind], FittedRecipe)
-        }
         if not isinstance(of_sums, FittedRecipe):
-            return self._finished(sites, asked)
-        self._check_fittable(of_sums)
-        if of_sums.target_kl is None:
-            bits = of_sums.bits or of_sums.default_bits
-            return self._finished(sites | self._fitted(of_sums, bits), asked | {"bits": bits})
-        return self._finished(*self._reaching(of_sums, of_sums.target_kl, sites, asked))
-
-    def _codecs(self, name: str, chosen: Recipe, within: Recipe) -> tuple[Codec, ...]:
-        """By hop: the ranks' values, their sum, and the sums of nodes."""
-        partial, *sums = self.ranges[name]
-        if len(sums) < 2:
-            return tuple(chosen.codec(seen) for seen in (partial, *sums))
-        total, of_nodes = sums
-        return within.codec(partial), within.codec(total), chosen.codec(of_nodes)
-
-    def _check_fittable(self, recipe: FittedRecipe) -> None:
-        if self.groups:
-            reason, remedy = "as sums of nodes are not yet", "Leave the groups (--nodes) out."
-        elif not self.moments:
-            reason, remedy = "as no second moments were observed", f"Pass moments='{recipe.moments}' to observe."
+            return
+        if self.groups and isinstance(of_sums, TransformRecipe):
+            expected, remedy = "no transform, as sums of nodes have none yet", "Leave the groups (--nnodes) out."
+        elif not self.moments and "sum" in found:
+            expected = "one that is not fitted to the whole model, as no second moments were observed"
+            remedy = f"Pass moments='{of_sums.moments}' to observe."
         else:
             return
-        raise InvalidInputError(
-            "codec", expected=f"one that is not fitted to the whole model, {reason}", found=recipe, remedy=remedy
+        raise InvalidInputError("codec", expected=expected, found=of_sums, remedy=remedy)
+
+
+class Maker:
+    """Makes a plan: a draft from what was seen uncoded, then a plan from what is coded where the draft is at work."""
+
+    def __init__(
+        self, given: Observations, recipes: Mapping[str, Recipe], within: Recipe, chains: Chains, track: Track
+    ) -> None:
+        self._given, self._recipes, self._within, self._chains, self._track = given, recipes, within, chains, track
+        sites = engine_of(given.model).sites(given.model, given.split)
+        self._kinds = {name: kind for name, kind in sites.items() if kind in recipes}
+        of_sums = recipes.get("sum")
+        self._fitted = of_sums if isinstance(of_sums, FittedRecipe) and given.moments else None
+
+    def plan(self) -> Plan:
+        """The plan, which says how it was made and what it costs."""
+        fitted, bits = self._fitted, None
+        if fitted is not None:
+            bits = fitted.bits or (FIRST_BITS if fitted.target_kl else fitted.default_bits)
+        seen = self._seen_under(self._plan(self._sites(self._given, bits), {}))
+        if fitted is not None and fitted.target_kl is not None:
+            bits = self._fewest_bits(seen, fitted.target_kl)
+        sites = self._with_errors(self._sites(seen, bits))
+        return self._judged(self._complete(sites, {} if bits is None else {"bits": bits}))
+
+    def _sites(self, seen: Observations, bits: float | None) -> dict[str, Site]:
+        """The sites of this rank, for sums that are fitted with so many bits a value."""
+        last = {chain[-1] for chain in self._chains.chains}
+        made = {
+            name: Site(kind=kind, codecs=self._codecs(seen.ranges[name], kind, last=name in last), error={})
+            for name, kind in self._kinds.items()
+            if kind != "sum" or self._fitted is None
+        }
+        if self._fitted is None or bits is None:
+            return made
+        # The payloads that count; between nodes each node's alone.
+        algorithm = "one_shot" if self._given.groups else self._fitted.algorithm_among(self._given.split.tp_size)
+        for name, each in fit(seen.moments, self._fitted, bits=bits, algorithm=algorithm).items():
+            if name in self._kinds:  # and not at another stage
+                codecs = self._by_hop(seen.ranges[name], each.codecs[0]) if self._given.groups else each.codecs
+                made[name] = Site(kind="sum", codecs=codecs, error={}, transform=each.transform)
+        return made
+
+    def _codecs(self, ranges: Sequence[Ranges], kind: str, *, last: bool) -> tuple[Codec, ...]:
+        """By hop: the ranks' values, their sum, and the sums of nodes."""
+        codecs = [self._recipes[kind].codec(seen) for seen in ranges]
+        num_features = ranges[0].low.shape[1]
+        if last and (LAST in self._recipes or 8 * codecs[0].row_nbytes(num_features) < CAREFUL_BITS * num_features):
+            codecs = [of_last(self._recipes).codec(seen) for seen in ranges]
+        return self._by_hop(ranges, codecs[-1]) if self._given.groups and kind in SUMS else tuple(codecs)
+
+    def _by_hop(self, ranges: Sequence[Ranges], of_nodes: Codec) -> tuple[Codec, ...]:
+        partial, total, _ = ranges
+        return self._within.codec(partial), self._within.codec(total), of_nodes
+
+    def _seen_under(self, draft: Plan) -> Observations:
+        """All that is coded while the draft is at work: sums with what was lost of those before."""
+        given = self._given
+        ranges, of_moments = (
+            RangeObserver(given.first_tokens, given.num_first, given.groups),
+            MomentObserver(given.groups),
+        )
+        wires = CodedWires([ranges, of_moments] if given.moments else [ranges], draft)
+        calibrated = any(codec.num_sources is not None for site in draft.sites.values() for codec in site.codecs)
+        if not (wires.feed_back and calibrated):
+            return given
+        with over_wires(wires, given.model, given.split):
+            for ids in self._track(given.text, "calibrating under feedback"):
+                run(given.model, ids)
+        means = of_all_stages(given.model, of_moments.means())
+        moments = {
+            site: Moments(partial=means[site][0], total=means[site][1], fisher=each.diagonal().fisher)
+            for site, each in given.moments.items()
+        }
+        return dataclasses.replace(given, ranges=ranges.ranges(given.ranges), moments=moments)
+
+    def _fewest_bits(self, seen: Observations, target_kl: float) -> float:
+        """As few as keep the KL divergence below the target; InvalidInputError if `MOST_BITS` do not."""
+        assert self._fitted is not None, "sums that are not fitted have no bits to choose"
+        algorithm = "auto" if self._given.groups else self._fitted.algorithm_among(self._given.split.tp_size)
+
+        def kl(steps: int) -> float:
+            plan = self._complete(self._sites(seen, steps * BITS_STEP), {})
+            return self._given.judge.kl(plan, algorithm=algorithm)
+
+        num_features = min(each.partial.shape[1] for each in seen.moments.values())
+        few = math.ceil(least_bits(num_features) / BITS_STEP) - 1  # are less than a plan can be made of
+        return fewest(kl, target_kl, few, round(MOST_BITS / BITS_STEP)) * BITS_STEP
+
+    def _with_errors(self, sites: Mapping[str, Site]) -> dict[str, Site]:
+        """The same sites, with the errors that their codecs make."""
+        observer, given = ErrorObserver(sites, self._given.groups), self._given
+        with observed([observer], given.model, given.split):
+            for ids in given.text[:NUM_ERROR_SEQUENCES]:
+                run(given.model, ids)
+        errors = observer.errors()
+        return {name: dataclasses.replace(site, error=errors.get(name, {})) for name, site in sites.items()}
+
+    def _judged(self, plan: Plan) -> Plan:
+        """The plan, which says what KL divergence it costs on the text that was held out."""
+        judge = self._given.judge
+        kl = {"kl_nats": judge.kl(plan)}
+        if any(plan.feedback.chains):
+            kl["kl_nats_without_feedback"] = judge.kl(dataclasses.replace(plan, feedback=plan.feedback.turned_off()))
+        told = {name: float(f"{value:.4g}") for name, value in kl.items()}
+        return dataclasses.replace(plan, calibration={**plan.calibration, **told})
+
+    def _plan(self, sites: Mapping[str, Site], found: Mapping[str, Any]) -> Plan:
+        given = self._given
+        return Plan(
+            split=given.split,
+            groups=given.groups,
+            model=engine_of(given.model).fingerprint(given.model),
+            calibration={"codec": spelt(self._recipes), **found, **given.about},
+            sites=sites,
+            feedback=self._chains,
         )
 
-    def _fitted(self, recipe: FittedRecipe, bits: float) -> dict[str, Site]:
-        made = fit(self.moments, recipe, bits=bits, algorithm=recipe.algorithm_among(self.split.tp_size))
-        return {
-            name: Site(kind="sum", codecs=each.codecs, error={}, transform=each.transform)
-            for name, each in made.items()
-        }
+    def _complete(self, sites: Mapping[str, Site], found: Mapping[str, Any]) -> Plan:
+        """The plan that the plans of all ranks make together: of weights that others hold, of sites at other stages."""
+        plan, engine, model = self._plan(sites, found), engine_of(self._given.model), self._given.model
+        if engine.split_of(model) == Split():
+            return plan
+        for transport in transports_of(engine.groups(model)):
+            if transport is not None:
+                texts = transport.share(base64.b85encode(plan.to_bytes()).decode(), "merging plans")
+                plans = [Plan.from_bytes(base64.b85decode(text), "of another rank") for text in texts]
+                plan = dataclasses.replace(
+                    plan,
+                    sites={name: site for each in plans for name, site in each.sites.items()},
+                    model=functools.reduce(ModelFingerprint.merged, [each.model for each in plans]),
+                    feedback=functools.reduce(Chains.joined, [each.feedback for each in plans]),
+                )
+        return plan
 
-    def _reaching(
-        self, recipe: FittedRecipe, target_kl: float, sites: Mapping[str, Site], asked: Mapping[str, Any]
-    ) -> tuple[dict[str, Site], dict[str, Any]]:
-        """Sites with as few bits as keep the KL divergence below the target; InvalidInputError if none do."""
-        batches = [ids[None] for ids in self.held_out]
-        with evaluating(self.model):
-            reference = [log_probs(self.model, ids) for ids in batches]
-        algorithm = recipe.algorithm_among(self.split.tp_size)
 
-        def tried(steps: int) -> tuple[dict[str, Site], float]:
-            made = {**sites, **self._fitted(recipe, steps * BITS_STEP)}
-            with evaluating(self.model), attach(self.model, self._plan(made, {}), simulate=True, algorithm=algorithm):
-                found = [log_probs(self.model, ids) for ids in batches]
-            return made, compare(reference, found, batches).kl_nats
+def fewest(kl: Callable[[int], float], target_kl: float, few: int, many: int) -> int:
+    """As few steps as meet the target: more than `few`, `many` at most; InvalidInputError if these do not.
 
-        few, many = self._too_few_steps(), round(MOST_BITS / BITS_STEP)
-        best, kl = tried(many)
-        if kl > target_kl:
+    `kl`: about a fourth for each bit more, by which it is guessed where to try next.
+    """
+    low, high, steps = few, None, round(FIRST_BITS / BITS_STEP)
+    while high is None or high - low > 1:
+        found = kl(steps)
+        if found <= target_kl:
+            high = steps
+        elif steps == many:
             raise InvalidInputError(
                 "target KL",
-                expected=f"{kl:.2g} nats or more, which {MOST_BITS:g} bits a value cost here",
+                expected=f"{found:.2g} nats or more, which {MOST_BITS:g} bits a value cost here",
                 found=target_kl,
                 remedy="Ask for more, or for bits.",
             )
-        while many - few > 1:
-            middle = (few + many) // 2
-            made, found_kl = tried(middle)
-            if found_kl <= target_kl:
-                best, kl, many = made, found_kl, middle
-            else:
-                few = middle
-        return best, {**asked, "bits": many * BITS_STEP, "held_out_kl": float(f"{kl:.4g}")}
-
-    def _too_few_steps(self) -> int:
-        """Of BITS_STEP: so many are less than a plan can be made of, one more may be enough."""
-        num_features = min(each.partial.shape[1] for each in self.moments.values())
-        return math.ceil(least_bits(num_features) / BITS_STEP) - 1
-
-    def _finished(self, sites: Mapping[str, Site], asked: Mapping[str, Any]) -> Plan:
-        """The plan of these sites, with the errors that they make."""
-        observer = ErrorObserver(sites, self.groups)
-        with observed([observer], self.model, self.split):
-            for ids in self.head:
-                run(self.model, ids)
-        errors = observer.errors()
-        measured = {name: dataclasses.replace(site, error=errors.get(name, {})) for name, site in sites.items()}
-        plan = self._plan(measured, asked)
-        engine = engine_of(self.model)
-        return plan if engine.split_of(self.model) == Split() else _merged(plan, engine.groups(self.model))
-
-    def _plan(self, sites: Mapping[str, Site], asked: Mapping[str, Any]) -> Plan:
-        return Plan(
-            split=self.split,
-            groups=self.groups,
-            model=engine_of(self.model).fingerprint(self.model),
-            calibration={**asked, **self.calibration},
-            sites=sites,
-            feedback=self.chains,
-        )
-
-
-def _merged(plan: Plan, groups: Groups) -> Plan:
-    """The plan that all ranks' plans make together: of weights that others hold, and of sites at other stages."""
-    for transport in transports_of(groups):
-        if transport is not None:
-            texts = transport.share(base64.b85encode(plan.to_bytes()).decode(), "merging plans")
-            plans = [Plan.from_bytes(base64.b85decode(text), "of another rank") for text in texts]
-            sites = {name: site for each in plans for name, site in each.sites.items()}
-            model = functools.reduce(ModelFingerprint.merged, [each.model for each in plans])
-            feedback = functools.reduce(Chains.joined, [each.feedback for each in plans])
-            plan = dataclasses.replace(plan, model=model, sites=sites, feedback=feedback)
-    return plan
+        else:
+            low = steps
+        steps += math.ceil(math.log(max(found, 1e-9) / target_kl) * STEPS_BY_LOG_KL)
+        steps = min(max(steps, low + 1), many if high is None else high - 1)
+    return high

@@ -2,12 +2,11 @@
 
 The method of arXiv 2411.07942: per rank and feature, the smallest and largest partial sum of each sequence,
 averaged over sequences by exponential moving average; what travels otherwise is treated alike, with one source.
-Sequences run one by one and without their padding, so that neither the batch size nor the padding can change the
-plan.
+Where sums feed back what they lose, a second run over the text sees what is coded then. Sequences run one by one and
+without their padding, so that neither the batch size nor the padding can change the plan.
 """
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import get_args
 
 from torch import Tensor, nn
@@ -15,11 +14,19 @@ from torch import Tensor, nn
 from narrowcast.attach import check_detached
 from narrowcast.calibration.batches import Batch, sequences
 from narrowcast.calibration.build import Observations
-from narrowcast.calibration.moments import MomentObserver, Moments, MomentsNeeded, fisher_information
+from narrowcast.calibration.moments import (
+    MomentObserver,
+    Moments,
+    MomentsNeeded,
+    fisher_information,
+    of_all_stages,
+)
 from narrowcast.calibration.observers import EMA_FACTOR, FirstTokens, RangeObserver
-from narrowcast.calibration.observing import Observer, observed, run
-from narrowcast.calibration.recipes import CodecByKind, moments_needed, recipes_by_kind
+from narrowcast.calibration.observing import observed, run
+from narrowcast.calibration.recipes import DEFAULT_CODEC, CodecByKind, moments_needed, recipes_by_kind
+from narrowcast.calibration.sensitivity import sensitivities
 from narrowcast.calibration.stream import chains_of
+from narrowcast.calibration.tracking import Track, untold
 from narrowcast.codecs import Recipe, recipe
 from narrowcast.collectives import checked_groups
 from narrowcast.engines import Engine, device_of, engine_of
@@ -32,9 +39,8 @@ from narrowcast.plan.split import Experts, Split
 DEFAULT_FIRST_TOKENS: FirstTokens = "count"
 DEFAULT_NUM_FIRST = 4
 
-NUM_ERROR_SEQUENCES = 4  # the first ones, run again to measure the error that the finished plan makes
-# One of so many sequences, and how many at most, judge what is fitted to the others.
-HELD_OUT_SHARE, MAX_HELD_OUT = 4, 8
+# One of so many sequences, so many at most, and so many tokens of each judge what is made from the others.
+HELD_OUT_SHARE, MAX_HELD_OUT, MAX_HELD_OUT_TOKENS = 4, 8, 256
 
 
 def calibrate(
@@ -45,11 +51,12 @@ def calibrate(
     pp_size: int = 1,
     experts: Experts = "slices",
     groups: Sequence[Sequence[int]] = (),
-    codec: CodecByKind = "int4-feature",
+    codec: CodecByKind = DEFAULT_CODEC,
     within: str | Recipe = "bf16",
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
     num_first: int = DEFAULT_NUM_FIRST,
-    progress: Callable[[int], None] | None = None,
+    feedback: bool = True,
+    track: Track = untold,
 ) -> Plan:
     """Watch what the ranks of `model` would send each other, and fit codecs to it.
 
@@ -59,15 +66,19 @@ def calibrate(
     `batches`: token ids [B, T], or mappings with `input_ids` and, where there is padding, `attention_mask`.
     `codec`: for all but embedding and logits, a name from `narrowcast.PRESETS`, one that is spelt out, such as
     "feature(bits=4, outliers=32)", or a recipe, which is any object with `codec(ranges)`; or a mapping that names one
-    for each kind of site (`narrowcast.plan.split.KINDS`), what it leaves out being sent as it is. "allocated" and
-    "transform" are fitted to the sums of the whole model: "allocated(bits=2.5)" takes 2.5 bits a value on average,
-    "transform(target_kl=0.01)" as few as keep the KL divergence from the uncompressed model, in nats, below that.
+    for each kind of site (`narrowcast.plan.split.KINDS`), what it leaves out being sent as it is, and for "last", the
+    last sum before the stream leaves a stage or the model. "allocated" and "transform" are fitted to the sums of the
+    whole model: "allocated(bits=2.5)" takes 2.5 bits a value on average, "transform(target_kl=0.01)" as few as keep the
+    KL divergence from the uncompressed model, in nats, below that on sequences that are held out. By default that is
+    "allocated" with a target that nobody notices.
     `groups`: the tensor-parallel ranks of each node, such as [[0, 1], [2, 3]], where links between nodes are slower:
     sums then go within nodes first, coded `within`, and between nodes in `codec` (the algorithm "hierarchical").
     `first_tokens`: how the first `num_first` tokens of each sequence count: "count" for all (the paper), for
     "choosing" outliers but not for scales, or "skip" for both.
-    `progress(n)` is called after each sequence with the number done.
-    Raises InvalidInputError for a model or codec that cannot be served, and for text without tokens.
+    `feedback=False`: for serving without depth feedback; the plan then has none.
+    `track(steps, what)` passes long loops on as they are, and may tell how far they are.
+    Raises InvalidInputError for a model or codec that cannot be served, for text without tokens, and for a target that
+    8 bits a value do not meet.
     """
     recipes, of_nodes = recipes_by_kind(codec), recipe(within)
     seen = observe(
@@ -80,9 +91,9 @@ def calibrate(
         first_tokens=first_tokens,
         num_first=num_first,
         moments=moments_needed(recipes),
-        progress=progress,
+        track=track,
     )
-    return seen.plan(recipes, within=of_nodes)
+    return seen.plan(recipes, within=of_nodes, feedback=feedback, track=track)
 
 
 def observe(
@@ -96,46 +107,51 @@ def observe(
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
     num_first: int = DEFAULT_NUM_FIRST,
     moments: MomentsNeeded = "none",
-    progress: Callable[[int], None] | None = None,
+    track: Track = untold,
 ) -> Observations:
     """The first half of `calibrate`, which one run over the text does for any number of codecs.
 
     `moments`: second moments, too, to fit codecs to the whole model: "diagonal" for `allocated`, "full" (with room for
-    R + 2 matrices [E, E] a site) for transforms as well.
+    R + 2 matrices [E, E] a site, and gradients, so that the model must be whole) for transforms as well.
     """
     engine = engine_of(model)
     _check_options(first_tokens, num_first)
     check_detached(model)
     split = _split(engine, model, tp_size, pp_size, experts)
+    if moments == "full" and engine.split_of(model) != Split():
+        raise InvalidInputError(
+            type(model).__name__,
+            expected="a whole model, of whose loss there are gradients",
+            found=f"one split by {engine.split_of(model)}",
+            remedy="Calibrate before it is split, or choose another codec, such as allocated.",
+        )
     nodes, sites = checked_groups(groups, split.tp_size), engine.sites(model, split)
     found = list(sequences(batches, device_of(model)))
     if not found:
         raise InvalidInputError(
             "calibration text", expected="at least one sequence", found="none", remedy="Pass more text."
         )
-    num_held_out = 0 if moments == "none" else min(len(found) // HELD_OUT_SHARE, MAX_HELD_OUT)
+    num_held_out = min(len(found) // HELD_OUT_SHARE, MAX_HELD_OUT)
+    text, held_out = found[num_held_out:], found[:num_held_out] or found[:1]
     ranges = RangeObserver(first_tokens, num_first, nodes)
-    of_moments = MomentObserver(full=moments == "full")
-    num_done = itertools.count(1)
-    fitted: list[Observer] = [ranges] if moments == "none" else [ranges, of_moments]
-    for observers, some in (([ranges], found[:num_held_out]), (fitted, found[num_held_out:])):
-        with observed(observers, model, split):
-            for ids in some:
-                run(model, ids)
-                if progress is not None:
-                    progress(next(num_done))
-    text = {"num_sequences": len(found), "num_tokens": sum(map(len, found))}
-    options = {"first_tokens": first_tokens, "num_first": num_first, "ema_factor": EMA_FACTOR}
+    of_moments = MomentObserver(nodes, full=moments == "full")
+    with observed([ranges] if moments == "none" else [ranges, of_moments], model, split):
+        for ids in track(text, "calibrating"):
+            run(model, ids)
+    chains = _chains(model, split, text[0], sites)
+    about = {"num_sequences": len(text), "num_tokens": sum(map(len, text)), "num_held_out": num_held_out}
     return Observations(
         model=model,
         split=split,
         groups=nodes,
-        chains=_chains(model, split, found[0], sites),
+        chains=chains,
         ranges=ranges.ranges(sites),
-        calibration=text | options,
-        head=found[:NUM_ERROR_SEQUENCES],
-        held_out=found[:num_held_out] or found[:1],
-        moments={} if moments == "none" else _moments(model, of_moments, found[num_held_out:], sites),
+        moments={} if moments == "none" else _moments(model, split, of_moments, text, sites, chains, track),
+        first_tokens=first_tokens,
+        num_first=num_first,
+        text=text,
+        held_out=[ids[:MAX_HELD_OUT_TOKENS] for ids in held_out],
+        about={**about, "first_tokens": first_tokens, "num_first": num_first, "ema_factor": EMA_FACTOR},
     )
 
 
@@ -147,20 +163,26 @@ def _chains(model: nn.Module, split: Split, ids: Tensor, sites: Mapping[str, str
 
 
 def _moments(
-    model: nn.Module, seen: MomentObserver, found: Sequence[Tensor], sites: Mapping[str, str]
+    model: nn.Module,
+    split: Split,
+    seen: MomentObserver,
+    text: Sequence[Tensor],
+    sites: Mapping[str, str],
+    chains: Chains,
+    track: Track,
 ) -> dict[str, Moments]:
-    """Moments of sums, and of the loss's gradient in them, for which the model must be whole."""
-    engine = engine_of(model)
-    if engine.split_of(model) != Split():
-        raise InvalidInputError(
-            type(model).__name__,
-            expected="a whole model, of whose loss there are gradients",
-            found=f"one split by {engine.split_of(model)}",
-            remedy="Calibrate before it is split, or choose a codec such as int4-feature.",
-        )
-    sums = [name for name, kind in sites.items() if kind == "sum"]
-    with evaluating(model):
-        return seen.moments(fisher_information(model, found, sums, full=seen.full))
+    """Moments of the sums of all stages, with how much the loss minds an error in them."""
+    sums = {name: means for name, means in seen.means().items() if sites[name] == "sum"}
+    means = of_all_stages(model, sums)
+    if seen.full:
+        with evaluating(model):
+            fishers = fisher_information(model, track(text, "gradients"), means)
+    else:
+        power = {site: total for site, (_, total) in means.items()}
+        fishers = sensitivities(model, split, chains, power, text[0], track)
+    return {
+        site: Moments(partial=partial, total=total, fisher=fishers[site]) for site, (partial, total) in means.items()
+    }
 
 
 def _check_options(first_tokens: str, num_first: int) -> None:

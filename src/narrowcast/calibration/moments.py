@@ -4,12 +4,18 @@ What `allocated` codecs, transforms and rotations are fitted to. Moments are of 
 pairs of them.
 """
 
+import base64
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from narrowcast.engines import engine_of
+from narrowcast.plan.fingerprint import in_order
+from narrowcast.transport import transports_of
 
 MomentsNeeded = Literal["none", "diagonal", "full"]
 
@@ -21,7 +27,8 @@ class Moments:
     """Of one site, over tokens, in fp32: E[x x^T] as [.., E, E] where full, otherwise its diagonal [.., E].
 
     `partial`: of what each rank puts in, [R, E(, E)]. `total`: of the sum, [1, E(, E)]. `fisher`: of the gradient of
-    the loss in the sum, [E(, E)], whose labels are drawn from the model: its Fisher information (Amari 1998).
+    the loss in the sum, [E(, E)], whose labels are drawn from the model: its Fisher information (Amari 1998); or what
+    stands for it, `sensitivity.sensitivities`.
     """
 
     partial: Tensor
@@ -36,17 +43,23 @@ class Moments:
         return Moments(partial=partial, total=total, fisher=fisher)
 
 
-class MomentObserver:
-    """Sums of moments of partial sums and of their sum."""
+Means = tuple[Tensor, Tensor]  # of moments: of partial sums, and of their sum
 
-    def __init__(self, *, full: bool) -> None:
-        self.full = full
+
+class MomentObserver:
+    """Sums of moments of partial sums, or where there are `groups` of the sums of these nodes, and of their sum."""
+
+    def __init__(self, groups: Sequence[Sequence[int]] = (), *, full: bool = False) -> None:
+        self.full, self._groups = full, groups
         self._moments: dict[str, list[Tensor]] = {}
         self._num_tokens: dict[str, int] = {}
 
     def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
         """Look at partial sums and their sum."""
-        hops = torch.stack([x.flatten(0, -2) for x in partials]).float(), total.flatten(0, -2)[None].float()
+        parts = torch.stack([x.flatten(0, -2) for x in partials]).float()
+        if self._groups:
+            parts = torch.stack([parts[list(group)].sum(dim=0) for group in self._groups])
+        hops = parts, total.flatten(0, -2)[None].float()
         new = [second_moment(x_RTE, full=self.full) for x_RTE in hops]
         old = self._moments.get(site)
         self._moments[site] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]
@@ -58,13 +71,25 @@ class MomentObserver:
     def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
         """Nothing is fitted to what travels once."""
 
-    def moments(self, fishers: Mapping[str, Tensor]) -> dict[str, Moments]:
-        """Means over tokens, of the sites that `fishers` has."""
-        found = {}
-        for site, fisher in fishers.items():
-            partial, total = (each / self._num_tokens[site] for each in self._moments[site])
-            found[site] = Moments(partial=partial, total=total, fisher=fisher)
-        return found
+    def means(self) -> dict[str, Means]:
+        """Means over tokens by site: of partial sums, and of their sum."""
+        return {
+            site: (partial / self._num_tokens[site], total / self._num_tokens[site])
+            for site, (partial, total) in self._moments.items()
+        }
+
+
+def of_all_stages(model: nn.Module, means: Mapping[str, Means]) -> dict[str, Means]:
+    """Means of the sums of all pipeline stages, on every rank."""
+    pp = transports_of(engine_of(model).groups(model))[1]
+    if pp is None:
+        return dict(in_order(means))
+    tensors = {f"{site}/{hop}": mean for site, hops in means.items() for hop, mean in enumerate(hops)}
+    texts = pp.share(base64.b85encode(safetensors.torch.save(tensors)).decode(), "sharing moments")
+    stages = [safetensors.torch.load(base64.b85decode(text)) for text in texts]
+    found = {name: mean for stage in stages for name, mean in stage.items()}
+    sites = {name.removesuffix("/0"): None for name in found if name.endswith("/0")}
+    return {site: (found[f"{site}/0"], found[f"{site}/1"]) for site, _ in in_order(sites)}
 
 
 def second_moment(x_RTE: Tensor, *, full: bool) -> Tensor:
@@ -76,11 +101,8 @@ def fisher_information(
     model: nn.Module,
     sequences: Iterable[Tensor],
     sites: Iterable[str],
-    *,
-    full: bool,
-    progress: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Mean over tokens of g g^T, g being the gradient of the loss in what module `site` gives, fp32 [E(, E)].
+    """Mean over tokens of g g^T, g being the gradient of the loss in what module `site` gives, fp32 [E, E].
 
     `model`: a whole one, with its own forwards. `sequences`: token ids [T] each. Labels are drawn from the model's own
     predictions, so that this is the Fisher information and not that of the text. Weights get no gradients.
@@ -111,10 +133,9 @@ def fisher_information(
             for site in names:
                 gradient = held[site].grad
                 assert gradient is not None, "every site's output is on the way to the logits"
-                new = second_moment(gradient.flatten(0, -2)[None].float(), full=full)[0]
+                new = second_moment(gradient.flatten(0, -2)[None].float(), full=True)[0]
                 sums[site] = sums[site] + new if site in sums else new
             num_tokens += len(ids)
-            progress()
     finally:
         for each in hooks:
             each.remove()

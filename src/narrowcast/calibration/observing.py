@@ -9,11 +9,13 @@ from torch import Tensor, nn
 
 from narrowcast.calibration.observers import exact_sum
 from narrowcast.codecs import CastCodec
-from narrowcast.collectives import Pending, all_gather_steps
+from narrowcast.collectives import Hops, Pending, all_gather_steps, choose, named
 from narrowcast.engines import device_of, engine_of
 from narrowcast.engines.forwards import evaluating
+from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.feedback import Feedback
 from narrowcast.runtime.sites import Sites
 from narrowcast.runtime.wires import VirtualWires, Wires
 from narrowcast.transport import Transport, transports_of
@@ -69,6 +71,42 @@ class ObservedWires(VirtualWires):
         return x
 
 
+class CodedWires(ObservedWires):
+    """Wires over which sums that feed back travel coded, as in a simulation of `plan`; all else travels uncoded.
+
+    What is seen is what is coded then: partial sums and their sum, each with what was lost before. (Sums of nodes are
+    seen without what was lost of those before.)
+    """
+
+    def __init__(self, observers: Sequence[Observer], plan: Plan) -> None:
+        super().__init__(observers, plan.tp_size)
+        self._coded = {name: Hops(site.codecs, plan.groups) for name, site in plan.sites.items() if not site.transform}
+        chains = [[site for site in chain if site in self._coded] for chain in plan.feedback.chains]
+        self._feedback = Feedback(chains, (plan.tp_size, 1, max(len(plan.groups), 1)))
+        self._algorithm = "hierarchical" if plan.groups else "two_shot"
+
+    @property
+    def feed_back(self) -> bool:
+        """Some sums do."""
+        return self._feedback.any
+
+    def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
+        return self._feedback.residue(site, num_tokens, num_features, device)
+
+    def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
+        if residue is None:
+            return super().sum(partials, site)
+        flat, before = [x.flatten(0, -2) for x in partials], residue.clone()
+        hops, (num_tokens, num_features) = self._coded[site], flat[0].shape
+        algorithm = named(choose(self._algorithm, hops, num_tokens, num_features, self.tp_size))
+        total_TE = algorithm.twin(flat, self._feedback.hops(hops, residue), None)
+        coded = [x.float() + lost for x, lost in zip(flat, before, strict=False)]
+        received = exact_sum(coded) - residue[: self.tp_size].sum(dim=0)
+        for observer in self._observers:
+            observer.see_sum(coded, received + before[self.tp_size], site)
+        return total_TE.view(partials[0].shape)
+
+
 class GatheringCommunicator(Communicator):
     """A communicator that gathers the values of all ranks, so that observers on each see them as in a whole model.
 
@@ -84,10 +122,13 @@ class GatheringCommunicator(Communicator):
     def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         return Wires.sum_products(self, x, site, residue)
 
+    def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
+        return self._observed.residue(site, num_tokens, num_features, device)
+
     def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         (x,) = partials
         x_TE = x.reshape(-1, x.shape[-1])
-        return self._observed.sum(self._gather(x_TE, [len(x_TE)] * self.tp_size), site).view(x.shape)
+        return self._observed.sum(self._gather(x_TE, [len(x_TE)] * self.tp_size), site, residue).view(x.shape)
 
     def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
         (x,) = parts

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from narrowcast.calibration.moments import MomentsNeeded
-from narrowcast.codecs import FittedRecipe, Recipe, recipe
+from narrowcast.codecs import AllocatedRecipe, FittedRecipe, Recipe, recipe
 from narrowcast.collectives import ALGORITHMS
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import KINDS, UNCODED
@@ -11,29 +11,48 @@ from narrowcast.plan.split import KINDS, UNCODED
 # A codec for all kinds of sites, or one for each kind that is to be coded.
 CodecByKind = str | Recipe | Mapping[str, str | Recipe]
 
+# The KL divergence in nats that nobody notices, and the codec that keeps below it where none is named: docs/quality.md.
+DEFAULT_TARGET_KL = 0.01
+DEFAULT_CODEC = AllocatedRecipe(target_kl=DEFAULT_TARGET_KL)
+
 # Beside sums that are fitted to the model: what travels once, with more at stake (docs/calibration.md).
 OF_OTHER_KINDS = "int8-group128"
+# A kind beside those of sites: the last sum before the stream goes to another stage or out of the model, whose loss
+# nothing makes good. Unless it is named, it is coded like what travels once, or like all sums if these have more bits.
+LAST = "last"
 
 
 def recipes_by_kind(codec: CodecByKind) -> dict[str, Recipe]:
-    """The recipe for each kind of site that is to be coded.
+    """The recipe for each kind of site that is to be coded, and, if it is named, for `LAST`.
 
     One for all leaves embedding and logits as they are, and, if it is fitted to the whole model, codes what are no sums
     by `OF_OTHER_KINDS`. InvalidInputError for unknown codecs and kinds, and for kinds that nothing can be fitted to.
     """
     if not isinstance(codec, Mapping):
         return _for_all(recipe(codec))
-    if unknown := codec.keys() - set(KINDS):
+    if unknown := codec.keys() - {*KINDS, LAST}:
         raise InvalidInputError(
             "codec",
-            expected=f"kinds of sites among {', '.join(KINDS)}",
+            expected=f"kinds of sites among {', '.join((*KINDS, LAST))}",
             found=", ".join(sorted(unknown)),
             remedy="Name one of them.",
         )
     recipes = {kind: recipe(each) for kind, each in codec.items()}
     for kind, each in recipes.items():
         _check_fittable(kind, each)
+    if LAST in recipes and isinstance(recipes.get("sum", recipes[LAST]), FittedRecipe):
+        raise InvalidInputError(
+            "codec",
+            expected=f"none for {LAST}, as fitted sums have bits by what each is worth",
+            found=recipes[LAST],
+            remedy="Leave it out.",
+        )
     return recipes
+
+
+def of_last(recipes: Mapping[str, Recipe]) -> Recipe:
+    """The recipe of the last sum of a stream."""
+    return recipes.get(LAST) or recipe(OF_OTHER_KINDS)
 
 
 def moments_needed(recipes: Mapping[str, Recipe]) -> MomentsNeeded:

@@ -45,7 +45,7 @@ class Trial(ObservedWires):
         self._kinds = kinds
         self._noted: dict[str, Tensor] = {}
         self._disturbed: Sequence[str] | None = None
-        self._noise_TE, self._size = torch.empty(0), torch.empty(0)
+        self._size = 0.0
         self.order: list[str] = []  # of sums, and of boundaries between stages
 
     @property
@@ -53,14 +53,16 @@ class Trial(ObservedWires):
         """The sites of sums that were seen."""
         return {site for site in self.order if self._kinds[site] == "sum"}
 
-    def disturb(self, sites: Sequence[str]) -> None:
-        """From now on disturb one of `sites` in each sequence but the first, and let nothing else be new."""
-        self._disturbed = sites
-        sums = [self._noted[site] for site in sites if site in self._noted]
-        if sums:
-            self._size = torch.stack([x.float().square().mean() for x in sums]).sum().sqrt()
-            noise = torch.randn(sums[0].shape, generator=torch.Generator().manual_seed(0))
-            self._noise_TE = noise.to(sums[0].device)
+    def power(self, site: str) -> float:
+        """Mean square of a site's sum."""
+        return self._noted[site].float().square().mean().item()
+
+    def disturb(self, power: Mapping[str, float]) -> None:
+        """From now on disturb one of these sites in each sequence but the first, and let nothing else be new.
+
+        `power`: mean squares of the sums, which say how large disturbances are.
+        """
+        self._disturbed, self._size = list(power), sum(power.values()) ** 0.5
 
     def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         total = super().sum(partials, site)
@@ -98,8 +100,9 @@ class Trial(ObservedWires):
     def _disturbances(self, noted_TE: Tensor) -> list[Tensor]:
         """The same for all sites in several sizes, then noise of this one's own size, and its own sum again."""
         own_size = noted_TE.float().square().mean(dim=1, keepdim=True).sqrt()
-        noises = [size * self._noise_TE for size in (*(each * self._size for each in SIZES), own_size)]
-        return [*(noise_TE.to(noted_TE.dtype) for noise_TE in noises), noted_TE]
+        noise_TE = torch.randn(noted_TE.shape, generator=torch.Generator().manual_seed(0)).to(noted_TE.device)
+        noises = *(size * self._size * noise_TE for size in SIZES), own_size * noise_TE
+        return [*(noise.to(noted_TE.dtype) for noise in noises), noted_TE]
 
 
 def chains_of(model: nn.Module, split: Split, ids: Tensor) -> Chains:
@@ -112,11 +115,11 @@ def chains_of(model: nn.Module, split: Split, ids: Tensor) -> Chains:
     with over_wires(trial, model, split):
         _logits(model, ids[None, :NUM_TRIED])
         own = [site for site in dict.fromkeys(trial.order) if trial.order.count(site) == 1 and site in trial.sums]
-        sites = _of_all_stages(model, own)
-        trial.disturb(sites)
-        plain_V, *disturbed = _logits(model, ids[None, :NUM_TRIED].repeat(1 + NUM_DISTURBANCES * len(sites), 1))
-    moved_NDV = (torch.stack(disturbed) - plain_V).unflatten(0, (len(sites), -1)) if disturbed else plain_V[:0]
-    alike = {site for site, same in zip(sites, _alike(moved_NDV), strict=True) if same}
+        power = _of_all_stages(model, {site: trial.power(site) for site in own})
+        trial.disturb(power)
+        plain_V, *disturbed = _logits(model, ids[None, :NUM_TRIED].repeat(1 + NUM_DISTURBANCES * len(power), 1))
+    moved_NDV = (torch.stack(disturbed) - plain_V).unflatten(0, (len(power), -1)) if disturbed else plain_V[:0]
+    alike = {site for site, same in zip(power, _alike(moved_NDV), strict=True) if same}
     refused = {site: BEHIND if site in own else REPEATED for site in trial.sums if site not in alike}
     chains: list[tuple[str, ...]] = []
     chain: list[str] = []
@@ -128,10 +131,10 @@ def chains_of(model: nn.Module, split: Split, ids: Tensor) -> Chains:
     return Chains(chains=tuple(chain for chain in chains if len(chain) > 1), refused=refused)
 
 
-def _of_all_stages(model: nn.Module, sites: Sequence[str]) -> list[str]:
+def _of_all_stages(model: nn.Module, power: Mapping[str, float]) -> dict[str, float]:
     pp = transports_of(engine_of(model).groups(model))[1]
-    texts = [json.dumps(sites)] if pp is None else pp.share(json.dumps(sites), "trying sums")
-    return [site for text in texts for site in json.loads(text)]
+    stages = [power] if pp is None else map(json.loads, pp.share(json.dumps(power), "trying sums"))
+    return {site: each for stage in stages for site, each in stage.items()}
 
 
 def _logits(model: nn.Module, ids_BT: Tensor) -> Tensor:

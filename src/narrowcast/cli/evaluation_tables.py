@@ -50,7 +50,7 @@ def print_tasks(tasks: AnsweredTasks) -> None:
 
 def print_changes(found: Mapping[str, Change], title: str) -> None:
     """A row for each figure: what moved, how surely, and the verdict."""
-    columns = "before", "now", "change", "95 % interval", "allowed", "p", "verdict"
+    columns = "before", "now", "change", "95 % interval", "limit", "p", "verdict"
     shown, console = table(f"{title}, in nats and shares", ("figure",), columns), Console(highlight=False)
     for name, change in found.items():
         shown.add_row(LABELS.get(name, name), *_change_cells(change), change.verdict)

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from narrowcast.calibration import DEFAULT_TARGET_KL
 from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
@@ -13,7 +14,6 @@ from narrowcast.transport import TRANSPORTS
 # Groups of options in a command's help, and defaults.
 SPLIT, TEXT, RUN, OUTPUT = "Split", "Text", "Run", "Output"
 DEFAULT_TP = 2
-DEFAULT_CODEC = "int4-feature"
 DEFAULT_NUM_SAMPLES = 128
 
 
@@ -29,6 +29,10 @@ TensorParallel = Annotated[
 ]
 PipelineParallel = Annotated[int, option(SPLIT, "N", "Stages of layers.", "-pp", "--pipeline-parallel-size", min=1)]
 ExpertsOption = Annotated[Experts, option(SPLIT, "NAME", "slices, all_reduce, all_to_all.")]
+TargetKl = Annotated[
+    float | None, option(RUN, "NATS", f"Fewest bits that keep it ({DEFAULT_TARGET_KL:g}).", "--target-kl")
+]
+Bits = Annotated[float | None, option(RUN, "N", "So many bits a value on average.", "--bits")]
 CodecOption = Annotated[list[str], option(RUN, "CODEC", "See `narrowcast codecs`; or KIND=CODEC.")]
 AlgorithmOption = Annotated[str, option(RUN, "NAME", f"{', '.join(('auto', *ALGORITHMS, *NODE_ALGORITHMS))}.")]
 NumSamples = Annotated[int, option(TEXT, "N", "Sequences at most.", min=1)]

@@ -1,28 +1,18 @@
 """Bars on stderr, where somebody watches."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable
+from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, track
-from torch import Tensor
+from rich.progress import track
 
 from narrowcast.launch import is_first_rank
 
 
-def tracked(steps: Iterable[Tensor], what: str) -> Iterable[Tensor]:
+def tracked(steps: Iterable[Any], what: str) -> Iterable[Any]:
     """The steps, under a bar."""
     console = Console(stderr=True)
     return track(steps, what, console=console, transient=True, disable=_unwatched(console))
-
-
-@contextmanager
-def calibrating(text: Sequence[Tensor]) -> Iterator[Callable[[int], None]]:
-    """A bar that is told the number of sequences that are done."""
-    columns, console = (*Progress.get_default_columns(), MofNCompleteColumn()), Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=_unwatched(console)) as bar:
-        task = bar.add_task("calibrating", total=len(text))
-        yield lambda done: bar.update(task, completed=done)
 
 
 def _unwatched(console: Console) -> bool:

@@ -72,7 +72,7 @@ class AllocatedRecipe(FittedRecipe):
 
     @property
     def default_bits(self) -> float:
-        return 3.0
+        return 4.0
 
     def codec(self, ranges: Ranges) -> AllocatedCodec:
         """The codec of one site alone: bits by the features' variance, scales of a third of their largest magnitude."""

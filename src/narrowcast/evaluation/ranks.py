@@ -1,7 +1,7 @@
 """Evaluations on real ranks, each in its own process with its part of the model: started here, or by torchrun."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -9,11 +9,12 @@ from typing import Literal
 from torch import Tensor, nn
 
 from narrowcast.attach import Handle
+from narrowcast.calibration import Track, untold
 from narrowcast.engines import load_engine
 from narrowcast.evaluation.continuations import continuations
 from narrowcast.evaluation.evaluation import Evaluation, conditions
 from narrowcast.evaluation.reference import Reference
-from narrowcast.evaluation.scoring import Track, at_work, scored, standing_by, untold
+from narrowcast.evaluation.scoring import at_work, scored, standing_by
 from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
 from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
@@ -29,7 +30,8 @@ class Job:
     """The work of ranks that share the model of a folder or hub name, under each of `plans` in turn.
 
     They score `batches` (ids [B, T]) and answer `tasks`, both beside the uncompressed model, then continue `prompts`
-    (ids [1, T]). `timeout_s`: how long they wait for one of them before it counts as lost.
+    (ids [1, T]), but for the plans that are to be `silent`. `timeout_s`: how long they wait for one of them before it
+    counts as lost.
     """
 
     model: str
@@ -42,6 +44,7 @@ class Job:
     tasks: TaskSet | None = None
     prompts: Sequence[Tensor] = ()
     max_new_tokens: int = 0
+    silent: Collection[Path] = ()
     track: Track = untold
 
 
@@ -112,7 +115,10 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
     options = {name: getattr(job, name) for name in names}
     with standing_by(model, plans, **options) as handles:
         outcomes = _compared(job, model, handles) if job.batches else []
-        said = [_said(job, model, handle) for handle in handles]
+        said = [
+            [] if path in job.silent else _said(job, model, handle)
+            for path, handle in zip(job.plans, handles, strict=True)
+        ]
         outcomes = outcomes or [Outcome(report=_report(model, handle)) for handle in handles]
     return [replace(outcome, continuations=ids) for outcome, ids in zip(outcomes, said, strict=True)]
 

@@ -1,6 +1,6 @@
 """Scores batch by batch: the uncompressed model's forward, then that of each plan on one model in turn."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -9,14 +9,6 @@ from torch import Tensor, nn
 from narrowcast.attach import Handle, attach
 from narrowcast.plan import Plan
 from narrowcast.scores import Score, Scorer, log_probs
-
-# Passes batches on as they are, and tells whoever watches that they are taken, and for what.
-Track = Callable[[Iterable[Tensor], str], Iterable[Tensor]]
-
-
-def untold(batches: Iterable[Tensor], what: str) -> Iterable[Tensor]:
-    """Batches that nobody watches."""
-    return batches
 
 
 @contextmanager

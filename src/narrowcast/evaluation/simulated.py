@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from narrowcast.calibration import Track, untold
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.evaluation import Evaluation, conditions
-from narrowcast.evaluation.scoring import Track, at_work, scored, standing_by, untold
+from narrowcast.evaluation.scoring import at_work, scored, standing_by
 from narrowcast.evaluation.sites import SiteError, site_errors
 from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
 from narrowcast.plan import Plan

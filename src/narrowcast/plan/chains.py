@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+TURNED_OFF = "the plan was calibrated without"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chains:
@@ -15,6 +17,11 @@ class Chains:
 
     chains: Sequence[tuple[str, ...]] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+
+    def turned_off(self) -> "Chains":
+        """No chains."""
+        reasons = {site: TURNED_OFF for chain in self.chains for site in chain}
+        return Chains(refused={**self.refused, **reasons})
 
     def joined(self, other: "Chains") -> "Chains":
         """Those of two ranks: of other stages, or the same."""

@@ -41,6 +41,15 @@ def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:
     return {name: tuple(_bits(site, hop, plan) for hop in range(len(site.codecs))) for name, site in plan.sites.items()}
 
 
+def mean_bits(plan: Plan) -> float | None:
+    """The bits a value that the plan was made for, or that its payloads take on average; None for no sites."""
+    if (asked := plan.calibration.get("bits")) is not None:
+        return float(asked)
+    hop = -1 if plan.groups else 0
+    bits = [each[hop] for each in bits_by_site(plan).values()]
+    return sum(bits) / len(bits) if bits else None
+
+
 def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:
     """Codecs of hop 0 with calibrated scales, by site."""
     return {name: site.codecs[0] for name, site in plan.sites.items() if isinstance(site.codecs[0], FeatureCodec)}

@@ -88,6 +88,11 @@ class Feedback:
         self._residue: Tensor | None = None
         self._next: tuple[int, int] = (0, 0)
 
+    @property
+    def any(self) -> bool:
+        """Some sites feed back."""
+        return bool(self._places)
+
     def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
         """The loss that the site before has left, for this one to add and to replace; None where none is fed back.
 

@@ -99,8 +99,15 @@ class Score:
 @torch.no_grad()
 def log_probs(model: nn.Module, ids: Tensor) -> Tensor:
     """Log-probabilities [B, T, V] in fp32 on the CPU, for token ids [B, T]."""
-    logits: Tensor = model(input_ids=ids.to(device_of(model)), use_cache=False).logits
+    output = model(input_ids=ids.to(device_of(model)), use_cache=False)
+    logits: Tensor = getattr(output, "logits", output)
     return logits.float().log_softmax(dim=-1).cpu()
+
+
+def kl_nats(expected: Tensor, found: Tensor) -> Tensor:
+    """KL(expected || found) [...] of log-probabilities [..., V], in nats, fp64."""
+    expected, found = expected.double(), found.double()
+    return (expected.exp() * (expected - found)).sum(-1)
 
 
 class Scorer:
@@ -151,7 +158,7 @@ def compare(reference: Iterable[Tensor], model: Iterable[Tensor], batches: Seque
 def _compared(expected_TV: Tensor, found_TV: Tensor, ids_T: Tensor) -> tuple[NDArray[np.float32], tuple[float, ...]]:
     """KL of each token of a sequence; the sequence's `FIGURES`, its NLL, and that of the reference."""
     expected_TV, found_TV = expected_TV.double(), found_TV.double()
-    kl_T = (expected_TV.exp() * (expected_TV - found_TV)).sum(-1)
+    kl_T = kl_nats(expected_TV, found_TV)
     first_T = expected_TV.argmax(-1)
     before_T = (found_TV > found_TV.gather(-1, first_T[:, None])).sum(-1)  # tokens that the model ranks before it
     nll, reference_nll = (

@@ -103,6 +103,8 @@ def sites(model: nn.Module, split: Split) -> Mapping[str, str]:
         kinds = style.sites(name)
         is_head = module is cast(Any, model).get_output_embeddings()
         found |= dict.fromkeys(kinds, "logits") if is_head else kinds
+    if pipeline.is_later_stage(model):  # which holds a tied embedding for its logits, and looks up nothing
+        found = {name: kind for name, kind in found.items() if kind != "embedding"}
     if not found:
         raise _unsupported(model, "a Transformers model with a tensor-parallel plan", "no row-parallel layer")
     return found

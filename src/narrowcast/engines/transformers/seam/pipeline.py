@@ -20,6 +20,12 @@ def stage_of(model: nn.Module) -> Any:
     return getattr(model, "_pp_stage", None)
 
 
+def is_later_stage(model: nn.Module) -> bool:
+    """Not the one that text comes to first."""
+    stage = stage_of(model)
+    return stage is not None and not stage.pp_is_first_stage
+
+
 def boundaries(model: nn.Module, pp_size: int) -> list[str]:
     """The last layer of each stage but the last. Stages have as many layers each; the rest goes to the last."""
     prefix = cast(Any, model).base_model_prefix

@@ -1,0 +1,79 @@
+"""Sensitivities: how much answers mind an error in each sum, found by trying one. No gradients: ranks can do it.
+
+To second order, white noise of the power s^2 in each of the E features of a sum costs a KL divergence of s^2 trace(F) /
+2, F being the Fisher information there: two runs tell trace(F) / E, the sensitivity of that site's features, within a
+tenth of what gradients tell. Where depth feedback makes an error good at the next site, what it costs in between is
+found alike: the same noise, taken back there.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.calibration.observing import ObservedWires, over_wires
+from narrowcast.calibration.tracking import Track, untold
+from narrowcast.plan.chains import Chains
+from narrowcast.plan.split import Split
+from narrowcast.scores import kl_nats, log_probs
+
+MAX_TOKENS = 128  # of text that is tried
+# The noise is as large as makes this KL divergence, about, and tried again where it is beyond these times that: a
+# smaller one drowns in the rounding of BF16, a larger one is not of second order.
+KL_OF_NOISE, WITHIN = 0.01, (0.2, 5.0)
+FIRST_NOISE, MAX_TRIES, LEAST_KL = 0.05, 4, 1e-5  # of the root mean square of the largest sum
+
+
+class Disturbed(ObservedWires):
+    """Wires over which one site's sum is disturbed: for good in the first sequence, until the next site in the second.
+
+    Without a next site both are disturbed for good.
+    """
+
+    def __init__(self, tp_size: int) -> None:
+        super().__init__((), tp_size)
+        self._noise: dict[str, tuple[float, float]] = {}  # by site, for either sequence
+
+    def disturb(self, site: str, following: str | None, size: float) -> None:
+        """Let `site` have noise of the root mean square `size`, and nothing else."""
+        self._noise = {site: (size, size)}
+        if following is not None:
+            self._noise[following] = (0.0, -size)
+
+    def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
+        total = super().sum(partials, site)
+        if (sizes := self._noise.get(site)) is None:
+            return total
+        disturbed = total.reshape(len(sizes), -1, total.shape[-1]).clone()  # experts are given tokens in one row
+        noise_TE = torch.randn(disturbed.shape[1:], generator=torch.Generator().manual_seed(0)).to(total.device)
+        for sequence_TE, size in zip(disturbed, sizes, strict=True):
+            sequence_TE += (size * noise_TE).to(total.dtype)
+        return disturbed.view(total.shape)
+
+
+def sensitivities(
+    model: nn.Module, split: Split, chains: Chains, power: Mapping[str, Tensor], ids: Tensor, track: Track = untold
+) -> dict[str, Tensor]:
+    """For each site of `power`, what stands for the diagonal of the Fisher information, [E], alike for all features.
+
+    `power`: mean squares [1, E] of each sum, of all stages, which every rank of a split model passes alike. `ids`: text
+    [T]. Of a site whose loss is made good at the next one, the geometric mean of what an error costs for good and of
+    what it costs until then: the former alone holds for large errors, the latter for small ones.
+    """
+    following = {site: after for chain in chains.chains for site, after in itertools.pairwise(chain)}
+    wires, found = Disturbed(split.tp_size), {}
+    ids_BT = ids[None, :MAX_TOKENS].repeat(2, 1)
+    with over_wires(wires, model, split):
+        plain = log_probs(model, ids_BT)
+        size = FIRST_NOISE * max((mean.mean().item() for mean in power.values()), default=0.0) ** 0.5
+        for site in track(power, "trying errors"):
+            for _ in range(MAX_TRIES):
+                wires.disturb(site, following.get(site), size)
+                for_good, until_next = kl_nats(plain, log_probs(model, ids_BT)).mean(dim=1).tolist()
+                trace = 2 * (for_good * until_next) ** 0.5 / size**2
+                size *= (KL_OF_NOISE / max(for_good, LEAST_KL)) ** 0.5
+                if WITHIN[0] <= for_good / KL_OF_NOISE <= WITHIN[1]:
+                    break
+            found[site] = torch.full_like(power[site][0], trace / power[site].shape[1])
+    return found
