@@ -103,8 +103,8 @@ def test_an_option_has_one_default() -> None:
     for found in options().values():
         for name, default in found.items():
             defaults.setdefault(name, set()).add(str(default))
-    several = {name for name, values in defaults.items() if len(values) > 1}
-    assert several <= {"--codec", "--link", "--transport", "--tensor-parallel-size"}, {name: defaults[name] for name in several}
+    several = {name: values for name, values in defaults.items() if len(values) > 1}
+    assert several.keys() <= {"--codec", "--link", "--transport", "--tensor-parallel-size"}, several
 
 
 @pytest.mark.parametrize("command", COMMANDS)
