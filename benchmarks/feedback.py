@@ -19,10 +19,10 @@ from narrowcast import Plan
 from narrowcast.calibration import Observations, observe
 from narrowcast.evaluation import evaluate
 
-CODECS = "int4-feature", "int4-group128", "int4-group32-sym", "mxfp4"
-FITTED = tuple(f"allocated(bits={bits})" for bits in (4.19, 3.4, 2.5, 1.5))
-LAST = "int4-feature", "int6-feature", "int8-feature", "fp8", "int8-group128", "bf16"
-TARGETS = 0.003, 0.01, 0.03, 0.1
+CODECS = "int4-feature", "int4-group128", "int4-group32-sym"
+FITTED = tuple(f"allocated(bits={bits})" for bits in (4, 3.4, 2.5))
+LAST = "int4-feature", "int6-feature", "int8-feature", "int8-group128", "bf16"
+TARGETS = 0.006, 0.01, 0.03
 ALGORITHMS = "one_shot", "two_shot"
 
 

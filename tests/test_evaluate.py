@@ -7,25 +7,30 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
+import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, PeerLostError, Plan
+from narrowcast.cli.verdicts import tell
 from narrowcast.codecs import FeatureCodec, FeatureRecipe
 from narrowcast.engines import load_engine
 from narrowcast.evaluation import evaluate, reference, site_errors
 from narrowcast.evaluation import ranks as on_ranks
+from narrowcast.evaluation.continuations import continuations
 from narrowcast.evaluation.ranks import Job, Outcome
 from narrowcast.plan.split import Split
 from narrowcast.runtime.counters import Report
 from narrowcast.scores import Items, Score, compare, log_probs
 from narrowcast.scores.intervals import holm, t_quantile, t_within
+from narrowcast.scores.verdict import in_words
 from ranks import Ranks
 
 
@@ -333,3 +338,44 @@ def test_who_waits_for_the_first_ranks_model_notices_that_it_died(ranks: Callabl
     assert pool.result(1) == (0,)
     assert time.monotonic() - start < 60
     pool.close()
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("kl_nats", "word"),
+    [
+        (0.0, "none noticed"),
+        (0.01, "none noticed"),
+        (0.011, "slight"),
+        (0.05, "slight"),
+        (0.051, "visible"),
+        (0.4, "visible"),
+        (0.41, "unusable"),
+        (float("inf"), "unusable"),
+        (float("nan"), "unusable"),
+    ],
+)
+def test_verdicts_in_words(kl_nats: float, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """From visible on there is something to try; what is unusable ends with status 1."""
+    assert in_words(kl_nats) == word
+    with pytest.raises(typer.Exit) if word == "unusable" else nullcontext():
+        tell(kl_nats, "on this text")
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"verdict: {word}; KL {kl_nats:.3g} nats from the uncompressed model, on this text\n")
+    assert ("to try: " in shown) == (word in ("visible", "unusable"))
+
+
+def test_both_models_continue_the_text(model: nn.Module) -> None:
+    batches = [random_ids(2, 30)]
+    plan = narrowcast.calibrate(model, batches, tp_size=2, codec="bf16")
+    found = evaluate(model, plan, batches)
+    assert found.continued.prompt == batches[0][0, :24].tolist()
+    said = continuations(model, [batches[0][:1, :24]], 10)[0]
+    assert found.continued.uncompressed == said and len(said) <= 10
+    assert found.to_json()["verdict"] == "none noticed"
+    assert found.to_json()["continued"]["coded"] == found.continued.coded
+    name, value, uncompressed, _ = found.figures()[3]
+    assert (name, uncompressed) == ("perplexity", f"{found.score.reference_perplexity:.4f}")
+    assert float(value) == pytest.approx(found.score.reference_perplexity, rel=0.01)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,14 +11,18 @@ from transformers import AutoModelForCausalLM, GraniteConfig
 
 import narrowcast
 from models import CONFIGS, SMALL, calibrated, random_ids
+from narrowcast.calibration import CodecByKind, observe
+from narrowcast.calibration.observing import CodedWires
 from narrowcast.calibration.stream import BEHIND, chains_of
 from narrowcast.codecs import Codec, Ranges, recipe
 from narrowcast.collectives import ALGORITHMS
+from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.plan import Plan
-from narrowcast.plan.chains import Chains
+from narrowcast.plan import ModelFingerprint, Plan, Site
+from narrowcast.plan.chains import TURNED_OFF, Chains
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
+from narrowcast.plan.summary import codec_name
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.feedback import FeedbackCodec
 from narrowcast.runtime.planned import PlannedWires
@@ -274,6 +279,115 @@ def test_it_is_on_unless_it_is_turned_off() -> None:
         exact = model(ids).logits.float()
     on, off = ((logits[each] - exact).norm() for each in (True, False))
     assert on < 0.8 * off
+
+
+# --- Calibrating for it -----------------------------------------------------------------------------------------------
+
+
+class Noted:
+    """An observer that keeps what it sees of sums."""
+
+    def __init__(self) -> None:
+        self.partials: list[Tensor] = []
+        self.totals: list[Tensor] = []
+
+    def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
+        self.partials.append(torch.stack([x.float() for x in partials]))
+        self.totals.append(total)
+
+    def see_columns(self, parts: Sequence[Tensor], site: str) -> None: ...
+
+    def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None: ...
+
+
+def test_calibration_sees_what_is_coded() -> None:
+    """Partial sums, and their sum, each with what was lost before; written anew with encode and decode alone."""
+    partial, total = codecs_of("feature(bits=3)", 3, ())
+    chained = SITES[:3]  # the fourth has a codec, and feeds nothing back
+    plan = Plan(
+        split=Split(tp_size=3),
+        model=ModelFingerprint(config={}, samples={}),
+        calibration={},
+        sites={name: Site(kind="sum", codecs=(partial, total), error={}) for name in SITES},
+        feedback=Chains(chains=(tuple(chained),)),
+    )
+    seen = Noted()
+    wires = CodedWires([seen], plan)
+    assert wires.feed_back
+    lost, lost_of_sum = torch.zeros(3, 10, NUM_FEATURES), torch.zeros(10, NUM_FEATURES)
+    for index, site in enumerate(SITES):
+        x = values(index, 3, 10, torch.float32)
+        found = wires.sum(list(x), site, wires.residue(site, 10, NUM_FEATURES, CPU))
+        if site not in chained:
+            assert torch.equal(found, seen.totals[-1])
+            torch.testing.assert_close(found, x.sum(0))
+            continue
+        coded = x + lost
+        torch.testing.assert_close(seen.partials[-1], coded)
+        received = torch.stack(
+            [
+                partial.decode(partial.encode(y, source=rank), source=rank, dtype=torch.float32, num_features=160)
+                for rank, y in enumerate(coded)
+            ]
+        )
+        lost, summed = coded - received, received.sum(0) + lost_of_sum
+        torch.testing.assert_close(seen.totals[-1], summed, atol=1e-4, rtol=1e-4)
+        expected = total.decode(total.encode(summed, source=0), source=0, dtype=torch.float32, num_features=160)
+        lost_of_sum = summed - expected
+        torch.testing.assert_close(found, expected, atol=0.02, rtol=0.02)
+
+
+def test_the_last_sum_of_a_stream_has_more_bits() -> None:
+    """Of the model and of each stage; unless all have as many, another is asked for, or nothing is fed back."""
+    model = a_model("llama")
+    seen = observe(model, [random_ids(2, 16)], tp_size=2, pp_size=2)
+
+    def of_last(codec: CodecByKind, **options: Any) -> list[str]:
+        return [codec_name(seen.plan(codec, **options).sites[name].codecs[0]) for name in IN_ORDER]
+
+    assert of_last("int4-feature") == ["feature", "int8-group128"] * 2
+    assert of_last("int4-group128") == ["int4-group128", "int8-group128"] * 2
+    assert of_last("int8-feature") == ["feature"] * 4
+    assert of_last("bf16") == ["bf16"] * 4
+    assert of_last({"sum": "int4-feature", "last": "fp8"}) == ["feature", "fp8"] * 2
+    assert of_last("int4-feature", feedback=False) == ["feature"] * 4
+    with pytest.raises(InvalidInputError, match="none for last, as fitted sums have bits by what each is worth"):
+        seen.plan({"sum": "allocated", "last": "bf16"})
+
+
+def test_a_plan_that_is_served_without_warns(caplog: pytest.LogCaptureFixture) -> None:
+    model, ids = a_model("llama"), random_ids(2, 16)
+    plan = narrowcast.calibrate(model, [ids], tp_size=2, codec="int4-feature")
+    narrowcast.attach(model, plan, simulate=True).remove()
+    assert not caplog.records
+    narrowcast.attach(model, plan, simulate=True, feedback=False).remove()
+    (warning,) = caplog.messages
+    kl = plan.calibration["kl_nats_without_feedback"]
+    assert f"expect a KL divergence of {kl} nats, not {plan.calibration['kl_nats']}" in warning
+    caplog.clear()
+    without = narrowcast.calibrate(model, [ids], tp_size=2, codec="int4-feature", feedback=False)
+    assert without.feedback == Chains(refused=dict.fromkeys(IN_ORDER, TURNED_OFF))
+    assert without.calibration["kl_nats"] > plan.calibration["kl_nats"]
+    narrowcast.attach(model, without, simulate=True, feedback=False).remove()
+    assert not caplog.records
+
+
+def find_chains(folder: Path) -> Chains:
+    model = load_engine().load(folder, split=Split(tp_size=2, pp_size=2))
+    return chains_of(model, Split(tp_size=2, pp_size=2), random_ids(1, 8)[0])
+
+
+def test_stages_find_their_chains_however_large_their_sums_are(ranks: Pools, tmp_path: Path) -> None:
+    """The second stage's are eight times as large: a disturbance has one size at all."""
+    model = a_model("llama")
+    with torch.no_grad():
+        for name in IN_ORDER[2:]:
+            model.get_submodule(name).weight *= 8  # type: ignore[operator]
+    model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
+    expected = chains_of(model, Split(tp_size=2, pp_size=2), random_ids(1, 8)[0]).chains
+    assert expected == (tuple(IN_ORDER[:2]), tuple(IN_ORDER[2:]))
+    found = ranks(4).run(find_chains, tmp_path / "model")
+    assert [each.chains for each in found] == [(chain,) for chain in expected for _ in range(2)]
 
 
 def options_differ(folder: Path) -> str:

@@ -1,6 +1,6 @@
 """Fitting to a whole model: second moments, Fisher information, and the bits that follow from them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import narrowcast
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.calibration import observe, recipes_by_kind
+from narrowcast.calibration import DEFAULT_TARGET_KL, observe, recipes_by_kind
+from narrowcast.calibration.build import fewest
 from narrowcast.calibration.fit import fit
 from narrowcast.calibration.moments import Moments, fisher_information
 from narrowcast.calibration.sensitivity import sensitivities
@@ -239,7 +240,7 @@ def held_out_kl(plan: Plan, model: nn.Module) -> float:
     """Measured anew, of the sequences that calibration says it holds out: a quarter."""
     batches = sequences()[:2]
     reference = [log_probs(model, ids) for ids in batches]
-    with narrowcast.attach(model, plan, simulate=True, algorithm="one_shot"):
+    with narrowcast.attach(model, plan, simulate=True):
         return compare(reference, [log_probs(model, ids) for ids in batches], batches).kl_nats
 
 
@@ -376,3 +377,64 @@ def test_a_preset_for_one_kind_stands_beside_a_fitted_codec() -> None:
     recipes = recipes_by_kind(codec_by_kind(["transform", "boundary=bf16"]))
     assert recipes["sum"] == TransformRecipe(axes="ranks")
     assert recipes["boundary"] == PRESETS["bf16"] and recipes["gather"] == PRESETS["int8-group128"]
+
+
+# Without a codec; on ranks, between nodes
+
+
+def test_without_a_codec_nobody_notices(model: nn.Module) -> None:
+    plan = narrowcast.calibrate(model, sequences(), tp_size=2)
+    assert plan.calibration["codec"] == "allocated(target_kl=0.01)"
+    assert plan.calibration["kl_nats"] <= DEFAULT_TARGET_KL == 0.01
+    assert held_out_kl(plan, model) == pytest.approx(plan.calibration["kl_nats"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("start", "kl"), [(few, lambda s: 3.0 * 4.0 ** (-s / 16)) for few in (0, 3)])
+def test_the_fewest_steps_are_found_in_few_tries(start: int, kl: Callable[[int], float]) -> None:
+    """Whatever the target; at every step fewer the target is missed."""
+    for target in (2.0, 0.5, 0.1, 0.01, 1e-3):
+        tried: list[int] = []
+
+        def noted(steps: int, tried: list[int] = tried) -> float:
+            tried.append(steps)
+            return kl(steps)
+
+        found = fewest(noted, target, start, 128)
+        assert kl(found) <= target
+        assert found == start + 1 or kl(found - 1) > target
+        assert len(tried) == len(set(tried)) <= 6
+
+
+def test_steps_that_do_not_fall_smoothly_are_found_too() -> None:
+    for edge in (1, 2, 17, 63, 64, 65, 127, 128):
+        assert fewest(lambda steps, edge=edge: 1.0 if steps < edge else 1e-6, 0.01, 0, 128) == edge  # type: ignore[misc]
+    with pytest.raises(InvalidInputError, match="1 nats or more, which 8 bits a value cost here"):
+        fewest(lambda steps: 1.0, 0.01, 0, 128)
+
+
+def fit_on_rank(folder: Path, split: Split, codec: str, groups: Any) -> tuple[str, Any]:
+    plan = narrowcast.calibrate(transformers.load(folder, split=split), sequences(), codec=codec, groups=groups)
+    return plan.fingerprint, plan.calibration
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "codec", "groups"),
+    [
+        ("llama", Split(tp_size=2), "allocated(target_kl=0.0005)", ()),
+        ("llama-tied", Split(tp_size=2, pp_size=2), "allocated(target_kl=0.0005)", ()),
+        ("mixtral", Split(tp_size=2, experts="all_reduce"), "allocated(bits=2)", ()),
+        ("llama", Split(tp_size=4), "allocated(bits=2)", [[0, 1], [2, 3]]),
+    ],
+    ids=str,
+)
+def test_ranks_fit_the_plan_of_the_whole_model(
+    ranks: Any, tmp_path: Path, name: str, split: Split, codec: str, groups: Any
+) -> None:
+    """Sensitivities, moments of all stages, the search and the judge: on every rank, bit for bit."""
+    folder = save_random(name, tmp_path / "model")
+    whole = transformers.load(folder)
+    asked = {"tp_size": split.tp_size, "pp_size": split.pp_size, "experts": split.experts, "groups": groups}
+    plan = narrowcast.calibrate(whole, sequences(), codec=codec, **asked)
+    assert {site.codecs[-1 if groups else 0].id for site in plan.sites.values() if site.kind == "sum"} == {"allocated"}
+    for found in ranks(split.world_size).run(fit_on_rank, folder, split, codec, groups):
+        assert found == (plan.fingerprint, plan.calibration)

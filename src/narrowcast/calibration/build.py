@@ -173,12 +173,10 @@ class Maker:
 
     def _fewest_bits(self, seen: Observations, target_kl: float) -> float:
         """As few as keep the KL divergence below the target; InvalidInputError if `MOST_BITS` do not."""
-        assert self._fitted is not None, "sums that are not fitted have no bits to choose"
-        algorithm = "auto" if self._given.groups else self._fitted.algorithm_among(self._given.split.tp_size)
 
         def kl(steps: int) -> float:
             plan = self._complete(self._sites(seen, steps * BITS_STEP), {})
-            return self._given.judge.kl(plan, algorithm=algorithm)
+            return self._kl(plan)
 
         num_features = min(each.partial.shape[1] for each in seen.moments.values())
         few = math.ceil(least_bits(num_features) / BITS_STEP) - 1  # are less than a plan can be made of
@@ -195,12 +193,16 @@ class Maker:
 
     def _judged(self, plan: Plan) -> Plan:
         """The plan, which says what KL divergence it costs on the text that was held out."""
-        judge = self._given.judge
-        kl = {"kl_nats": judge.kl(plan)}
+        kl = {"kl_nats": self._kl(plan)}
         if any(plan.feedback.chains):
-            kl["kl_nats_without_feedback"] = judge.kl(dataclasses.replace(plan, feedback=plan.feedback.turned_off()))
+            kl["kl_nats_without_feedback"] = self._kl(dataclasses.replace(plan, feedback=plan.feedback.turned_off()))
         told = {name: float(f"{value:.4g}") for name, value in kl.items()}
         return dataclasses.replace(plan, calibration={**plan.calibration, **told})
+
+    def _kl(self, plan: Plan) -> float:
+        """The KL divergence of a plan, by the algorithm that its codecs were asked for, or that would be chosen."""
+        algorithm = self._fitted.algorithm if self._fitted is not None else None
+        return self._given.judge.kl(plan, algorithm=algorithm or "auto")
 
     def _plan(self, sites: Mapping[str, Site], found: Mapping[str, Any]) -> Plan:
         given = self._given

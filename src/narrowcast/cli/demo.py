@@ -91,7 +91,7 @@ def demo(
             batches=sequences(tokenizer, folder / "scoring.txt", length=DEFAULT_LENGTH, limit=NUM_SCORING),
             prompts=list(prompts.values()),
             max_new_tokens=MAX_NEW_TOKENS,
-            silent=paths[1:-1],
+            silent=paths[:-1],
             track=tracked,
         )
         outcomes = run_on_ranks(job, Split(tp_size=tp))
@@ -100,7 +100,8 @@ def demo(
         write_report(json, {"model": folder.name, "tp_size": tp, "codecs": rows})
     _print(rows, contestants, f"{folder.name} split over {tp} processes")
     Console().print(f"{chosen.name}: {summary(outcomes[-1].report, Split(tp_size=tp))}")
-    _print_texts({PLAIN.name: outcomes[0], chosen.name: outcomes[-1]}, prompts, tokenizer)
+    said = {"uncompressed": outcomes[-1].uncompressed, chosen.name: outcomes[-1].continuations}
+    _print_texts(said, prompts, tokenizer)
 
 
 def _default_model() -> Path:
@@ -171,14 +172,14 @@ def _print(rows: Sequence[Mapping[str, Any]], contestants: Sequence[Contestant],
         console.print(f"{each.name}: {each.about} ({each.codec})", highlight=False)
 
 
-def _print_texts(outcomes: Mapping[str, Outcome], prompts: Iterable[str], tokenizer: Any) -> None:
+def _print_texts(said: Mapping[str, list[list[int]]], prompts: Iterable[str], tokenizer: Any) -> None:
     """The two texts side by side."""
     console = Console()
     shown = table(f"first {MAX_NEW_TOKENS} tokens of each answer", ())
-    for name in outcomes:
-        shown.add_column(name, width=(console.width - 3) // len(outcomes))
+    for name in said:
+        shown.add_column(name, width=(console.width - 3) // len(said))
     for place, prompt in enumerate(prompts):
-        said = [tokenizer.decode(each.continuations[place], skip_special_tokens=True) for each in outcomes.values()]
-        shown.add_row(*(f"[bold]{escape(prompt)}[/]\n{escape(text.strip())}\n" for text in said))
+        texts = [tokenizer.decode(each[place], skip_special_tokens=True) for each in said.values()]
+        shown.add_row(*(f"[bold]{escape(prompt)}[/]\n{escape(text.strip())}\n" for text in texts))
     console.print(shown)
-    console.print("Texts part where two tokens are nearly as likely. How often plain sums part from the model: top-1.")
+    console.print("Texts part where two tokens are nearly as likely; top-1 says how often, with plain bf16 sums, too.")

@@ -16,12 +16,13 @@ from narrowcast.cli.generate import summary
 from narrowcast.cli.options import OUTPUT, TEXT, option
 from narrowcast.cli.progress import tracked
 from narrowcast.cli.tables import table
+from narrowcast.cli.verdicts import tell
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import Baseline, Change, Evaluation, evaluate_on_ranks
 from narrowcast.evaluation import evaluate as evaluate_simulated
 from narrowcast.evaluation.drawings import check_possible
-from narrowcast.evaluation.evaluation import conditions
+from narrowcast.evaluation.evaluation import Continued, conditions
 from narrowcast.evaluation.report import page
 from narrowcast.evaluation.tasks import TaskSet, load_tasks
 from narrowcast.files import check_report, write_new, write_report
@@ -77,8 +78,10 @@ def evaluate(
     if report is not None:
         write_new(report, page(found, plan.name, about).encode(), overwrite=True)
     _print(found, f"{model}, {plan}, {loaded.split}, {'real ranks' if real else 'simulated'}")
+    _print_texts(found.continued, tokenizer)
     if changes:
         tables.print_changes(changes, f"against {baseline}")
+    tell(found.score.kl_nats, f"on {text}")
     if any(change.verdict == "worse" for change in changes.values()):
         raise typer.Exit(1)
 
@@ -117,9 +120,18 @@ def _write(path: Path, found: Evaluation, about: dict[str, str], changes: Mappin
     write_report(path, {"command": command, **about, **found.to_json(), **compared})
 
 
+def _print_texts(continued: Continued, tokenizer: Any) -> None:
+    """A few tokens that the model says before and after, to a beginning of the text."""
+    prompt, before, after = (
+        " ".join(tokenizer.decode(ids, skip_special_tokens=True).split())
+        for ids in (continued.prompt, continued.uncompressed, continued.coded)
+    )
+    typer.echo(f"after: ...{prompt[-60:]}\n  uncompressed: {before}\n  coded:        {after}")
+
+
 def _print(found: Evaluation, title: str) -> None:
     console = Console()
-    figures = table(title, ("figure",), ("value", "95 % interval"))
+    figures = table(title, ("figure",), ("value", "uncompressed", "95 % interval"))
     for row in found.figures():
         figures.add_row(*row)
     console.print(figures)

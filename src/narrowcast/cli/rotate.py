@@ -3,16 +3,24 @@
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
+from torch import Tensor
 
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli import options
 from narrowcast.cli.options import TEXT, option
+from narrowcast.cli.verdicts import tell
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
+from narrowcast.evaluation.continuations import continuations
 from narrowcast.rotation import folder
 from narrowcast.rotation.rotate import rotate as rotate_model
 from narrowcast.rotation.search import Axes, search
+from narrowcast.scores import compare, log_probs
+
+NUM_JUDGED = 4  # sequences that the model is compared on before and after
+BEGINNING, MAX_OWN_WORDS = "The", 128
 
 
 def rotate(
@@ -35,14 +43,25 @@ def rotate(
     _check_text(axes, text)
     folder.check_out(Path(model), out, overwrite=overwrite)
     engine, found = load_engine(), []
-    whole = engine.load(model, device=device)
+    whole, tokenizer = engine.load(model, device=device), engine.load_tokenizer(model)
     about: dict[str, Any] = {"axes": axes}
     if text is not None:
-        found = sequences(engine.load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
+        found = sequences(tokenizer, text, length=max_seq_len, limit=num_samples)
         about |= {"text": str(text), "tp_size": tp, "sequences": len(found)}
+    judged = found[:NUM_JUDGED] or [_own_words(whole, tokenizer)]
+    before = [log_probs(whole, ids) for ids in judged]
     rotate_model(whole, search(whole, axes, found, tp_size=tp))
-    folder.save(whole, model, out, about)
+    kl = compare(before, (log_probs(whole, ids) for ids in judged), judged).kl_nats
+    folder.save(whole, model, out, about | {"kl_nats": float(f"{kl:.4g}")})
     typer.echo(f"{out}: {model} on {axes} axes")
+    tell(kl, f"on {sum(ids.numel() for ids in judged)} tokens", to_try="other --axes, or the model as it is")
+
+
+def _own_words(model: Any, tokenizer: Any) -> Tensor:
+    """Token ids [1, T] that the model itself says, where nobody gave text to judge by."""
+    begin = tokenizer(BEGINNING, return_tensors="pt").input_ids
+    (said,) = continuations(model, [begin], MAX_OWN_WORDS)
+    return torch.cat([begin, torch.tensor([said], dtype=begin.dtype)], dim=1)
 
 
 def _check_text(axes: Axes, text: Path | None) -> None:

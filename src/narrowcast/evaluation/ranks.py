@@ -12,7 +12,7 @@ from narrowcast.attach import Handle
 from narrowcast.calibration import Track, untold
 from narrowcast.engines import load_engine
 from narrowcast.evaluation.continuations import continuations
-from narrowcast.evaluation.evaluation import Evaluation, conditions
+from narrowcast.evaluation.evaluation import NUM_SHOWN, Continued, Evaluation, beginning, conditions
 from narrowcast.evaluation.reference import Reference
 from narrowcast.evaluation.scoring import at_work, scored, standing_by
 from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
@@ -50,13 +50,17 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """The outcome of one plan on the first rank. `report`: of scoring, or, without batches, of continuing prompts."""
+    """The outcome of one plan on the first rank. `report`: of scoring, or, without batches, of continuing prompts.
+
+    `uncompressed`: what the uncompressed model adds to the prompts, where it is there to score against.
+    """
 
     report: Report
     reference: Literal["whole", "split"] | None = None
     score: Score | None = None
     tasks: AnsweredTasks | None = None
     continuations: list[list[int]] = field(default_factory=list)
+    uncompressed: list[list[int]] = field(default_factory=list)
 
 
 def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
@@ -79,7 +83,7 @@ def evaluate_on_ranks(
 
     None on ranks but the first under torchrun.
     """
-    plan = Plan.load(path)
+    plan, prompt = Plan.load(path), beginning(batches)
     job = Job(
         model=model,
         plans=[path],
@@ -88,6 +92,8 @@ def evaluate_on_ranks(
         timeout_s=timeout_s,
         batches=batches,
         tasks=tasks,
+        prompts=[prompt],
+        max_new_tokens=NUM_SHOWN,
         track=track,
     )
     (outcome,) = run_on_ranks(job, plan.split)
@@ -102,6 +108,9 @@ def evaluate_on_ranks(
         feedback=feedback,
         score=outcome.score,
         report=outcome.report,
+        continued=Continued(
+            prompt=prompt[0].tolist(), uncompressed=outcome.uncompressed[0], coded=outcome.continuations[0]
+        ),
         tasks=outcome.tasks,
     )
 
@@ -128,8 +137,9 @@ def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Out
     reference = Reference(job.model, model)
     batches = job.track(job.batches, "scoring")
     scores: Sequence[Score | None] = scored(model, handles, batches, reference.log_probs(job.batches))
+    said = reference.ask(lambda whole: continuations(whole, job.prompts, job.max_new_tokens)) if job.prompts else []
     outcomes = [
-        Outcome(report=_report(model, handle), reference=reference.kind, score=score)
+        Outcome(report=_report(model, handle), reference=reference.kind, score=score, uncompressed=said or [])
         for handle, score in zip(handles, scores or [None] * len(handles), strict=True)
     ]
     if (tasks := job.tasks) is None:

@@ -13,6 +13,7 @@ from narrowcast.evaluation.drawings import Panel
 from narrowcast.evaluation.evaluation import Evaluation
 from narrowcast.files import HTML_MARK, versions
 from narrowcast.plan.summary import bits_by_site, codec_name, feedback_in_words, short_name, with_ranges
+from narrowcast.scores.verdict import in_words
 
 HOPS = "sent first", "sum sent again", "sum of nodes"
 PAGE = Template("""<!DOCTYPE html>
@@ -40,7 +41,7 @@ def page(found: Evaluation, name: str, about: Mapping[str, str]) -> str:
     intervals = "95 % confidence intervals over sequences; docs/quality.md says what each figure is."
     tokens = "How far single tokens are off: few are far, and the mean does not show them."
     sections = [
-        _section("Figures", intervals, _table(("figure", "value", "interval"), found.figures())),
+        _section("Figures", intervals, _table(("figure", "value", "uncompressed", "interval"), found.figures())),
         _section("What was scored", "", _table((), _subject(found, about))),
         _section("KL by token", tokens, _picture(drawings.kl_of_tokens(found.score), "KL by percentile of tokens")),
         _section("By site", _about_sites(found), _by_site(found)),
@@ -62,6 +63,7 @@ def _subject(found: Evaluation, about: Mapping[str, str]) -> list[tuple[str, str
         ("sent", f"{sent}, {found.report.wire_bytes_per_token:.0f} bytes a token"),
         ("clipped", f"{found.report.num_saturated} values"),
         ("algorithm", f"{asked['algorithm']}, {'on real ranks' if found.real else 'simulated in one process'}"),
+        ("verdict", in_words(found.score.kl_nats)),
         ("depth feedback", "; ".join(feedback_in_words(plan)) if found.feedback else "turned off"),
         ("reference", f"the uncompressed model, {found.reference}"),
         ("sequences", f"{asked['num_samples']} of {asked['max_seq_len']} tokens at most"),

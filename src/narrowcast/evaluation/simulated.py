@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from narrowcast.calibration import Track, untold
 from narrowcast.errors import InvalidInputError
-from narrowcast.evaluation.evaluation import Evaluation, conditions
+from narrowcast.evaluation.continuations import continuations
+from narrowcast.evaluation.evaluation import NUM_SHOWN, Continued, Evaluation, beginning, conditions
 from narrowcast.evaluation.scoring import at_work, scored, standing_by
 from narrowcast.evaluation.sites import SiteError, site_errors
 from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
@@ -49,10 +50,13 @@ def evaluate(
         some = batches[:num_batches]
         return (log_probs(model, ids) for ids in some) if reference is None else reference[:num_batches]
 
-    coded = replace(plan, decisions=Decisions())
+    coded, prompts = replace(plan, decisions=Decisions()), [beginning(batches)]
     with standing_by(model, [coded], simulate=True, algorithm=algorithm, feedback=feedback) as (handle,):
         (score,) = scored(model, [handle], track(batches, "scoring"), uncompressed(len(batches)))
         report = handle.report()
+        before = continuations(model, prompts, NUM_SHOWN)
+        with at_work(handle):
+            after = continuations(model, prompts, NUM_SHOWN)
         answered = None
         if tasks is not None:
             plain = answer(model, tokenizer, tasks)
@@ -71,6 +75,7 @@ def evaluate(
         feedback=feedback,
         score=score,
         report=report,
+        continued=Continued(prompt=prompts[0][0].tolist(), uncompressed=before[0], coded=after[0]),
         sites=errors,
         tasks=answered,
     )

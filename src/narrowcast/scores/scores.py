@@ -59,6 +59,11 @@ class Score:
         return math.exp(self.by_sequence["nll_nats"].mean)
 
     @property
+    def reference_perplexity(self) -> float:
+        """Of the reference on the same tokens."""
+        return math.exp(self.reference_nll_nats.mean)
+
+    @property
     def perplexity_change(self) -> float:
         """Relative to the reference: 0.01 for one percent more."""
         return math.expm1(self._added_nll_nats.mean)
