@@ -22,7 +22,7 @@ from narrowcast.evaluation import evaluate
 WAYS = "count", "choosing", "skip"
 OUTLIERS = 0, 4, 9, 18, 36
 CODEC, FITTED = "int4-feature", "allocated(bits=4)"
-SEQUENCES = 4, 8, 16, 32, 64
+SEQUENCES = 4, 8, 16, 32
 
 
 def plans(texts: Texts, tp_size: int) -> Iterator[tuple[str, Any, Plan]]:

@@ -1,5 +1,6 @@
 """Fitting to a whole model: second moments, Fisher information, and the bits that follow from them."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from narrowcast import InvalidInputError, Plan
 from narrowcast.calibration import DEFAULT_TARGET_KL, observe, recipes_by_kind
 from narrowcast.calibration.build import fewest
 from narrowcast.calibration.fit import fit
+from narrowcast.calibration.judge import Judge
 from narrowcast.calibration.moments import Moments, fisher_information
 from narrowcast.calibration.sensitivity import sensitivities
 from narrowcast.calibration.stream import chains_of
@@ -399,17 +401,26 @@ def test_the_fewest_steps_are_found_in_few_tries(start: int, kl: Callable[[int],
             tried.append(steps)
             return kl(steps)
 
-        found = fewest(noted, target, start, 128)
-        assert kl(found) <= target
+        found, cost = fewest(noted, target, start, 128)
+        assert cost == kl(found) <= target
         assert found == start + 1 or kl(found - 1) > target
         assert len(tried) == len(set(tried)) <= 6
 
 
 def test_steps_that_do_not_fall_smoothly_are_found_too() -> None:
     for edge in (1, 2, 17, 63, 64, 65, 127, 128):
-        assert fewest(lambda steps, edge=edge: 1.0 if steps < edge else 1e-6, 0.01, 0, 128) == edge  # type: ignore[misc]
-    with pytest.raises(InvalidInputError, match="1 nats or more, which 8 bits a value cost here"):
-        fewest(lambda steps: 1.0, 0.01, 0, 128)
+        for bad in (1.0, math.inf, math.nan):
+            found = fewest(lambda steps, edge=edge, bad=bad: bad if steps < edge else 1e-6, 0.01, 0, 128)  # type: ignore[misc]
+            assert found == (edge, 1e-6)
+    assert fewest(lambda steps: 1.0, 0.01, 0, 128) == (128, 1.0)
+
+
+def test_a_target_that_nobody_named_need_not_be_met(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is a plan of the most bits, and its verdict."""
+    monkeypatch.setattr(Judge, "kl", lambda self, plan, **options: 0.02)
+    assert narrowcast.calibrate(model, sequences(2), tp_size=2).calibration["bits"] == 8
+    with pytest.raises(InvalidInputError, match=r"0\.02 nats or more, which 8 bits a value cost here, found 0\.015"):
+        narrowcast.calibrate(model, sequences(2), tp_size=2, codec="allocated(target_kl=0.015)")
 
 
 def fit_on_rank(folder: Path, split: Split, codec: str, groups: Any) -> tuple[str, Any]:

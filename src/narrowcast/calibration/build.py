@@ -172,15 +172,25 @@ class Maker:
         return dataclasses.replace(given, ranges=ranges.ranges(given.ranges), moments=moments)
 
     def _fewest_bits(self, seen: Observations, target_kl: float) -> float:
-        """As few as keep the KL divergence below the target; InvalidInputError if `MOST_BITS` do not."""
+        """As few as keep the KL divergence below the target, or the most that are tried where nobody named a target.
+
+        InvalidInputError if the most do not meet a target that was asked for.
+        """
 
         def kl(steps: int) -> float:
-            plan = self._complete(self._sites(seen, steps * BITS_STEP), {})
-            return self._kl(plan)
+            return self._kl(self._complete(self._sites(seen, steps * BITS_STEP), {}))
 
         num_features = min(each.partial.shape[1] for each in seen.moments.values())
         few = math.ceil(least_bits(num_features) / BITS_STEP) - 1  # are less than a plan can be made of
-        return fewest(kl, target_kl, few, round(MOST_BITS / BITS_STEP)) * BITS_STEP
+        steps, found = fewest(kl, target_kl, few, round(MOST_BITS / BITS_STEP))
+        if found > target_kl and self._fitted != DEFAULT_CODEC:
+            raise InvalidInputError(
+                "target KL",
+                expected=f"{found:.2g} nats or more, which {MOST_BITS:g} bits a value cost here",
+                found=target_kl,
+                remedy="Ask for more, or for bits.",
+            )
+        return steps * BITS_STEP
 
     def _with_errors(self, sites: Mapping[str, Site]) -> dict[str, Site]:
         """The same sites, with the errors that their codecs make."""
@@ -233,25 +243,20 @@ class Maker:
         return plan
 
 
-def fewest(kl: Callable[[int], float], target_kl: float, few: int, many: int) -> int:
-    """As few steps as meet the target: more than `few`, `many` at most; InvalidInputError if these do not.
+def fewest(kl: Callable[[int], float], target_kl: float, few: int, many: int) -> tuple[int, float]:
+    """As few steps as meet the target, more than `few`, or else `many`; and the KL divergence that they cost.
 
     `kl`: about a fourth for each bit more, by which it is guessed where to try next.
     """
-    low, high, steps = few, None, round(FIRST_BITS / BITS_STEP)
-    while high is None or high - low > 1:
+    low, high, steps, best = few, many, round(FIRST_BITS / BITS_STEP), math.inf
+    while True:
         found = kl(steps)
-        if found <= target_kl:
-            high = steps
-        elif steps == many:
-            raise InvalidInputError(
-                "target KL",
-                expected=f"{found:.2g} nats or more, which {MOST_BITS:g} bits a value cost here",
-                found=target_kl,
-                remedy="Ask for more, or for bits.",
-            )
+        if found <= target_kl or steps == many:
+            high, best = steps, found
         else:
             low = steps
-        steps += math.ceil(math.log(max(found, 1e-9) / target_kl) * STEPS_BY_LOG_KL)
-        steps = min(max(steps, low + 1), many if high is None else high - 1)
-    return high
+        if high - low <= 1 and best < math.inf:
+            return high, best
+        ratio = found / target_kl if math.isfinite(found) else math.inf
+        guess = steps + math.ceil(math.log(min(max(ratio, 1e-9), 1e9)) * STEPS_BY_LOG_KL)
+        steps = min(max(guess, low + 1), high - 1 if best < math.inf else many)
