@@ -16,6 +16,7 @@ from narrowcast.calibration.moments import MomentObserver, Moments, of_all_stage
 from narrowcast.calibration.observers import ErrorObserver, FirstTokens, RangeObserver
 from narrowcast.calibration.observing import CodedWires, observed, over_wires, run
 from narrowcast.calibration.recipes import DEFAULT_CODEC, LAST, CodecByKind, of_last, recipes_by_kind, spelt
+from narrowcast.calibration.sensitivity import Sensitivity
 from narrowcast.calibration.tracking import Track, untold
 from narrowcast.codecs import Codec, FittedRecipe, Ranges, Recipe, TransformRecipe
 from narrowcast.codecs import recipe as recipe_of_one
@@ -40,8 +41,9 @@ class Observations:
     """Everything that calibration saw of a model.
 
     `chains`: which sums can leave what they lose to the next one. `ranges` by site and hop; second `moments` of sums,
-    where they were asked for. `first_tokens` and `num_first`: how first tokens counted. `text`: the sequences that all
-    this was seen on; `held_out`: others, to judge a plan by. `about`: what a plan is to say of how it was made.
+    where they were asked for, and the `sensitivities` in these, where they were tried. `first_tokens` and `num_first`:
+    how first tokens counted. `text`: the sequences that all this was seen on; `held_out`: others, to judge a plan by.
+    `about`: what a plan is to say of how it was made.
     """
 
     model: nn.Module
@@ -50,6 +52,7 @@ class Observations:
     chains: Chains
     ranges: Mapping[str, Sequence[Ranges]]
     moments: Mapping[str, Moments]
+    sensitivities: Mapping[str, Sensitivity]
     first_tokens: FirstTokens
     num_first: int
     text: Sequence[Tensor]
@@ -67,8 +70,15 @@ class Observations:
         """The plan of these codecs, asked for as in `calibrate`; `within` serves in nodes."""
         recipes = recipes_by_kind(codec)
         self._check(recipes)
-        chains = self.chains if feedback else self.chains.turned_off()
-        return Maker(self, recipes, recipe_of_one(within), chains, track).plan()
+        given = self
+        if not feedback:
+            lasting = {site: each.lasting for site, each in self.sensitivities.items()}
+            moments = {
+                site: dataclasses.replace(each, fisher=lasting.get(site, each.fisher))
+                for site, each in self.moments.items()
+            }
+            given = dataclasses.replace(self, chains=self.chains.turned_off(), moments=moments)
+        return Maker(given, recipes, recipe_of_one(within), self.judge, track).plan()
 
     @functools.cached_property
     def judge(self) -> Judge:
@@ -101,9 +111,9 @@ class Maker:
     """Makes a plan: a draft from what was seen uncoded, then a plan from what is coded where the draft is at work."""
 
     def __init__(
-        self, given: Observations, recipes: Mapping[str, Recipe], within: Recipe, chains: Chains, track: Track
+        self, given: Observations, recipes: Mapping[str, Recipe], within: Recipe, judge: Judge, track: Track
     ) -> None:
-        self._given, self._recipes, self._within, self._chains, self._track = given, recipes, within, chains, track
+        self._given, self._recipes, self._within, self._judge, self._track = given, recipes, within, judge, track
         sites = engine_of(given.model).sites(given.model, given.split)
         self._kinds = {name: kind for name, kind in sites.items() if kind in recipes}
         of_sums = recipes.get("sum")
@@ -122,7 +132,7 @@ class Maker:
 
     def _sites(self, seen: Observations, bits: float | None) -> dict[str, Site]:
         """The sites of this rank, for sums that are fitted with so many bits a value."""
-        last = {chain[-1] for chain in self._chains.chains}
+        last = {chain[-1] for chain in self._given.chains.chains}
         made = {
             name: Site(kind=kind, codecs=self._codecs(seen.ranges[name], kind, last=name in last), error={})
             for name, kind in self._kinds.items()
@@ -212,7 +222,7 @@ class Maker:
     def _kl(self, plan: Plan) -> float:
         """The KL divergence of a plan, by the algorithm that its codecs were asked for, or that would be chosen."""
         algorithm = self._fitted.algorithm if self._fitted is not None else None
-        return self._given.judge.kl(plan, algorithm=algorithm or "auto")
+        return self._judge.kl(plan, algorithm=algorithm or "auto")
 
     def _plan(self, sites: Mapping[str, Site], found: Mapping[str, Any]) -> Plan:
         given = self._given
@@ -222,7 +232,7 @@ class Maker:
             model=engine_of(given.model).fingerprint(given.model),
             calibration={"codec": spelt(self._recipes), **found, **given.about},
             sites=sites,
-            feedback=self._chains,
+            feedback=given.chains,
         )
 
     def _complete(self, sites: Mapping[str, Site], found: Mapping[str, Any]) -> Plan:

@@ -24,7 +24,7 @@ from narrowcast.calibration.moments import (
 from narrowcast.calibration.observers import EMA_FACTOR, FirstTokens, RangeObserver
 from narrowcast.calibration.observing import observed, run
 from narrowcast.calibration.recipes import DEFAULT_CODEC, CodecByKind, moments_needed, recipes_by_kind
-from narrowcast.calibration.sensitivity import sensitivities
+from narrowcast.calibration.sensitivity import Sensitivity, sensitivities
 from narrowcast.calibration.stream import chains_of
 from narrowcast.calibration.tracking import Track, untold
 from narrowcast.codecs import Recipe, recipe
@@ -139,6 +139,7 @@ def observe(
         for ids in track(text, "calibrating"):
             run(model, ids)
     chains = _chains(model, split, text[0], sites)
+    of_sums, tried = ({}, {}) if moments == "none" else _moments(model, split, of_moments, text, sites, chains, track)
     about = {"num_sequences": len(text), "num_tokens": sum(map(len, text)), "num_held_out": num_held_out}
     return Observations(
         model=model,
@@ -146,7 +147,8 @@ def observe(
         groups=nodes,
         chains=chains,
         ranges=ranges.ranges(sites),
-        moments={} if moments == "none" else _moments(model, split, of_moments, text, sites, chains, track),
+        moments=of_sums,
+        sensitivities=tried,
         first_tokens=first_tokens,
         num_first=num_first,
         text=text,
@@ -170,19 +172,21 @@ def _moments(
     sites: Mapping[str, str],
     chains: Chains,
     track: Track,
-) -> dict[str, Moments]:
-    """Moments of the sums of all stages, with how much the loss minds an error in them."""
-    sums = {name: means for name, means in seen.means().items() if sites[name] == "sum"}
-    means = of_all_stages(model, sums)
+) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
+    """Moments of the sums of all stages; and how much the loss minds errors in these, where that was tried."""
+    means = of_all_stages(model, {name: each for name, each in seen.means().items() if sites[name] == "sum"})
+    tried: dict[str, Sensitivity] = {}
     if seen.full:
         with evaluating(model):
             fishers = fisher_information(model, track(text, "gradients"), means)
     else:
         power = {site: total for site, (_, total) in means.items()}
-        fishers = sensitivities(model, split, chains, power, text[0], track)
-    return {
+        tried = sensitivities(model, split, chains, power, text[0], track)
+        fishers = {site: each.fed_back for site, each in tried.items()}
+    moments = {
         site: Moments(partial=partial, total=total, fisher=fishers[site]) for site, (partial, total) in means.items()
     }
+    return moments, tried
 
 
 def _check_options(first_tokens: str, num_first: int) -> None:

@@ -8,6 +8,7 @@ found alike: the same noise, taken back there.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -52,14 +53,25 @@ class Disturbed(ObservedWires):
         return disturbed.view(total.shape)
 
 
+class Sensitivity(NamedTuple):
+    """What stands for the diagonal of the Fisher information in a sum, [E], alike for all features.
+
+    `lasting`: of an error that nothing makes good. `fed_back`: of one that is made good at the next site, if there is
+    one: the geometric mean of what it costs for good and of what it costs until then, as the former alone holds for
+    large errors, the latter for small ones.
+    """
+
+    lasting: Tensor
+    fed_back: Tensor
+
+
 def sensitivities(
     model: nn.Module, split: Split, chains: Chains, power: Mapping[str, Tensor], ids: Tensor, track: Track = untold
-) -> dict[str, Tensor]:
-    """For each site of `power`, what stands for the diagonal of the Fisher information, [E], alike for all features.
+) -> dict[str, Sensitivity]:
+    """The sensitivity of each site of `power`.
 
     `power`: mean squares [1, E] of each sum, of all stages, which every rank of a split model passes alike. `ids`: text
-    [T]. Of a site whose loss is made good at the next one, the geometric mean of what an error costs for good and of
-    what it costs until then: the former alone holds for large errors, the latter for small ones.
+    [T].
     """
     following = {site: after for chain in chains.chains for site, after in itertools.pairwise(chain)}
     wires, found = Disturbed(split.tp_size), {}
@@ -67,13 +79,14 @@ def sensitivities(
     with over_wires(wires, model, split):
         plain = log_probs(model, ids_BT)
         size = FIRST_NOISE * max((mean.mean().item() for mean in power.values()), default=0.0) ** 0.5
-        for site in track(power, "trying errors"):
+        for site, mean in track(power.items(), "trying errors"):
             for _ in range(MAX_TRIES):
                 wires.disturb(site, following.get(site), size)
                 for_good, until_next = kl_nats(plain, log_probs(model, ids_BT)).mean(dim=1).tolist()
-                trace = 2 * (for_good * until_next) ** 0.5 / size**2
+                costs = for_good, (for_good * until_next) ** 0.5
+                traces = [2 * kl / size**2 for kl in costs]
                 size *= (KL_OF_NOISE / max(for_good, LEAST_KL)) ** 0.5
                 if WITHIN[0] <= for_good / KL_OF_NOISE <= WITHIN[1]:
                     break
-            found[site] = torch.full_like(power[site][0], trace / power[site].shape[1])
+            found[site] = Sensitivity(*(torch.full_like(mean[0], trace / mean.shape[1]) for trace in traces))
     return found
