@@ -22,7 +22,7 @@ from narrowcast.scores import kl_nats, log_probs
 MAX_TOKENS = 128  # of text that is tried
 # The noise is as large as makes this KL divergence, about, and tried again where it is beyond these times that: a
 # smaller one drowns in the rounding of BF16, a larger one is not of second order.
-KL_OF_NOISE, WITHIN = 0.01, (0.2, 5.0)
+KL_OF_NOISE, WITHIN = 0.02, (0.2, 5.0)
 FIRST_NOISE, MAX_TRIES, LEAST_KL = 0.05, 4, 1e-5  # of the root mean square of the largest sum
 
 
@@ -34,13 +34,13 @@ class Disturbed(ObservedWires):
 
     def __init__(self, tp_size: int) -> None:
         super().__init__((), tp_size)
-        self._noise: dict[str, tuple[float, float]] = {}  # by site, for either sequence
+        self._noise: dict[str, Sequence[float]] = {}  # by site, for either sequence
 
-    def disturb(self, site: str, following: str | None, size: float) -> None:
-        """Let `site` have noise of the root mean square `size`, and nothing else."""
-        self._noise = {site: (size, size)}
+    def disturb(self, site: str, following: str | None, sizes: Sequence[float]) -> None:
+        """Let `site` have noise of these root mean squares, for good and until the next site, and nothing else."""
+        self._noise = {site: sizes}
         if following is not None:
-            self._noise[following] = (0.0, -size)
+            self._noise[following] = (0.0, -sizes[1])
 
     def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         total = super().sum(partials, site)
@@ -78,15 +78,17 @@ def sensitivities(
     ids_BT = ids[None, :MAX_TOKENS].repeat(2, 1)
     with over_wires(wires, model, split):
         plain = log_probs(model, ids_BT)
-        size = FIRST_NOISE * max((mean.mean().item() for mean in power.values()), default=0.0) ** 0.5
+        sizes = [FIRST_NOISE * max((mean.mean().item() for mean in power.values()), default=0.0) ** 0.5] * 2
         for site, mean in track(power.items(), "trying errors"):
+            if site not in following:  # both last, and are the same
+                sizes = [sizes[0]] * 2
             for _ in range(MAX_TRIES):
-                wires.disturb(site, following.get(site), size)
-                for_good, until_next = kl_nats(plain, log_probs(model, ids_BT)).mean(dim=1).tolist()
-                costs = for_good, (for_good * until_next) ** 0.5
-                traces = [2 * kl / size**2 for kl in costs]
-                size *= (KL_OF_NOISE / max(for_good, LEAST_KL)) ** 0.5
-                if WITHIN[0] <= for_good / KL_OF_NOISE <= WITHIN[1]:
+                wires.disturb(site, following.get(site), sizes)
+                costs = kl_nats(plain, log_probs(model, ids_BT)).mean(dim=1).tolist()
+                for_good, until_next = (2 * kl / size**2 for kl, size in zip(costs, sizes, strict=True))
+                sizes = [size * (KL_OF_NOISE / max(kl, LEAST_KL)) ** 0.5 for kl, size in zip(costs, sizes, strict=True)]
+                if all(WITHIN[0] <= kl / KL_OF_NOISE <= WITHIN[1] for kl in costs):
                     break
+            traces = for_good, (for_good * until_next) ** 0.5
             found[site] = Sensitivity(*(torch.full_like(mean[0], trace / mean.shape[1]) for trace in traces))
     return found
