@@ -425,6 +425,16 @@ def test_a_target_that_nobody_named_need_not_be_met(model: nn.Module, monkeypatc
         narrowcast.calibrate(model, sequences(2), tp_size=2, codec="allocated(target_kl=0.015)")
 
 
+def test_without_feedback_bits_are_for_errors_that_last(model: nn.Module) -> None:
+    seen = observe(model, sequences(), tp_size=2, moments="diagonal")
+    plan = seen.plan("allocated(bits=2)", feedback=False)
+    lasting = {site: replace(each, fisher=seen.sensitivities[site].lasting) for site, each in seen.moments.items()}
+    for site, each in fit(lasting, AllocatedRecipe(), bits=2, algorithm="one_shot").items():
+        for mine, theirs in zip(plan.sites[site].codecs, each.codecs, strict=True):
+            assert isinstance(mine, AllocatedCodec) and isinstance(theirs, AllocatedCodec)
+            assert torch.equal(mine.widths, theirs.widths) and torch.equal(mine.scale, theirs.scale)
+
+
 def fit_on_rank(folder: Path, split: Split, codec: str, groups: Any) -> tuple[str, Any]:
     plan = narrowcast.calibrate(transformers.load(folder, split=split), sequences(), codec=codec, groups=groups)
     return plan.fingerprint, plan.calibration

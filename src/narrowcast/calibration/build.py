@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import functools
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -163,13 +164,11 @@ class Maker:
     def _seen_under(self, draft: Plan) -> Observations:
         """All that is coded while the draft is at work: sums with what was lost of those before."""
         given = self._given
-        ranges, of_moments = (
-            RangeObserver(given.first_tokens, given.num_first, given.groups),
-            MomentObserver(given.groups),
-        )
+        ranges = RangeObserver(given.first_tokens, given.num_first, given.groups)
+        of_moments = MomentObserver(given.groups)
         wires = CodedWires([ranges, of_moments] if given.moments else [ranges], draft)
         calibrated = any(codec.num_sources is not None for site in draft.sites.values() for codec in site.codecs)
-        if not (wires.feed_back and calibrated):
+        if not _at_any_stage(given.model, wires.feed_back and calibrated):
             return given
         with over_wires(wires, given.model, given.split):
             for ids in self._track(given.text, "calibrating under feedback"):
@@ -251,6 +250,12 @@ class Maker:
                     feedback=functools.reduce(Chains.joined, [each.feedback for each in plans]),
                 )
         return plan
+
+
+def _at_any_stage(model: nn.Module, here: bool) -> bool:
+    """What holds at one pipeline stage at least: all of them run the text again, or none."""
+    pp = transports_of(engine_of(model).groups(model))[1]
+    return here if pp is None else any(json.loads(text) for text in pp.share(json.dumps(here), "running again"))
 
 
 def fewest(kl: Callable[[int], float], target_kl: float, few: int, many: int) -> tuple[int, float]:
