@@ -253,7 +253,7 @@ class Maker:
 
 
 def _at_any_stage(model: nn.Module, here: bool) -> bool:
-    """What holds at one pipeline stage at least: all of them run the text again, or none."""
+    """True if it is so at one pipeline stage at least: all of them run the text again, or none."""
     pp = transports_of(engine_of(model).groups(model))[1]
     return here if pp is None else any(json.loads(text) for text in pp.share(json.dumps(here), "running again"))
 

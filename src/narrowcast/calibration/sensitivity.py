@@ -54,7 +54,7 @@ class Disturbed(ObservedWires):
 
 
 class Sensitivity(NamedTuple):
-    """What stands for the diagonal of the Fisher information in a sum, [E], alike for all features.
+    """The stand-in for the diagonal of the Fisher information in a sum, [E], alike for all features.
 
     `lasting`: of an error that nothing makes good. `fed_back`: of one that is made good at the next site, if there is
     one: the geometric mean of what it costs for good and of what it costs until then, as the former alone holds for
