@@ -116,6 +116,17 @@ def test_what_is_made_good_at_the_next_site_costs_less(model: nn.Module) -> None
         assert torch.allclose(*each, rtol=0.01)
 
 
+def test_sums_of_nothing_are_no_error(tmp_path: Path) -> None:
+    """All row-parallel weights are zero, as some are when training begins."""
+    model = transformers.load(save_random("llama", tmp_path / "model", torch.float32))
+    with torch.no_grad():
+        for name, kind in engine_of(model).sites(model, Split(tp_size=2)).items():
+            if kind == "sum":
+                model.get_submodule(name).weight.zero_()  # type: ignore[operator]
+    plan = narrowcast.calibrate(model, sequences(2), tp_size=2)
+    assert plan.calibration["kl_nats"] <= DEFAULT_TARGET_KL
+
+
 class Softmax(nn.Module):
     """Logits that are a module's output itself: the Fisher information is known, diag(p) - p p^T."""
 

@@ -78,7 +78,8 @@ def sensitivities(
     ids_BT = ids[None, :MAX_TOKENS].repeat(2, 1)
     with over_wires(wires, model, split):
         plain = log_probs(model, ids_BT)
-        sizes = [FIRST_NOISE * max((mean.mean().item() for mean in power.values()), default=0.0) ** 0.5] * 2
+        largest = max((mean.mean().item() for mean in power.values()), default=0.0) or 1.0  # all may be nothing
+        sizes = [FIRST_NOISE * largest**0.5] * 2
         for site, mean in track(power.items(), "trying errors"):
             if site not in following:  # both last, and are the same
                 sizes = [sizes[0]] * 2

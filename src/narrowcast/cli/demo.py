@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
-from narrowcast.calibration import DEFAULT_CODEC, observe, recipes_by_kind
+from narrowcast.calibration import DEFAULT_CODEC, moments_needed, observe, recipes_by_kind
+from narrowcast.calibration.moments import MomentsNeeded
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli.generate import summary
 from narrowcast.cli.options import DEFAULT_TP, RUN, SPLIT, JsonOption, option
@@ -72,7 +73,7 @@ def demo(
 ) -> None:
     """Calibrate a small real model, split it over -tp processes, and compare codecs."""
     chosen = Contestant("narrowcast" if codec is None else codec, codec or DEFAULT_CODEC, "what you would get")
-    recipes_by_kind(chosen.codec)
+    moments = moments_needed(recipes_by_kind(chosen.codec))
     check_report(json)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # the model is a folder: nobody need ask the hub
     folder = model or _default_model()
@@ -84,7 +85,7 @@ def demo(
     prompts = _prompts(tokenizer)
     with tempfile.TemporaryDirectory(prefix="narrowcast-") as plans:
         paths = [Path(plans) / str(place) for place in range(len(contestants))]
-        _calibrate(folder, tokenizer, tp, dict(zip(paths, contestants, strict=True)))
+        _calibrate(folder, tokenizer, tp, moments, dict(zip(paths, contestants, strict=True)))
         job = Job(
             model=str(folder),
             plans=paths,
@@ -130,11 +131,13 @@ def _prompts(tokenizer: Any) -> dict[str, Tensor]:
     return {text: tokenizer.apply_chat_template(chat, **asked).input_ids for text, chat in chats.items()}
 
 
-def _calibrate(folder: Path, tokenizer: Any, tp_size: int, contestants: Mapping[Path, Contestant]) -> None:
+def _calibrate(
+    folder: Path, tokenizer: Any, tp_size: int, moments: MomentsNeeded, contestants: Mapping[Path, Contestant]
+) -> None:
     """A plan for each, in the file that is named."""
     text = sequences(tokenizer, folder / "calibration.txt", length=DEFAULT_LENGTH, limit=NUM_CALIBRATION)
     whole = load_engine().load(folder)
-    seen = observe(whole, text, tp_size=tp_size, moments="diagonal", track=tracked)
+    seen = observe(whole, text, tp_size=tp_size, moments=moments, track=tracked)
     for path, each in contestants.items():
         seen.plan(each.codec, feedback=each.feedback, track=tracked).save(path)
 
