@@ -136,14 +136,15 @@ class Ranks:
         worst = Outcome.RETURNED
         while worst > Outcome.REFUSED and len(answers) < self.world_size:
             waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
-            ready = connection.wait([*waiting, *self._guards], None if worst == Outcome.RETURNED else SETTLE_S)
-            if not ready:
+            # Never for good: Ctrl-C just before the wait is seen only after it.
+            ready = connection.wait([*waiting, *self._guards], SETTLE_S)
+            if not ready and worst != Outcome.RETURNED:
                 break
             for pipe in ready:
                 if not isinstance(pipe, Connection):
                     raise NarrowcastError("the emulator of the link ended")
                 answers[waiting[pipe]] = self.answer(waiting[pipe])
-            worst = min(outcome for outcome, _ in answers.values())
+            worst = min((outcome for outcome, _ in answers.values()), default=worst)
         if worst != Outcome.RETURNED:
             raise next(error for outcome, error in answers.values() if outcome == worst)
         return [answers[rank][1] for rank in range(self.world_size)]
