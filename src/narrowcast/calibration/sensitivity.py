@@ -1,9 +1,9 @@
 """Sensitivities: how much answers mind an error in each sum, found by trying one. No gradients: ranks can do it.
 
 To second order, white noise of the power s^2 in each of the E features of a sum costs a KL divergence of s^2 trace(F) /
-2, F being the Fisher information there: two runs tell trace(F) / E, the sensitivity of that site's features, within a
-tenth of what gradients tell. Where depth feedback makes an error good at the next site, what it costs in between is
-found alike: the same noise, taken back there.
+2, F being the Fisher information there: two runs tell trace(F) / E, the sensitivity of that site's features (mostly
+within a tenth of what gradients tell). Where depth feedback makes an error good at the next site, what it costs in
+between is found alike: the same noise, taken back there.
 """
 
 import itertools
