@@ -13,6 +13,7 @@ from models import random_ids, save_random
 from narrowcast.codecs import CastCodec, Codec, kernels, recipe
 from narrowcast.engines import load_engine
 from narrowcast.plan import Plan
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import Split
 from narrowcast.runtime.products import Dense
 from narrowcast.runtime.simulator import Simulator
@@ -68,7 +69,7 @@ def test_a_split_model_compiles_whole_on_every_rank(saved: Path, ranks: Callable
 def test_operators_say_what_they_return_and_what_they_change() -> None:
     """`opcheck`: schema, shape functions and behaviour under fake tensors agree, without a residue and with one."""
     codecs = {site: (recipe("int4-group32-sym"),) * 2 for site in ("s", "r")}
-    everything = Simulator(Sites(codecs, (), "two_shot", torch.device("cpu"), chains=[["s", "r"]]), 2)
+    everything = Simulator(Sites(codecs, (), "two_shot", torch.device("cpu"), chains=Chains(chains=(("s", "r"),))), 2)
     weight, x = torch.randn(8, 6), torch.randn(3, 5, 6)
     everything.row_parallel(
         "s", [Dense(lambda: weight[:, :3], 8, slice(0, 3)), Dense(lambda: weight[:, 3:], 8, slice(3, 6))]

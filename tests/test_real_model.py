@@ -1,6 +1,7 @@
 """SmolLM2-135M, whose sums have outliers as those of large models have: what small random models cannot show."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -54,6 +55,20 @@ def test_feedback_wins_back_most_of_what_is_lost(model: nn.Module, algorithm: st
         with narrowcast.attach(model, plan, simulate=True, algorithm=algorithm, feedback=feedback):
             kl[feedback] = compare([reference], [log_probs(model, scored)], [scored]).kl_nats
     assert kl[True] < 0.6 * kl[False]
+
+
+def test_a_ranks_own_part_wins_back_more(model: nn.Module) -> None:
+    """Between three ranks, of the errors of three payloads one is gone."""
+    tokenizer = load_engine().load_tokenizer(FOLDER)
+    *seen, scored = (tokenizer(text, return_tensors="pt").input_ids for text in TEXTS)
+    plan = narrowcast.calibrate(model, seen, tp_size=3, codec="int4-group128")
+    assert len(plan.feedback.readers) == 59
+    reference, kl = log_probs(model, scored), {}
+    for readers in (plan.feedback.readers, {}):
+        tried = replace(plan, feedback=replace(plan.feedback, readers=readers))
+        with narrowcast.attach(model, tried, simulate=True, algorithm="one_shot"):
+            kl[bool(readers)] = compare([reference], [log_probs(model, scored)], [scored]).kl_nats
+    assert kl[True] < 0.9 * kl[False]
 
 
 # Getting it

@@ -12,6 +12,7 @@ from narrowcast.engines import Engine, device_of, engine_of
 from narrowcast.engines.forwards import Forwards
 from narrowcast.errors import InvalidInputError, PlanMismatchError
 from narrowcast.plan import Plan
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import SUMS, Split
 from narrowcast.plan.summary import feedback_in_words
 from narrowcast.runtime.communicator import Communicator
@@ -113,7 +114,7 @@ def attach(
         algorithm,
         device,
         transforms={name: site.transform for name, site in plan.sites.items() if site.transform is not None},
-        chains=plan.feedback.chains if feedback else (),
+        chains=plan.feedback if feedback else Chains(),
         decisions=plan.decisions,
         deterministic=deterministic,
         timed=timed,

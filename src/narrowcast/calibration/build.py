@@ -143,7 +143,8 @@ class Maker:
             return made
         # The payloads that count; between nodes each node's alone.
         algorithm = "one_shot" if self._given.groups else self._fitted.algorithm_among(self._given.split.tp_size)
-        for name, each in fit(seen.moments, self._fitted, bits=bits, algorithm=algorithm).items():
+        read = self._given.chains.read
+        for name, each in fit(seen.moments, self._fitted, bits=bits, algorithm=algorithm, read=read).items():
             if name in self._kinds:  # and not at another stage
                 codecs = self._by_hop(seen.ranges[name], each.codecs[0]) if self._given.groups else each.codecs
                 made[name] = Site(kind="sum", codecs=codecs, error={}, transform=each.transform)
@@ -203,7 +204,7 @@ class Maker:
 
     def _with_errors(self, sites: Mapping[str, Site]) -> dict[str, Site]:
         """The same sites, with the errors that their codecs make."""
-        observer, given = ErrorObserver(sites, self._given.groups), self._given
+        observer, given = ErrorObserver(sites, self._given.groups, self._given.chains.read), self._given
         with observed([observer], given.model, given.split):
             for ids in given.text[:NUM_ERROR_SEQUENCES]:
                 run(given.model, ids)

@@ -5,7 +5,7 @@ axes whose components are independent and whose errors do not add up in the loss
 variance times sensitivity times what a quantizer leaves of the variance: what `allocate` hands bits out by.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,11 +48,19 @@ def least_bits(num_features: int) -> float:
     return 8 * (1 + UNIT_NBYTES) / num_features
 
 
-def fit(moments: Mapping[str, Moments], recipe: FittedRecipe, *, bits: float, algorithm: str) -> dict[str, Fitted]:
+def fit(
+    moments: Mapping[str, Moments],
+    recipe: FittedRecipe,
+    *,
+    bits: float,
+    algorithm: str,
+    read: Collection[str] = (),
+) -> dict[str, Fitted]:
     """Codecs and transforms of all sites whose payloads take `bits` a value at most on average, where that can be met.
 
     `algorithm`: the one whose payloads count: those of the ranks, and of the sum too where it travels again. What does
-    not count gets bits down to the same worth of a bit. InvalidInputError for too few.
+    not count gets bits down to the same worth of a bit. `read`: sites at which each rank makes good for itself what its
+    own payload lost. InvalidInputError for too few bits.
     """
     least = max(least_bits(each.partial.shape[1]) for each in moments.values())
     if bits < least:
@@ -66,7 +74,9 @@ def fit(moments: Mapping[str, Moments], recipe: FittedRecipe, *, bits: float, al
     hops = {site: hop_axes(each, recipe, recoded=recoded) for site, each in moments.items()}
     entries, nbytes = [], 0.0
     for site, (partial, total) in hops.items():
-        entries += [Entry(partial.energy), Entry(total.energy, counted=recoded)]
+        num_ranks = len(partial.energy)
+        heard = 1 - 1 / num_ranks if site in read and not isinstance(recipe, TransformRecipe) else 1.0
+        entries += [Entry(partial.energy * heard), Entry(total.energy, counted=recoded)]
         nbytes += (1 + recoded) * (bits * moments[site].partial.shape[1] / 8 - 1)
     widths = iter(allocate(entries, nbytes))
     return {site: _fitted(recipe, *axes, next(widths), next(widths)) for site, axes in hops.items()}

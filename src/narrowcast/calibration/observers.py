@@ -1,6 +1,6 @@
 """Observers: what calibration remembers of a site, averaged ranges by hop and the error that finished codecs make."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -67,12 +67,15 @@ class RangeObserver:
 
 
 class ErrorObserver:
-    """Relative RMS error of each site's codecs by algorithm, all that comes before the site being exact."""
+    """Relative RMS error of each site's codecs by algorithm, all that comes before the site being exact.
 
-    def __init__(self, sites: Mapping[str, Site], groups: Groups = ()) -> None:
+    It is the error of the sum, or at the sites `read` the one that ranks see on average, without their own.
+    """
+
+    def __init__(self, sites: Mapping[str, Site], groups: Groups = (), read: Collection[str] = ()) -> None:
         self._codecs = {name: site.codecs for name, site in sites.items()}
         self._transforms = {name: site.transform for name, site in sites.items()}
-        self._groups = groups
+        self._groups, self._read = groups, read
         self._power: dict[str, float] = {}
         self._noise: dict[str, dict[str, float]] = {}
 
@@ -81,7 +84,16 @@ class ErrorObserver:
         if site in self._codecs:
             wide = [_flat(x).float() for x in partials]
             names = *ALGORITHMS, *(NODE_ALGORITHMS if self._groups else ())
-            self._count(site, exact_sum(wide), {name: self._coded(site, wide, name) for name in names})
+            self._count(site, exact_sum(wide), {name: self._seen(site, wide, name) for name in names})
+
+    def _seen(self, site: str, partials: Sequence[Tensor], algorithm: str) -> list[Tensor]:
+        """The sum as all ranks see it, or as each of them does."""
+        coded, codec = self._coded(site, partials, algorithm), self._codecs[site][0]
+        if site not in self._read or self._transforms[site] is not None:
+            return [coded]
+        world_size = len(partials)
+        lost = (x - simulate.send(x, src=r, world_size=world_size, codec=codec) for r, x in enumerate(partials))
+        return [coded + each for each in lost]
 
     def _coded(self, site: str, partials: Sequence[Tensor], algorithm: str) -> Tensor:
         codecs, transform = self._codecs[site], self._transforms[site]
@@ -99,19 +111,19 @@ class ErrorObserver:
         if site in self._codecs:
             wide = [_flat(x).float() for x in parts]
             coded = simulate.all_gather_features(wide, codec=self._codecs[site][0])
-            self._count(site, torch.cat(wide, dim=-1), {"once": coded})
+            self._count(site, torch.cat(wide, dim=-1), {"once": [coded]})
 
     def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
         """Compare what was coded once with what it was."""
         if site in self._codecs:
             wide = _flat(x).float()
-            self._count(site, wide, {"once": simulate.send(wide, src=0, world_size=1, codec=self._codecs[site][0])})
+            self._count(site, wide, {"once": [simulate.send(wide, src=0, world_size=1, codec=self._codecs[site][0])]})
 
-    def _count(self, site: str, exact: Tensor, coded: Mapping[str, Tensor]) -> None:
+    def _count(self, site: str, exact: Tensor, coded: Mapping[str, Sequence[Tensor]]) -> None:
         self._power[site] = self._power.get(site, 0.0) + _power(exact)
         noise = self._noise.setdefault(site, dict.fromkeys(coded, 0.0))
         for algorithm, found in coded.items():
-            noise[algorithm] += _power(found - exact)
+            noise[algorithm] += sum(_power(each - exact) for each in found) / len(found)
 
     def errors(self) -> dict[str, dict[str, float]]:
         """By site and algorithm, to six digits: further ones depend on the order in which tokens came."""

@@ -40,8 +40,8 @@ class Observer(Protocol):
 class ObservedWires(VirtualWires):
     """Wires over which values travel uncoded, and are seen on the way."""
 
-    def __init__(self, observers: Sequence[Observer], tp_size: int) -> None:
-        super().__init__(tp_size)
+    def __init__(self, observers: Sequence[Observer], tp_size: int, feedback: Feedback | None = None) -> None:
+        super().__init__(tp_size, feedback)
         self._observers = observers
 
     def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
@@ -79,19 +79,15 @@ class CodedWires(ObservedWires):
     """
 
     def __init__(self, observers: Sequence[Observer], plan: Plan) -> None:
-        super().__init__(observers, plan.tp_size)
         self._coded = {name: Hops(site.codecs, plan.groups) for name, site in plan.sites.items() if not site.transform}
-        chains = [[site for site in chain if site in self._coded] for chain in plan.feedback.chains]
-        self._feedback = Feedback(chains, (plan.tp_size, 1, max(len(plan.groups), 1)))
+        num_sources = plan.tp_size, 1, max(len(plan.groups), 1)
+        super().__init__(observers, plan.tp_size, Feedback(plan.feedback.among(self._coded), num_sources))
         self._algorithm = "hierarchical" if plan.groups else "two_shot"
 
     @property
     def feed_back(self) -> bool:
         """Some sums do."""
-        return self._feedback.any
-
-    def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
-        return self._feedback.residue(site, num_tokens, num_features, device)
+        return self.feedback.any
 
     def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         if residue is None:
@@ -99,7 +95,7 @@ class CodedWires(ObservedWires):
         flat, before = [x.flatten(0, -2) for x in partials], residue.clone()
         hops, (num_tokens, num_features) = self._coded[site], flat[0].shape
         algorithm = named(choose(self._algorithm, hops, num_tokens, num_features, self.tp_size))
-        total_TE = algorithm.twin(flat, self._feedback.hops(hops, residue), None)
+        total_TE = algorithm.twin(flat, self.feedback.hops(hops, residue), None)
         coded = [x.float() + lost for x, lost in zip(flat, before, strict=False)]
         received = exact_sum(coded) - residue[: self.tp_size].sum(dim=0)
         for observer in self._observers:
@@ -117,13 +113,10 @@ class GatheringCommunicator(Communicator):
         self, observed: ObservedWires, tp: Transport | None, pp: Transport | None, *, device: torch.device
     ) -> None:
         super().__init__(Sites({}, (), "auto", device), tp=tp, pp=pp)
-        self._observed = observed
+        self._observed, self.feedback = observed, observed.feedback
 
     def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         return Wires.sum_products(self, x, site, residue)
-
-    def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
-        return self._observed.residue(site, num_tokens, num_features, device)
 
     def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         (x,) = partials

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.calibration.observing import ObservedWires, over_wires
+from narrowcast.calibration.readers import Watch
 from narrowcast.engines import engine_of
+from narrowcast.errors import InvalidInputError
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import Split
 from narrowcast.transport import transports_of
@@ -34,6 +36,7 @@ NUM_DISTURBANCES = len(SIZES) + 2
 
 BEHIND = "its sum does not reach the residual stream as most do: a norm, a gate or another layer stands in between"
 REPEATED = "it runs more than once in a forward"
+NO_READER = "no norm reads the stream between two sums and passes it on to what each rank computes for itself"
 BOUNDARY = "boundary"
 
 
@@ -43,10 +46,11 @@ class Trial(ObservedWires):
     def __init__(self, kinds: Mapping[str, str], tp_size: int) -> None:
         super().__init__((), tp_size)
         self._kinds = kinds
-        self._noted: dict[str, Tensor] = {}
+        self.noted: dict[str, Tensor] = {}  # [T, E]
         self._disturbed: Sequence[str] | None = None
         self._size = 0.0
         self.order: list[str] = []  # of sums, and of boundaries between stages
+        self.added: list[str] = []  # sums, and what experts elsewhere made of tokens, as they come
 
     @property
     def sums(self) -> set[str]:
@@ -55,7 +59,7 @@ class Trial(ObservedWires):
 
     def power(self, site: str) -> float:
         """Mean square of a site's sum."""
-        return self._noted[site].float().square().mean().item()
+        return self.noted[site].float().square().mean().item()
 
     def disturb(self, power: Mapping[str, float]) -> None:
         """From now on disturb one of these sites in each sequence but the first, and let nothing else be new.
@@ -70,6 +74,7 @@ class Trial(ObservedWires):
             return total
         if self._disturbed is None:
             self.order.append(site)
+            self.added.append(site)
         return self._same(total, site)
 
     def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
@@ -77,6 +82,8 @@ class Trial(ObservedWires):
         return self._same(gathered, site) if self._kinds.get(site) == "gather" else gathered
 
     def gather_tokens(self, parts: Sequence[Tensor], site: str, num_tokens: Sequence[int]) -> Tensor:
+        if self._disturbed is None:
+            self.added.append(site)
         return self._same(torch.cat(list(parts)), site)
 
     def move(self, x: Tensor, site: str, copies: int) -> Tensor:
@@ -87,9 +94,9 @@ class Trial(ObservedWires):
     def _same(self, x: Tensor, site: str) -> Tensor:
         """The value that travelled in the first run, for every sequence."""
         if self._disturbed is None:
-            self._noted[site] = x.reshape(-1, x.shape[-1])
+            self.noted[site] = x.reshape(-1, x.shape[-1])
             return x
-        noted_TE = self._noted[site]
+        noted_TE = self.noted[site]
         again = noted_TE.repeat(1 + NUM_DISTURBANCES * len(self._disturbed), 1, 1)
         if site in self._disturbed:
             first = 1 + NUM_DISTURBANCES * self._disturbed.index(site)
@@ -112,8 +119,11 @@ def chains_of(model: nn.Module, split: Split, ids: Tensor) -> Chains:
     """
     engine = engine_of(model)
     trial = Trial(engine.sites(model, split), split.tp_size)
+    modules, unread = _computing_shares(model, split)
+    watch = Watch(modules, trial.added)
     with over_wires(trial, model, split):
-        _logits(model, ids[None, :NUM_TRIED])
+        with watch.over(model):
+            _logits(model, ids[None, :NUM_TRIED])
         own = [site for site in dict.fromkeys(trial.order) if trial.order.count(site) == 1 and site in trial.sums]
         power = _of_all_stages(model, {site: trial.power(site) for site in own})
         trial.disturb(power)
@@ -128,7 +138,18 @@ def chains_of(model: nn.Module, split: Split, ids: Tensor) -> Chains:
             chain.append(site)
         elif site not in trial.sums:
             chains, chain = [*chains, tuple(chain)], []
-    return Chains(chains=tuple(chain for chain in chains if len(chain) > 1), refused=refused)
+    chains = [chain for chain in chains if len(chain) > 1]
+    readers = watch.readers(trial.noted, chains)
+    unread = unread or ("" if readers or not chains else NO_READER)
+    return Chains(chains=tuple(chains), refused=refused, readers=readers, unread=unread)
+
+
+def _computing_shares(model: nn.Module, split: Split) -> tuple[Sequence[str], str]:
+    """The modules that can read the stream as their rank knows it, or why none can."""
+    try:
+        return engine_of(model).computing_shares(model, split), ""
+    except InvalidInputError as error:
+        return (), str(error)
 
 
 def _of_all_stages(model: nn.Module, power: Mapping[str, float]) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """Engines: their run-time seam (what travels, taking over, giving back), and their model files."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +24,13 @@ class Seam(Protocol):
         """Kinds of the sites by name, of a whole model as if it were split, or of this rank's part of it.
 
         InvalidInputError if there are none, or if something would travel that is not supported.
+        """
+        ...
+
+    def computing_shares(self, model: nn.Module, split: Split) -> Sequence[str]:
+        """Modules that compute each rank's own share of a block, and may do so from inputs of the rank's own.
+
+        InvalidInputError where what ranks compute in between is not each rank's own.
         """
         ...
 

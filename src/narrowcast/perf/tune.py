@@ -132,7 +132,7 @@ def _ways(
     z_TK = x_TE if transform is None else x_TE.new_zeros(len(x_TE), transform.num_components)
     if feeds_back and transform is None:
         residue = torch.zeros(3, *x_TE.shape, dtype=feedback.DTYPE)
-        coded = feedback.Feedback((), (1, 1, 1)).hops(coded, residue)
+        coded = feedback.Feedback(num_sources=(1, 1, 1)).hops(coded, residue)
     for form, hops, given in (("plain", uncoded(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
         for name, algorithm in (ALGORITHMS | NODE_ALGORITHMS).items():
             if algorithm.recodes and transport.world_size == 2:

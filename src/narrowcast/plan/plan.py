@@ -29,7 +29,7 @@ from narrowcast.plan.transform import Transform
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -21,7 +21,7 @@ def short_name(site: str) -> str:
 
 
 def feedback_in_words(plan: Plan) -> Iterator[str]:
-    """At how many of the plan's sums what is lost is made good by the next one, and why at others not."""
+    """At how many of the plan's sums the next one makes good what is lost, and whoever lost it at once; or why not."""
     chained = [site for chain in plan.feedback.chains for site in chain]
     sums = [name for name, site in plan.sites.items() if site.kind == "sum"]
     if not sums:
@@ -34,6 +34,9 @@ def feedback_in_words(plan: Plan) -> Iterator[str]:
         names = [short_name(name) for name in reasons if reasons[name] == reason]
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"none at {names[0]}{others}: {reason}"
+    if served:
+        read = sum(name in plan.feedback.read for name in served)
+        yield f"own part exact at {read} of {len(sums)} sums" + (f": {plan.feedback.unread}" if not read else "")
 
 
 def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:

@@ -4,11 +4,14 @@ In a pre-norm transformer sums are added to the residual stream as they are, so 
 last site alone and not that of all. Where a sum travels again, what its coding loses is fed back likewise, by whoever
 owns a token. docs/method.md derives it; decision 0026 says why it stands in for codecs.
 
+Until then a rank knows of the stream what the others do not: what its own payload lost. All ranks go on with the same
+stream, bit for bit, but each computes its share of a block from the stream with its own loss made good (decision 0029).
+
 Shapes: T tokens, E features, S sources of a hop that code here.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from narrowcast.codecs import Codec
 from narrowcast.collectives import Hops
 from narrowcast.collectives.base import Deferred
+from narrowcast.plan.chains import Chains
 
 DTYPE = torch.float32  # of what was lost
 
@@ -74,19 +78,22 @@ class Feedback:
     """The loss of a forward so far, of the ranks that compute here: zero before a chain's first site, dropped after its
     last.
 
-    `chains`: sites in the order of execution, each of which leaves its loss to the next one in its chain.
+    `chains`: which sites leave their loss to the next one, and who reads the stream in between.
     `num_sources`: by hop, those that code here, of which each row of a residue [rows, T, E] is one's.
     """
 
-    def __init__(self, chains: Iterable[Sequence[str]], num_sources: Sequence[int]) -> None:
+    def __init__(self, chains: Chains = Chains(), num_sources: Sequence[int] = (1,)) -> None:
         self._places = {
             site: Place(number, index, index == len(chain) - 1)
-            for number, chain in enumerate(chains)
+            for number, chain in enumerate(chains.chains)
             for index, site in enumerate(chain)
         }
+        self.readers = chains.readers
+        self._fed = {module for reader in chains.readers.values() for module in reader.modules}
         self._num_sources = list(num_sources)
         self._residue: Tensor | None = None
         self._next: tuple[int, int] = (0, 0)
+        self._inputs: Sequence[Tensor] = ()
 
     @property
     def any(self) -> bool:
@@ -105,7 +112,27 @@ class Feedback:
         if residue is None or self._next != (place.chain, place.index) or residue.shape != shape or place.index == 0:
             residue = torch.zeros(shape, dtype=DTYPE, device=device)
         self._residue, self._next = None if place.last else residue, (place.chain, place.index + 1)
+        if place.last:
+            self._inputs = ()
         return residue
+
+    def read(self, norm: str, stream: Tensor, forward: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Tensor:
+        """Apply a norm's `forward` to the `stream` [..., E] that all ranks share.
+
+        Kept for its modules is what it makes of it on each of `ranks`, with the loss of that rank's last payload.
+        """
+        residue, num_tokens, self._inputs = self._residue, math.prod(stream.shape[:-1]), ()
+        if residue is not None and residue.shape[1:] == (num_tokens, stream.shape[-1]):
+            rows = residue[: self._num_sources[0]] * self.readers[norm].scale
+            own = [rows[rank if len(rows) > 1 else 0].view(stream.shape) for rank in ranks]
+            self._inputs = [forward((stream.float() + lost).to(stream.dtype)) for lost in own]
+        return forward(stream)
+
+    def inputs(self, module: str, x: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
+        """The inputs from which a module, called with `x`, is to compute each rank's share."""
+        if module not in self._fed or not self._inputs:
+            return [x] * len(ranks)
+        return [each.view(x.shape) for each in self._inputs]
 
     def hops(self, hops: Hops, residue: Tensor) -> Hops:
         """The same hops, with codecs that feed back."""

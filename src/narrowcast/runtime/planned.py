@@ -4,12 +4,12 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from narrowcast.codecs import CastCodec, Codec
 from narrowcast.collectives import Hops, choose, named
 from narrowcast.collectives.base import Deferred, Traffic
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice
 from narrowcast.plan.transform import Transform
 from narrowcast.runtime.counters import SiteCounters
@@ -26,14 +26,11 @@ class PlannedWires(Wires):
     """
 
     def __init__(self, sites: Sites, rank: int | None, tp_size: int, *, count_only: bool = False) -> None:
-        Wires.__init__(self, rank, tp_size)
+        num_sources = (tp_size, 1, max(len(sites.groups), 1)) if rank is None else (1, 1, 1)
+        chains = Chains() if count_only else sites.chains
+        Wires.__init__(self, rank, tp_size, Feedback(chains, num_sources))
         self.sites, self._count_only = sites, count_only
-        nodes = max(len(sites.groups), 1)
-        self._feedback = Feedback(sites.chains, (tp_size, 1, nodes) if self.virtual else (1, 1, 1))
         self._components: dict[str, Sequence[Product]] = {}
-
-    def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
-        return None if self._count_only else self._feedback.residue(site, num_tokens, num_features, device)
 
     def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         products = self.products(site)
@@ -87,7 +84,7 @@ class PlannedWires(Wires):
             num_tokens, self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size), dtype.itemsize
         )
         if choice.form == "native":
-            given = partials if residue is None else self._feedback.taken_along(partials, residue)
+            given = partials if residue is None else self.feedback.taken_along(partials, residue)
             return self._add_up_natively(given)
         hops, algorithm = self.sites.hops(site, dtype), choice.algorithm
         if self._count_only or choice.form != "coded":
@@ -95,7 +92,7 @@ class PlannedWires(Wires):
         if self._count_only:
             algorithm = choose("auto", hops, *shape, self.tp_size)
         if residue is not None:
-            hops = self._feedback.hops(hops, residue)
+            hops = self.feedback.hops(hops, residue)
         recodes, num_summed = named(algorithm).recodes, partials[0].num_features
         y_TE = like.new_empty(num_tokens, hops.num_reduced(num_summed) if recodes else num_summed)
         self._add_up(partials, y_TE, hops, algorithm, counters)

@@ -9,6 +9,7 @@ import torch
 from narrowcast.codecs import CastCodec, Codec
 from narrowcast.collectives import Hops, choose, named
 from narrowcast.collectives.base import Traffic
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.transform import Transform
 from narrowcast.runtime.counters import Counters, Report, SiteCounters
@@ -42,17 +43,17 @@ class Sites:
         device: torch.device,
         *,
         transforms: Mapping[str, Transform] = MappingProxyType({}),
-        chains: Sequence[Sequence[str]] = (),
+        chains: Chains = Chains(),
         decisions: Decisions = Decisions(),
         deterministic: bool = False,
         timed: bool = False,
     ) -> None:
         self.groups = tuple(tuple(group) for group in groups)
         # Of components a rank has no partial sum in features, whose loss it could know.
-        self.chains = [[site for site in chain if site in codecs and site not in transforms] for chain in chains]
+        self.chains = chains.among(codecs.keys() - transforms.keys())
         self._transforms = {name: transform.to(device) for name, transform in transforms.items()}
         mixes = {name: each.remix.mix for name, each in self._transforms.items() if each.remix is not None}
-        unit = common_unit({site: codecs[site] for chain in self.chains for site in chain})
+        unit = common_unit({site: codecs[site] for chain in self.chains.chains for site in chain})
         self._coded = {name: Hops(tuple(hops), self.groups, mixes.get(name), unit) for name, hops in codecs.items()}
         self._algorithm, self._deterministic = algorithm, deterministic
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()

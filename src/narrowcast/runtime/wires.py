@@ -6,11 +6,12 @@ one rank of a split model, or all ranks of a whole model that is split virtually
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from narrowcast.runtime.feedback import Feedback
 from narrowcast.runtime.operators import Operator, register
 from narrowcast.runtime.products import Product
 
@@ -18,11 +19,12 @@ from narrowcast.runtime.products import Product
 class Wires(ABC):
     """Where the values of `tp_size` ranks travel. `rank`: the one that computes here; None for all, virtually.
 
-    A value that is put in is a sequence with one tensor for each of `ranks`.
+    A value that is put in is a sequence with one tensor for each of `ranks`. `feedback`: what sums leave to later ones.
     """
 
-    def __init__(self, rank: int | None, tp_size: int) -> None:
+    def __init__(self, rank: int | None, tp_size: int, feedback: Feedback | None = None) -> None:
         self.virtual, self.tp_size = rank is None, tp_size
+        self.feedback = feedback or Feedback()
         self.ranks: Sequence[int] = range(tp_size) if rank is None else (rank,)
         self.handle = register(self)
         self._products: dict[str, Sequence[Product]] = {}
@@ -54,8 +56,16 @@ class Wires(ABC):
         return self._columns[site]
 
     def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
-        """The loss that earlier sums of this forward have left to this one (`runtime.feedback`); None for none."""
-        return None
+        """The loss that earlier sums of this forward have left to this one; None for none."""
+        return self.feedback.residue(site, num_tokens, num_features, device)
+
+    def read(self, norm: str, stream: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
+        """Apply a norm's `forward` to the residual stream [..., E]; `inputs` then gives what each rank makes of it."""
+        return self.feedback.read(norm, stream, forward, self.ranks)
+
+    def inputs(self, module: str, x: Tensor) -> Sequence[Tensor]:
+        """The inputs from which `module`, called with `x`, is to compute the share of each of `ranks`."""
+        return self.feedback.inputs(module, x, self.ranks)
 
     def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         """The sum [..., E] over all ranks of their products of tokens `x` [..., F]."""
@@ -89,8 +99,8 @@ class Wires(ABC):
 class VirtualWires(Wires):
     """Wires of all ranks of a whole model, which compute one after another in this process."""
 
-    def __init__(self, tp_size: int) -> None:
-        super().__init__(None, tp_size)
+    def __init__(self, tp_size: int, feedback: Feedback | None = None) -> None:
+        super().__init__(None, tp_size, feedback)
 
     @abstractmethod
     def move(self, x: Tensor, site: str, copies: int) -> Tensor:

@@ -9,9 +9,10 @@ from narrowcast.engines.transformers.files import (
     save,
     skeleton,
 )
-from narrowcast.engines.transformers.seam import groups, sites, split_of, take_over
+from narrowcast.engines.transformers.seam import computing_shares, groups, sites, split_of, take_over
 
 __all__ = [
+    "computing_shares",
     "fingerprint",
     "groups",
     "load",

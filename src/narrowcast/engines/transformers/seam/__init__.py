@@ -5,7 +5,7 @@ instance attribute that the engine has set; ours takes its place. Weights of a s
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -20,7 +20,8 @@ from narrowcast.plan.split import Experts, Split
 from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
 
-SILENT = {"colwise", "replicate", "replicated_with_grad_allreduce", "local_params", "grouped_gemm"}
+KEPT_COLUMNS = "colwise"
+SILENT = {KEPT_COLUMNS, "replicate", "replicated_with_grad_allreduce", "local_params", "grouped_gemm"}
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,55 @@ def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
     forwards = Forwards()
     for name, module, style in _communicating(model, split):
         forwards.replace(module, style.forward(name, module, wires))
+    if wires.feedback.readers:
+        _take_over_readers(model, split, wires, forwards)
     if split.pp_size > 1:
         pipeline.take_over(model, split.pp_size, wires, forwards)
     return forwards
+
+
+def _take_over_readers(model: nn.Module, split: Split, wires: Wires, forwards: Forwards) -> None:
+    """Let norms read the stream as each rank knows it, for layers whose columns each rank keeps."""
+    for name, layer in _keeping(model, split).items():
+        forwards.replace(layer, linear.kept_columns(name, layer, wires))
+    for name, module in model.named_modules():
+        if name in wires.feedback.readers:
+            forwards.replace(module, _reading(name, module.forward, wires))
+
+
+def _reading(norm: str, forward: Forward, wires: Wires) -> Forward:
+    return lambda stream: wires.read(norm, stream, forward)
+
+
+def computing_shares(model: nn.Module, split: Split) -> Sequence[str]:
+    """Modules that compute each rank's own share of a block from what a norm gives.
+
+    InvalidInputError where a rank's share of attention is not that of whole heads.
+    """
+    config: Any = cast(Any, model).config.get_text_config()
+    num_heads = config.num_attention_heads
+    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    if num_heads % split.tp_size or num_kv_heads % split.tp_size:
+        raise InvalidInputError(
+            f"tp_size {split.tp_size}",
+            expected="ranks that each have as many whole heads",
+            found=f"{num_heads} heads, {num_kv_heads} KV heads",
+            remedy="Choose a number of ranks that divides both.",
+        )
+    shared = [
+        name
+        for name, _, style in _communicating(model, split)
+        if style is _columns or (style.forward in (experts.slices, experts.whole_experts))
+    ]
+    return [*_keeping(model, split), *shared]
+
+
+def _keeping(model: nn.Module, split: Split) -> dict[str, Any]:
+    """Linear layers whose columns each rank keeps for itself."""
+    if split.tp_size == 1:
+        return {}
+    styled = _styled(model, _plan(model, "tp_plan"))
+    return {name: module for name, module, style in styled if style == KEPT_COLUMNS and is_linear(module)}
 
 
 def _communicating(model: nn.Module, split: Split) -> list[tuple[str, nn.Module, Style]]:
@@ -189,4 +236,4 @@ def _unsupported(model: nn.Module, expected: str, found: str) -> InvalidInputErr
     )
 
 
-__all__ = ["groups", "sites", "split_of", "summed", "take_over"]
+__all__ = ["computing_shares", "groups", "sites", "split_of", "summed", "take_over"]

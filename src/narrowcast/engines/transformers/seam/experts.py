@@ -38,7 +38,8 @@ def slices(name: str, experts: Any, wires: Wires) -> Forward:
     all_reduce = wires.partial_sums(name)
 
     def forward(x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return all_reduce(_put_in([_run(experts, own(), x_TE, experts_TK, weights_TK) for own in held], wires))
+        pairs = zip(held, wires.inputs(name, x_TE), strict=True)
+        return all_reduce(_put_in([_run(experts, own(), x, experts_TK, weights_TK) for own, x in pairs], wires))
 
     return forward
 
@@ -134,7 +135,8 @@ def whole_experts(name: str, experts: Any, wires: Wires) -> Forward:
     held, all_reduce = _held(experts, wires), wires.partial_sums(name)
 
     def forward(x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        return all_reduce(_put_in([each.partial(x_TE, experts_TK, weights_TK) for each in held()], wires))
+        pairs = zip(held(), wires.inputs(name, x_TE), strict=True)
+        return all_reduce(_put_in([each.partial(x, experts_TK, weights_TK) for each, x in pairs], wires))
 
     return forward
 

@@ -1,6 +1,6 @@
 """Linear layers: split by rows of the input, whose partial sums travel, or by columns that every rank needs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,11 +49,24 @@ def columns(name: str, layer: Any, wires: Wires) -> Forward:
     all_gather = wires.column_parallel(name, [own.stop - own.start for own in by_rank])
     if not wires.virtual:
         weight, bias = local(weight), None if bias is None else local(bias)
-        return lambda x: all_gather(functional.linear(x, weight, bias))
+        return lambda x: all_gather(functional.linear(wires.inputs(name, x)[0], weight, bias))
+    return lambda x: all_gather(_own_columns(layer, wires.inputs(name, x), by_rank))
 
-    def forward(x: Tensor) -> Tensor:
-        weight, bias = layer.weight, layer.bias
-        parts = [functional.linear(x, weight[own], None if bias is None else bias[own]) for own in by_rank]
-        return all_gather(torch.cat(parts, dim=-1))
 
-    return forward
+def kept_columns(name: str, layer: Any, wires: Wires) -> Forward:
+    """Columns that each rank keeps for itself."""
+    if not wires.virtual:
+        forward = layer.forward
+        return lambda x: forward(wires.inputs(name, x)[0])
+    by_rank = chunks(layer.weight.shape[0], wires)
+    return lambda x: _own_columns(layer, wires.inputs(name, x), by_rank)
+
+
+def _own_columns(layer: Any, inputs: Sequence[Tensor], by_rank: Sequence[slice]) -> Tensor:
+    """The columns of all ranks side by side, each rank's computed from its own input."""
+    weight, bias = layer.weight, layer.bias
+    parts = [
+        functional.linear(x, weight[own], None if bias is None else bias[own])
+        for x, own in zip(inputs, by_rank, strict=True)
+    ]
+    return torch.cat(parts, dim=-1)
