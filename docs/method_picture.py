@@ -17,7 +17,7 @@ from torch import Tensor
 from narrowcast.calibration import Observations, observe
 from narrowcast.calibration.moments import Moments
 from narrowcast.calibration.text import sequences
-from narrowcast.codecs import AllocatedRecipe, FittedRecipe, TransformRecipe, lloyd_max
+from narrowcast.codecs import AllocatedRecipe, FittedRecipe, TransformRecipe, trellis
 from narrowcast.codecs.allocation import AS_BF16, BLOCK, Entry, allocate, in_blocks
 from narrowcast.engines import load_engine
 from narrowcast.evaluation import evaluate
@@ -59,7 +59,7 @@ def shared_out(found: Mapping[str, Tensor], bits: float) -> tuple[dict[str, Tens
     """Widths [R, N] by site at `bits` a value, and the energy from which on a component deserves a bit."""
     nbytes = len(found) * (bits * next(iter(found.values())).shape[1] / 8 - 1)
     widths = allocate([Entry(each) for each in found.values()], nbytes)
-    distortion = lloyd_max.distortion()
+    distortion = torch.tensor(trellis.DISTORTION, dtype=torch.float64)
     gains = [in_blocks(each)[1][..., None] * -distortion.diff() for each in found.values()]
     worth = torch.cat([each.flatten(1).sort(dim=1, descending=True).values.sum(dim=0) for each in gains])
     least = worth.sort(descending=True).values[int(nbytes // (BLOCK // 8)) - 1].item()
@@ -68,7 +68,7 @@ def shared_out(found: Mapping[str, Tensor], bits: float) -> tuple[dict[str, Tens
 
 def expected_kl(found: Mapping[str, Tensor], widths: Mapping[str, Tensor]) -> float:
     """Half of what is left of all sites' energies, in nats."""
-    distortion = torch.nn.functional.pad(lloyd_max.distortion(), (0, AS_BF16 - lloyd_max.MAX_BITS))
+    distortion = torch.tensor([*trellis.DISTORTION, *[0.0] * (AS_BF16 - trellis.MAX_BITS)], dtype=torch.float64)
     left = (float((in_blocks(each)[1] * distortion[widths[site].long()]).sum()) for site, each in found.items())
     return sum(left) / 2
 
@@ -126,11 +126,16 @@ def draw_spectra(axes: Sequence[plt.Axes], spectra: Spectra) -> None:
 
 def draw_distortion(axes: plt.Axes) -> None:
     """What quantizers of 1 to 8 bits leave of a normal value's variance, and what any code must."""
-    bits, left = range(1, lloyd_max.MAX_BITS + 1), lloyd_max.distortion()[1:].tolist()
-    rates = [0, lloyd_max.MAX_BITS]
-    axes.plot(bits, left, "o", color="#2563eb", label="Lloyd-Max, 1 to 8 bits")
+    bits, rates = range(1, trellis.MAX_BITS + 1), [0, trellis.MAX_BITS]
+    axes.plot(bits, trellis.DISTORTION[1:], "o", color="#2563eb", label="the trellis, 1 to 8 bits")
     factor = math.sqrt(3) * math.pi / 2
-    axes.plot(rates, [factor * 4.0**-rate for rate in rates], ":", color="#2563eb", label="2.72 x $2^{-2b}$, many bits")
+    axes.plot(
+        rates,
+        [factor * 4.0**-rate for rate in rates],
+        ":",
+        color="#2563eb",
+        label="2.72 x $2^{-2b}$, scalar, many bits",
+    )
     axes.plot(rates, [4.0**-rate for rate in rates], color="#111827", label="Shannon's bound, $2^{-2b}$")
     axes.set_yscale("log")
     axes.set_xlabel("bits b")

@@ -1,6 +1,5 @@
 """Bits by block of features and a scale for each token: the format, its quantizers, its guard, who gets which bits."""
 
-import hashlib
 import itertools
 import math
 
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, Ranges, kernels, lloyd_max, token_scale
+from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, Ranges, kernels, token_scale, trellis
 from narrowcast.codecs.allocation import Entry, allocate, in_blocks
 from narrowcast.codecs.base import GUARDED
 from narrowcast.codecs.fitted import fitted
@@ -40,8 +39,14 @@ def test_a_row_by_hand() -> None:
     codec = of_widths(2, num_features=10)
     x_TE = torch.tensor([[1.0, -1.0, 0.1, 3.0, 0, 0, 0, 0, -3.0, 0.0]])
     # Mean square (1 + 1 + 0.01 + 9 + 9) / 10 = 2.001: half an octave above one in values, 127 + 4. Over 2 ** 0.5, only
-    # 3 and -3 lie beyond the edge at 0.98.
-    assert codec.encode(x_TE, source=0).tolist() == [[131, 0b11 << 2, 0b10, 0, 0b01, 0, 0, 0, 0]]
+    # 3 and -3 lie beyond 0.98, the middle between the levels 0.45 and 1.51 of first values. In ascending order these
+    # have the codes 0, 2, 1, 3, the path bit being the higher one. Then come zeros: 0.17 in subset 0, or after a path
+    # bit of one -0.17 in subset 3.
+    first, then = [1, 2, 1, 3, 1, 1, 1, 1, 0, 1, *[1] * 6], [1, 2, 1, 2, *[1] * 12]
+    codes = [first[:8], first[8:], then[:8], then[8:]]
+    assert codec.encode(x_TE, source=0).tolist() == [
+        [131, *(a | b << 2 | c << 4 | d << 6 for a, b, c, d in zip(*codes, strict=True))]
+    ]
 
 
 def test_three_bits_are_two_planes_and_bf16_goes_first() -> None:
@@ -53,28 +58,32 @@ def test_three_bits_are_two_planes_and_bf16_goes_first() -> None:
     assert len(row) == codec.row_nbytes(64) == 1 + 64 + 12
     assert row[:1] == [127]  # a mean square of 1
     assert row[1:3] + row[63:65] == [0x80, 0x3F, 0x00, 0xC0]
-    # 1 is the second level of four, 0.756 (edges 0.5006 and 1.050): code 1, and 5 where negative.
-    assert row[65:73] == [0b01010101] * 8
-    assert row[73:] == [0xFF, 0x00] * 2
+    # -1 and 1 are first values of 0.756: the third and the sixth of eight levels, whose codes are 1 and 6. So the path
+    # bit of even lanes is 0, of odd ones 1: after that -1 is 0.778 in subset 0, its second, and 1 in subset 3, with a
+    # path bit of 1 its third. The two low bits of codes, then their highest ones, 8 slots apart.
+    assert row[65:73] == [0b01010101, 0b10101010] * 4
+    assert row[73:] == [0x00, 0xFF] * 2
     decoded = codec.decode(torch.tensor([row], dtype=torch.uint8), source=0)
     assert decoded[0, 0] == 1.0 and decoded[0, 31] == -2.0
-    assert torch.equal(decoded[0, 32:], x_TE[0, 32:] * 3097 / 4096)
+    assert torch.equal(decoded[0, 32:48], x_TE[0, 32:48] * 3097 / 4096)
+    assert torch.equal(decoded[0, 48:], x_TE[0, 48:] * 3186 / 4096)
 
 
 @pytest.mark.parametrize("num_bits", range(2, 9))
-def test_an_edge_belongs_to_the_cell_beyond_it(num_bits: int) -> None:
-    """Token scale 1, whatever the edges: the last block makes the mean square nearly that."""
-    edges = lloyd_max.edges(num_bits)
-    num_features = -(-2 * len(edges) // 32) * 32
-    x_TE = torch.ones(1, num_features + 2**14)
-    x_TE[0, : 2 * len(edges)] = torch.cat([edges, -edges])
-    codec = of_widths(*[num_bits] * (x_TE.shape[1] // 32), num_features=x_TE.shape[1])
-    upper = lloyd_max.levels(num_bits)[1:]
-    for path in kernels.available():
-        with kernels.forced(path):
-            payload = codec.encode(x_TE, source=0)
-            assert payload[0, 0] == 127
-            assert torch.equal(codec.decode(payload, source=0)[0, : 2 * len(edges)], torch.cat([upper, -upper]))
+def test_kernels_agree_on_edges(num_bits: int) -> None:
+    """Values on the edges of a subset, which all kernels count alike; token scale 1, as the others see to."""
+    codec = of_widths(*[num_bits] * 512, num_features=2**14)
+    for subset in (*trellis.subsets(trellis.levels(num_bits)), *trellis.subsets(trellis.first_levels(num_bits))):
+        x_TE = torch.ones(3, 2**14)
+        edges = (subset[1:] + subset[:-1]) / 2
+        for row, place in enumerate((0, 16, 4000)):
+            x_TE[row, place : place + len(edges)] = edges
+        payloads = []
+        for path in kernels.available():
+            with kernels.forced(path):
+                payloads.append(codec.encode(x_TE, source=0))
+        assert (payloads[0][:, 0] == 127).all()
+        assert all(torch.equal(each, payloads[0]) for each in payloads)
 
 
 def test_features_take_slots_by_order_and_what_has_no_bits_decodes_to_zero() -> None:
@@ -115,56 +124,7 @@ def test_impossible_parameters_are_refused(fields: dict[str, Tensor], match: str
         AllocatedCodec(**(sound | fields))
 
 
-# --- Quantizers ------------------------------------------------------------------------------------------------------
-
-
-def lloyd_max_levels(num_bits: int) -> Tensor:
-    """Each level the mean of its cell, by Newton's method in FP64: Lloyd's iteration would take thousands of steps."""
-    count = 2 ** (num_bits - 1)
-    # The density of many levels goes with the cubic root of the normal one: normal, of variance 3.
-    places = torch.arange(count, dtype=torch.float64) * 2 + 1
-    levels = math.sqrt(6) * torch.erfinv(places / (2 * count))
-    for _ in range(50):
-        edges = torch.cat([torch.zeros(1), (levels[1:] + levels[:-1]) / 2, torch.tensor([math.inf])]).double()
-        density = torch.exp(-edges.square() / 2) / math.sqrt(2 * math.pi)
-        above = torch.tensor([math.erfc(edge / math.sqrt(2)) / 2 for edge in edges.tolist()], dtype=torch.float64)
-        mass = above[:-1] - above[1:]
-        means = (density[:-1] - density[1:]) / mass
-        by_low = (density[:-1] * (means - edges[:-1]) / mass)[1:] / 2  # how a mean follows the edge below it
-        by_high = (density[1:] * (edges[1:] - means) / mass)[:-1] / 2
-        slope = torch.eye(count, dtype=torch.float64)
-        slope[range(1, count), range(1, count)] -= by_low
-        slope[range(1, count), range(count - 1)] -= by_low
-        slope[range(count - 1), range(count - 1)] -= by_high
-        slope[range(count - 1), range(1, count)] -= by_high
-        levels = levels - torch.linalg.solve(slope, levels - means)
-    assert (levels - means).abs().max() < 1e-9
-    return levels
-
-
-def test_levels_are_those_of_the_first_day() -> None:
-    """Part of a byte format: no level is to change, not even the one of 8 bits that was rounded to its neighbour."""
-    told = ",".join(str(int(level * lloyd_max.UNIT)) for bits in range(1, 9) for level in lloyd_max.levels(bits))
-    digest = hashlib.sha256(told.encode()).hexdigest()
-    assert digest == "202545a04859f68227f8ce8eaabf73f4369ba6be8b3f411af998672e2b412874"
-
-
-@pytest.mark.parametrize("num_bits", range(1, 9))
-def test_levels_are_those_of_lloyd_and_max(num_bits: int) -> None:
-    derived = lloyd_max_levels(num_bits) * lloyd_max.UNIT
-    assert (lloyd_max.levels(num_bits).double() * lloyd_max.UNIT - derived).abs().max() <= 1
-    assert torch.equal(lloyd_max.edges(num_bits) * 2 * lloyd_max.UNIT % 1, torch.zeros(2 ** (num_bits - 1) - 1))
-
-
-def test_distortions_are_those_that_max_published() -> None:
-    """Table I of his paper: 2, 4, 8, 16 levels."""
-    published = [1.0, 0.3634, 0.1175, 0.03454, 0.009497]
-    assert lloyd_max.distortion()[:5].tolist() == pytest.approx(published, rel=1e-3)
-    x = random(1, 200_000)
-    for num_bits in (1, 3, 8):
-        coded = lloyd_max.levels(num_bits)[torch.bucketize(x.abs(), lloyd_max.edges(num_bits), right=True)]
-        measured = (coded - x.abs()).double().square().mean().item()
-        assert measured == pytest.approx(lloyd_max.distortion()[num_bits].item(), rel=0.05)
+# --- Scales of tokens -------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=50, deadline=None)
@@ -291,11 +251,11 @@ def test_escapes_take_the_place_of_the_narrowest_blocks() -> None:
     x_TE = torch.ones(1, 96)
     x_TE[0, 70] = -FAR
     row = codec.encode(x_TE, source=0)[0].tolist()
-    ones = [0b01010101] * 8  # above the edge at 0.98, four to a byte
+    ones = [0b11110101] * 8  # 0.45, code 1, and 1.06, code 3, four to a byte: the path that errs least in both
     assert row == [254, 127, 70, 0, 0xC8, 0xC2, *ones, 0, 0, 0]
     decoded_TE = codec.decode(torch.tensor([row], dtype=torch.uint8), source=0)
     assert decoded_TE[0, 70] == -FAR
-    assert (decoded_TE[0, :32] == 6187 / 4096).all()
+    assert decoded_TE[0, [0, 15, 16, 31]].mul(4096).tolist() == [1855, 1855, 4360, 4360]
     assert decoded_TE[0, 32:].count_nonzero() == 1
 
 
@@ -356,7 +316,7 @@ def test_the_bound_of_a_value_near_the_outermost_level_minds_how_products_round(
 
 def expected_loss(entries: list[Entry], widths: list[Tensor]) -> float:
     """Energy that coding leaves, in the allocation's own model."""
-    distortion = torch.cat([lloyd_max.distortion(), torch.zeros(8)])
+    distortion = torch.tensor([*trellis.DISTORTION, *[0.0] * 8], dtype=torch.float64)
     pairs = zip(entries, widths, strict=True)
     return sum(float((in_blocks(entry.energy)[1] * distortion[each.long()]).sum()) for entry, each in pairs)
 

@@ -272,7 +272,7 @@ def test_a_target_is_met_with_the_fewest_bits(model: nn.Module, observed: Any, f
     assert held_out_kl(fewer, model) > target
     same = observed.plan(replace(RECIPES[form], bits=bits))
     for name, site in same.sites.items():  # up to what was lost in the runs that their ranges are from
-        assert site.error == pytest.approx(plan.sites[name].error, rel=0.1)
+        assert site.error == pytest.approx(plan.sites[name].error, rel=0.25)
 
 
 def test_impossible_targets_are_refused(observed: Any) -> None:

@@ -13,8 +13,9 @@ constexpr uint8_t kLargestScale = 253, kGuarded = 254, kNotFinite = 255;  // cod
 constexpr size_t kMostEscapes = 15, kEscapeNbytes = 4;
 constexpr uint16_t kNoFeature = 0xFFFF;
 constexpr float kReach = 8.0f, kLargestBf16 = 0x1.FEp127f;
-constexpr float kBeyondEdges = 7.5f, kPlaces = 64.0f;  // all edges lie below; places of `first_edge` in one
-constexpr size_t kLevels = 256, kEdges = 128, kFirstEdges = 512;  // rows of LevelTables
+constexpr size_t kLevels = 512, kSubset = 128, kPlaces = 1024, kFirst = 8;  // rows of LevelTables
+constexpr float kBeyondEdges = 7.5f, kZero = 8.0f, kPlacesOfOne = 64.0f;  // all edges lie below the first; `up_to`
+constexpr size_t kTrellisLanes = 16, kSubsets = 4, kStates = 4, kSets = kTrellisLanes / kLanes;  // codecs/trellis.py
 
 constexpr size_t block_nbytes(int width) { return kBlock / 8 * size_t(width); }
 
@@ -199,50 +200,131 @@ NARROWCAST_INLINE uint8_t scale_code(const LevelTables& tables, float mean_squar
   return uint8_t(1 + sum(num_edges));
 }
 
-// How many edges are not above each magnitude, by bisection.
+// How many edges are not above each value, by bisection.
 template <int width>
-NARROWCAST_INLINE I32 count_edges(const float* edges, F32 magnitude) {
+NARROWCAST_INLINE I32 count_edges(const float* edges, F32 value) {
   if (width == 1) return I32{};
   constexpr int kHalf = 1 << width >> 2;
-  I32 count = (magnitude >= splat(edges[kHalf - 1])) & kHalf;
+  I32 count = (value >= splat(edges[kHalf - 1])) & kHalf;
 #pragma GCC unroll 5
   for (int step = kHalf / 2; step; step /= 2) {
-    count |= (magnitude >= look_up<width - 1>(edges, count + (step - 1))) & step;
+    count |= (value >= look_up<width - 1>(edges, count + (step - 1))) & step;
   }
   return count;
 }
 
-// Codes of a block: sign above magnitude.
+// The place and the level of each value's nearest in one subset.
 template <int width>
-NARROWCAST_INLINE void quantize_block(const float* slots, F32 reciprocal, const LevelTables& tables, uint8_t* codes) {
-  const float* edges = tables.edges + (width - 1) * kEdges;
-  const uint8_t* first_edge = tables.first_edge + (width - 1) * kFirstEdges;
-#pragma GCC unroll 8
-  for (size_t i = 0; i < kBlock; i += kLanes) {
-    const F32 value = load(slots + i) * reciprocal;
-    const I32 sign = (value < 0.0f) & 1 << (width - 1);
-    if (width <= 2 || width - 1 <= kRegisterBits) {
-      store_bytes(codes + i, low_8_bits(sign | count_edges<width>(edges, magnitude(value))));
-      continue;
+NARROWCAST_INLINE void find_nearest(const LevelTables& tables, size_t row, F32 value, I32 places, I32& index,
+                                    F32& level) {
+  const float *edges = tables.edges + row * kSubset, *levels = tables.by_subset + row * kSubset;
+  if (width <= 2 || width - 1 <= kRegisterBits) {
+    index = count_edges<width>(edges, value);
+    level = width == 1 ? splat(levels[0]) : look_up<width - 1>(levels, index);
+    return;
+  }
+  const uint8_t* up_to = tables.up_to + row * kPlaces;
+  for (size_t lane = 0; lane < kLanes; ++lane) {
+    const uint8_t below = up_to[places[lane]];  // at most one edge more is not above the value
+    index[lane] = below + (value[lane] >= edges[below]);
+    level[lane] = levels[index[lane]];
+  }
+}
+
+// What the best paths to each state cost, by lane.
+struct Paths {
+  F32 cost[kSets][kStates];
+
+  Paths() {
+    for (size_t set = 0; set < kSets; ++set) {
+      for (size_t state = 0; state < kStates; ++state) cost[set][state] = splat(state ? __builtin_inff() : 0.0f);
     }
-    const F32 limited = min(magnitude(value), splat(kBeyondEdges));
-    const I32 places = __builtin_convertvector(limited * kPlaces, I32);
-    for (size_t lane = 0; lane < kLanes; ++lane) {
-      const uint8_t edge = first_edge[places[lane]];  // not above the value; at most one more is not
-      codes[i + lane] = uint8_t(sign[lane] | (edge + (limited[lane] >= edges[edge])));
+  }
+};
+
+// Goes on along values of one width, and leaves in each one's slot its place in every subset (a byte each), and in the
+// highest bits of these which way the best path to each state came. `first_row`: 0, or kFirst.
+template <int width>
+NARROWCAST_INLINE void extend_paths(const LevelTables& tables, size_t first_row, F32 reciprocal, float* slots,
+                                    size_t count, Paths& paths) {
+  const size_t row = (first_row + size_t(width - 1)) * kSubsets;
+  constexpr float kWeight = float(1 << 2 * width);
+  for (size_t set = 0; set < kSets; ++set) {
+    F32 cost[kStates];
+    for (size_t state = 0; state < kStates; ++state) cost[state] = paths.cost[set][state];
+    for (size_t slot = set * kLanes; slot < count; slot += kTrellisLanes) {
+      const F32 value = load(slots + slot) * reciprocal;
+      const F32 limited = min(max(value, splat(-kBeyondEdges)), splat(kBeyondEdges));
+      const I32 places = __builtin_convertvector((limited + kZero) * kPlacesOfOne, I32);
+      I32 word = {};
+      F32 missed[kSubsets], next[kStates];
+#pragma GCC unroll 4
+      for (size_t subset = 0; subset < kSubsets; ++subset) {
+        I32 index;
+        F32 level;
+        find_nearest<width>(tables, row + subset, value, places, index, level);
+        word |= index << int(8 * subset);
+        missed[subset] = (value - level) * (value - level) * kWeight;
+      }
+#pragma GCC unroll 4
+      for (size_t state = 0; state < kStates; ++state) {
+        const size_t bit = state / 2, before = state % 2;
+        const F32 one = cost[2 * before] + missed[2 * bit + before];
+        const F32 other = cost[2 * before + 1] + missed[2 * (1 - bit) + before];
+        word |= (other < one) & int32_t(0x80u << 8 * state);
+        next[state] = min(other, one);
+      }
+      for (size_t state = 0; state < kStates; ++state) cost[state] = next[state];
+      store_vector(slots + slot, word);
+    }
+    for (size_t state = 0; state < kStates; ++state) paths.cost[set][state] = cost[state];
+  }
+}
+
+// Codes of blocks [first, end) along the best paths, from what `extend_paths` has left.
+NARROWCAST_INLINE void trace_back(const Source& source, const float* slots, size_t first, size_t end,
+                                  const Paths& paths, uint8_t* codes) {
+  I32 states[kSets];
+  for (size_t set = 0; set < kSets; ++set) {
+    F32 best = paths.cost[set][0];
+    states[set] = I32{};
+    for (int state = 1; state < int(kStates); ++state) {
+      const F32 cost = paths.cost[set][state];
+      states[set] = cost < best ? splat_i32(state) : states[set];
+      best = min(cost, best);
+    }
+  }
+  for (size_t block = end; block-- > first;) {
+    const int width = source.widths[block];
+#pragma GCC unroll 8
+    for (size_t i = kBlock / kLanes; i-- > 0;) {
+      const size_t slot = block * kBlock + i * kLanes;
+      const U32 word = load_vector<U32>(slots + slot), state = bits_as<U32>(states[i % kSets]);
+      const U32 bit = state >> 1, before = state & 1, way = word >> (8 * state + 7) & 1;
+      const U32 index = word >> (8 * (((bit ^ way) << 1) + before)) & 0x7F;
+      store_bytes(codes + slot, low_8_bits(bits_as<I32>(index | bit << (width - 1))));
+      states[i % kSets] = bits_as<I32>((before << 1) + way);
     }
   }
 }
 
-// Writes the coded blocks that fit into `nbytes`; returns their end.
-NARROWCAST_FLAT uint8_t* write_coded(const Format& format, const Source& source, const float* slots, uint8_t code,
+// Writes the coded blocks that fit into `nbytes`, whose slots it uses up; returns their end.
+NARROWCAST_FLAT uint8_t* write_coded(const Format& format, const Source& source, float* slots, uint8_t code,
                                      uint8_t* codes, uint8_t* out, size_t nbytes) {
   const F32 reciprocal = splat(format.tables.token_reciprocal[code]);
+  Paths paths;
+  size_t num_written = source.num_bf16;
+  for_each_run(source, out, nbytes, [&](auto width, size_t first, size_t end, uint8_t*) {
+    constexpr int kWidth = decltype(width)::value;
+    const size_t num_first = first == source.num_bf16 ? kTrellisLanes : 0;
+    float* const own = slots + first * kBlock;
+    extend_paths<kWidth>(format.tables, kFirst, reciprocal, own, num_first, paths);
+    extend_paths<kWidth>(format.tables, 0, reciprocal, own + num_first, (end - first) * kBlock - num_first, paths);
+    num_written = end;
+  });
+  trace_back(source, slots, source.num_bf16, num_written, paths, codes);
   return for_each_run(source, out, nbytes, [&](auto width, size_t first, size_t end, uint8_t* to) {
     constexpr int kWidth = decltype(width)::value;
-    for (size_t block = first; block < end; ++block) {
-      quantize_block<kWidth>(slots + block * kBlock, reciprocal, format.tables, codes + block * kBlock);
-    }
     for (size_t block = first; block < end; ++block, to += block_nbytes(kWidth)) {
       pack_block<kWidth>(codes + block * kBlock, to);
     }
@@ -344,6 +426,15 @@ NARROWCAST_FLAT void allocated_encode_rows(const T*, const Format& format, const
 
 // --- Decoding --------------------------------------------------------------------------------------------------------
 
+// levels[index] of 2**(width + 1) symmetric ones.
+template <int width>
+NARROWCAST_INLINE F32 level_of(const float* levels, I32 index) {
+  if (width != kRegisterBits) return look_up<width + 1>(levels, index);
+  const I32 place = index - (1 << width), negative = place >> 31;  // half of them are as many as registers hold
+  const F32 level = look_up<width>(levels + (1 << width), place ^ negative);
+  return bits_as<F32>(bits_as<I32>(level) ^ (negative & int32_t(~kMagnitude)));
+}
+
 // The values of the blocks that end within `nbytes`, by slot, and zeros in all slots behind them.
 NARROWCAST_FLAT void decode_blocks(const Format& format, const Source& source, const uint8_t* bytes, size_t nbytes,
                                    float token_scale, uint8_t* codes, float* slots) {
@@ -357,16 +448,26 @@ NARROWCAST_FLAT void decode_blocks(const Format& format, const Source& source, c
     bytes += block_nbytes(kAsBf16);
   }
   if (block < source.num_bf16) nbytes = 0;
+  I32 before[kSets] = {}, ahead[kSets] = {};  // bits of the path, one and two values ago
   for_each_run(source, bytes, nbytes, [&](auto width, size_t first, size_t end, const uint8_t* from) {
     constexpr int kWidth = decltype(width)::value;
     for (size_t each = first; each < end; ++each, from += block_nbytes(kWidth)) {
       unpack_block<kWidth>(from, codes + each * kBlock);
     }
-    const float* levels = format.tables.levels + (kWidth - 1) * kLevels;
     to = slots + end * kBlock;
-    for (size_t slot = first * kBlock; slot < end * kBlock; slot += kLanes) {
-      const F32 level = look_up<kWidth>(levels, widen(load_vector<U8>(codes + slot)));
-      store_vector(slots + slot, level * load(source.scale + slot) * token_scale);
+    for (size_t slot = first * kBlock; slot < end * kBlock; slot += kTrellisLanes) {
+      const size_t first_row = slot == source.num_bf16 * kBlock ? kFirst : 0;
+      const float* levels = format.tables.levels + (first_row + kWidth - 1) * kLevels;
+#pragma GCC unroll 4
+      for (size_t set = 0; set < kSets; ++set) {
+        const I32 code = widen(load_vector<U8>(codes + slot + set * kLanes)), bit = code >> (kWidth - 1);
+        const I32 subset = ((bit ^ ahead[set]) << 1) + before[set];
+        const F32 level = level_of<kWidth>(levels, ((code & ((1 << (kWidth - 1)) - 1)) << 2) + subset);
+        ahead[set] = before[set];
+        before[set] = bit;
+        const F32 scale = load(source.scale + slot + set * kLanes);
+        store_vector(slots + slot + set * kLanes, level * scale * token_scale);
+      }
     }
   });
   memset(to, 0, size_t(all - to) * sizeof(float));

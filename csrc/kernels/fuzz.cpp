@@ -143,18 +143,24 @@ const T* filled(std::vector<Buffer<T>>& kept, size_t size, Value value) {
 // Tables as Python makes them, but for what the numbers are.
 LevelTables level_tables(Case& made) {
   constexpr float kSpacing = 0.03f;
-  auto num_edges = [](size_t row) { return (size_t{1} << row) - 1; };
+  auto num_edges = [](size_t width) { return (size_t{1} << width) - 1; };  // counted from 0
+  auto edge = [](size_t i, size_t count) { return kSpacing * (float(i) - float(count) / 2); };
   auto scale = [](size_t code) { return code > 0 && code < 254 ? std::exp2((float(code) - 127) / 8) : 0.0f; };
   LevelTables tables;
   tables.token_scale = filled(made.floats, 256, scale);
   tables.token_reciprocal = filled(made.floats, 256, [&](size_t i) { return scale(i) > 0 ? 1 / scale(i) : 0.0f; });
   tables.scale_edges = filled(made.floats, 256, [&](size_t i) { return i < 252 ? scale(i + 1) * scale(i + 2) : NAN; });
-  tables.levels = filled(made.floats, 8 * 256, [](size_t i) { return float(i % 256); });
-  tables.edges = filled(made.floats, 8 * 128, [&](size_t i) {
-    return i % 128 < num_edges(i / 128) ? kSpacing * float(i % 128 + 1) : INFINITY;
+  tables.levels = filled(made.floats, 16 * 512, [](size_t i) { return float(i % 512); });
+  tables.by_subset = filled(made.floats, 16 * 4 * 128, [](size_t i) { return float(i % 128); });
+  tables.edges = filled(made.floats, 16 * 4 * 128, [&](size_t i) {
+    const size_t count = num_edges(i / 512 % 8);
+    return i % 128 < count ? edge(i % 128, count) : INFINITY;
   });
-  tables.first_edge = filled(made.bytes, 8 * 512, [&](size_t i) {
-    return std::min(num_edges(i / 512), size_t(float(i % 512) / 64 / kSpacing));
+  tables.up_to = filled(made.bytes, 16 * 4 * 1024, [&](size_t i) {
+    const size_t count = num_edges(i / 4096 % 8);
+    size_t below = 0;
+    while (below < count && edge(below, count) < float(i % 1024) / 64 - 8) ++below;
+    return below;
   });
   return tables;
 }

@@ -83,13 +83,15 @@ constexpr Element kE4m3 = {8, 3, -6, 0x7E};
 
 enum class ScaleFormat : int { bf16 = 0, e8m0 = 1, e4m3 = 2 };
 
-// What the codes of `allocated` stand for (codecs/token_scale.py, lloyd_max.py). Rows are by width, from one bit on.
+// What the codes of `allocated` stand for (codecs/token_scale.py, trellis.py). Rows are by width, from one bit on, and
+// again those of first values.
 struct LevelTables {
   const float *token_scale, *token_reciprocal;  // [256], by code; zero where a code stands for no number
   const float* scale_edges;                     // [256]: mean squares at which the next code begins, then NaN
-  const float* levels;                          // [8, 256], by code: sign above magnitude
-  const float* edges;                           // [8, 128], ascending, infinity behind them
-  const uint8_t* first_edge;                    // [8, 512]: how many edges there are up to place / 64
+  const float* levels;                          // [16, 512], ascending: those of four subsets in turn
+  const float* by_subset;                       // [16, 4, 128]
+  const float* edges;                           // [16, 4, 128]: between them, infinity behind them
+  const uint8_t* up_to;                         // [16, 4, 1024]: how many edges lie below place / 64 - 8
 };
 
 // A codec with its parameters, which belong to the Python codec.

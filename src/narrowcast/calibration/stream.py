@@ -9,6 +9,7 @@ doubling the sum, which it takes back.
 Shapes: N sites, D disturbances, V entries of the vocabulary.
 """
 
+import functools
 import json
 from collections.abc import Mapping, Sequence
 
@@ -141,7 +142,14 @@ def chains_of(model: nn.Module, split: Split, ids: Tensor) -> Chains:
     chains = [chain for chain in chains if len(chain) > 1]
     readers = watch.readers(trial.noted, chains)
     unread = unread or ("" if readers or not chains else NO_READER)
-    return Chains(chains=tuple(chains), refused=refused, readers=readers, unread=unread)
+    return _joined(model, Chains(chains=tuple(chains), refused=refused, readers=readers, unread=unread))
+
+
+def _joined(model: nn.Module, own: Chains) -> Chains:
+    """The chains of all pipeline stages."""
+    pp = transports_of(engine_of(model).groups(model))[1]
+    stages = [json.dumps(own.to_json())] if pp is None else pp.share(json.dumps(own.to_json()), "joining chains")
+    return functools.reduce(Chains.joined, (Chains.from_json(json.loads(text)) for text in stages))
 
 
 def _computing_shares(model: nn.Module, split: Split) -> tuple[Sequence[str], str]:

@@ -72,13 +72,18 @@ def _task_cells(figures: Figures) -> Iterable[str]:
     )
 
 
+def _three_digits(figure: float) -> str:
+    """In seven characters at most, as a row has 80."""
+    return f"{figure:.3g}" if figure >= 0.001 else f"{figure:.1e}".replace("e-0", "e-")
+
+
 def _change_cells(change: Change) -> Iterable[str]:
     """The p-value is of the side to which the figure moved."""
     moved_up = change.change > 0
     p = change.p_worse if moved_up == change.less_is_better else change.p_better
     return (
-        f"{change.baseline:.3g}",
-        f"{change.found:.3g}",
+        _three_digits(change.baseline),
+        _three_digits(change.found),
         f"{change.change:+.2g}",
         written(change.interval, "{:+.2g}"),
         f"{change.tolerated:.1g}",

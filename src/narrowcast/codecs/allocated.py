@@ -1,7 +1,7 @@
 """`allocated`: a scale for each token, and for each feature as many bits as it deserves, 0 to 8 or BF16.
 
 A token's values are divided by static scales of their features and by one scale of the token, which is found in the
-token and takes a byte; what is left is coded by Lloyd-Max quantizers of the normal distribution. Features come in
+token and takes a byte; what is left is coded by trellis quantizers of the normal distribution. Features come in
 blocks of 32 that share a width: which features, and how wide, is calibrated for each source (rank), so that outliers
 need no special case, and what does not matter is not sent.
 
@@ -17,7 +17,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import lloyd_max
+from narrowcast.codecs import trellis
 from narrowcast.codecs.allocated_reference import (
     ESCAPE_NBYTES,
     NO_FEATURE,
@@ -69,7 +69,7 @@ class AllocatedCodec(Codec):
         ):
             raise _misfit(f"an order of {num_features} features for each source, in int32", self.order)
         fits = self.widths.dtype == torch.uint8 and self.widths.shape == shape
-        known = fits and bool(((self.widths <= lloyd_max.MAX_BITS) | (self.widths == AS_BF16)).all())
+        known = fits and bool(((self.widths <= trellis.MAX_BITS) | (self.widths == AS_BF16)).all())
         if not known or bool((self.widths.int().diff(dim=1) > 0).any()) or num_features >= NO_FEATURE:
             raise _misfit(f"falling widths {list(shape)} of 0 to 8 or 16 bits, in uint8", self.widths)
 
@@ -139,10 +139,9 @@ class AllocatedCodec(Codec):
         return AllocatedCodec(scale=self.scale[chosen], order=self.order[chosen], widths=self.widths[chosen])
 
     def error_bound(self, x_TE: Tensor, *, source: int) -> Tensor:
-        # A value inside the outermost edges errs by half of the widest cell between two levels at most, or by the
-        # distance from the lowest level, twice which is the cell around zero; one beyond them by its distance from
-        # the outermost level. What is not sent, or stands in a guarded token, may err by its magnitude or by what it
-        # is decoded to. The products carry three roundings (3 * 2**-24, relative).
+        # A value errs by its distance from the nearest level of the subset that the path gives it, any of four. What
+        # is not sent, or stands in a guarded token, may err by its magnitude or by what it is decoded to. The products
+        # carry three roundings (3 * 2**-24, relative).
         x_TE, scale_E = x_TE.float().abs(), self.scale[source].float()
         order_E, layout = self.order[source], self.layouts[source]
         u_TE = x_TE * self.tables.on(x_TE.device).reciprocal[source]
@@ -154,12 +153,12 @@ class AllocatedCodec(Codec):
             if width == AS_BF16:
                 bound_TE[:, own] = (x_TE[:, own] * (torch.finfo(torch.bfloat16).eps / 2)).clamp(min=2.0**-134)
                 continue
-            positive = lloyd_max.levels(width)
-            steps = torch.cat([positive[:1] * 2, positive.diff()])
             unit_TN = scale_E[own] * token_scale
-            inside_TN = unit_TN * (steps.max() / 2)
-            beyond_TN = x_TE[:, own] - unit_TN * positive[-1]
-            bound_TE[:, own] = torch.maximum(inside_TN, beyond_TN) * (1 + 2**-21) + x_TE[:, own] * 2**-21
+            levels_M, q_TN = trellis.levels(width), x_TE[:, own] / unit_TN.clamp(min=torch.finfo(torch.float32).tiny)
+            far_TN = torch.zeros_like(q_TN)
+            for subset_M in (*trellis.subsets(levels_M), *trellis.subsets(trellis.first_levels(width))):
+                far_TN = torch.maximum(far_TN, (q_TN[..., None] - subset_M.to(q_TN.device)).abs().amin(dim=-1))
+            bound_TE[:, own] = far_TN * unit_TN * (1 + 2**-20) + x_TE[:, own] * 2**-20
         is_guarded = (u_TE > REACH * token_scale).any(dim=1, keepdim=True)
         return torch.where(is_guarded, torch.maximum(bound_TE, x_TE) * (1 + 2**-8), bound_TE + 2.0**-134)
 

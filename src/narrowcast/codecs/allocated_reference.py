@@ -8,11 +8,12 @@ Shapes: N blocks of 32 slots, the last of which may be short.
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import arithmetic, lloyd_max, packing
+from narrowcast.codecs import arithmetic, packing, trellis
 from narrowcast.codecs.allocation import AS_BF16, BLOCK
 from narrowcast.codecs.base import GUARDED, NON_FINITE, SATURATED
 from narrowcast.codecs.token_scale import GUARDED as IS_GUARDED
@@ -50,14 +51,25 @@ class Layout:
         """Bytes of all blocks."""
         return sum(width_nbytes(width) for _, _, width in self.blocks)
 
-    def nbytes_that_fit(self, room: int) -> int:
-        """Bytes of the first blocks, as many as fit."""
-        total = 0
-        for _, _, width in self.blocks:
-            if total + width_nbytes(width) > room:
-                break
-            total += width_nbytes(width)
-        return total
+    def that_fits(self, room: int) -> "Layout":
+        """The first blocks, as many as fit into so many bytes."""
+        ends = accumulate(width_nbytes(width) for _, _, width in self.blocks)
+        return Layout(tuple(block for block, end in zip(self.blocks, ends, strict=True) if end <= room))
+
+    @cached_property
+    def coded(self) -> tuple[tuple[int, int, int], ...]:
+        """The blocks that are not sent as they are."""
+        return tuple(block for block in self.blocks if block[2] != AS_BF16)
+
+    @cached_property
+    def widths(self) -> list[int]:
+        """Bits of each 16 slots of coded blocks."""
+        return [width for _, _, width in self.coded for _ in range(BLOCK // trellis.LANES)]
+
+    @cached_property
+    def coded_slots(self) -> slice:
+        """The slots of coded blocks that hold a feature."""
+        return slice(self.num_bf16, self.num_coded)
 
 
 def width_nbytes(width: int) -> int:
@@ -102,14 +114,15 @@ def allocated_encode(
         stats[NON_FINITE] += bad_TE.count_nonzero()
         stats[GUARDED] += is_guarded.count_nonzero()
     reciprocal_T = torch.where(token_scale > 0, 1.0 / token_scale, 0.0)
-    blocks_TB = _pack_blocks(x_TE, u_TE * reciprocal_T[:, None], order_E, layout)
+    q_TE = u_TE * reciprocal_T[:, None]
+    blocks_TB = _pack_blocks(x_TE, q_TE, order_E, layout)
 
     head = codes.masked_fill(is_bad, NOT_FINITE).to(torch.uint8)[:, None]
     out_TB.copy_(_row([head, blocks_TB.masked_fill(is_bad[:, None], 0)], out_TB.shape[1]))
     if num_escapes and arithmetic.perhaps_any(is_guarded):
-        kept = layout.nbytes_that_fit(out_TB.shape[1] - 2 - escapes.shape[1])
+        kept_TB = _pack_blocks(x_TE, q_TE, order_E, layout.that_fits(out_TB.shape[1] - 2 - escapes.shape[1]))
         mark = torch.full_like(head, IS_GUARDED)
-        guarded_TB = _row([mark, head, escapes, blocks_TB[:, :kept]], out_TB.shape[1])
+        guarded_TB = _row([mark, head, escapes, kept_TB], out_TB.shape[1])
         out_TB.copy_(torch.where(is_guarded[:, None], guarded_TB, out_TB))
 
 
@@ -125,12 +138,12 @@ def allocated_decode_sum(
     decoded = [torch.zeros(out_TE.shape, device=out_TE.device)]
     for payload_TB, scale_E, order_E, layout in zip(payloads_RTB, scale_RE, order_RE, layouts, strict=True):
         head = payload_TB[:, 0].long()
-        values_TE = _values(payload_TB[:, 1:], head, scale_E, order_E, layout, layout.nbytes)
+        values_TE = _values(payload_TB[:, 1:], head, scale_E, order_E, layout)
         is_guarded = head == IS_GUARDED
         if num_escapes and arithmetic.perhaps_any(is_guarded):
             start = 2 + ESCAPE_NBYTES * num_escapes
-            kept, rest_TB = layout.nbytes_that_fit(payload_TB.shape[1] - start), payload_TB[:, start:]
-            rest_TE = _values(rest_TB, payload_TB[:, 1].long(), scale_E, order_E, layout, kept)
+            kept, rest_TB = layout.that_fits(payload_TB.shape[1] - start), payload_TB[:, start:]
+            rest_TE = _values(rest_TB, payload_TB[:, 1].long(), scale_E, order_E, kept)
             guarded_TE = _with_escapes(rest_TE, payload_TB[:, 2:start])
             values_TE = torch.where(is_guarded[:, None], guarded_TE, values_TE)
         decoded.append(values_TE)
@@ -144,40 +157,36 @@ def _row(parts: list[Tensor], nbytes: int) -> Tensor:
 
 
 def _pack_blocks(x_TE: Tensor, q_TE: Tensor, order_E: Tensor, layout: Layout) -> Tensor:
-    """All blocks' bytes: codes of `q_TE`, sign above magnitude, or `x_TE` in BF16; zeros where a block has no value."""
-    edges = lloyd_max.tables().on(x_TE.device).edges
+    """All blocks' bytes: codes of `q_TE`, or `x_TE` in BF16. Slots without a feature hold what zeros do."""
     parts = [q_TE.new_zeros(len(q_TE), 0, dtype=torch.uint8)]
     for first, count, width in layout.blocks:
-        own = order_E[first : first + count]
         if width == AS_BF16:
-            rounded = torch.nn.functional.pad(x_TE[:, own].bfloat16(), (0, BLOCK - count))
+            rounded = torch.nn.functional.pad(x_TE[:, order_E[first : first + count]].bfloat16(), (0, BLOCK - count))
             parts.append(rounded.masked_fill(arithmetic.not_finite(rounded), torch.nan).view(torch.uint8))
-            continue
-        q_TN = q_TE[:, own].contiguous()
-        codes = torch.bucketize(q_TN.abs(), edges[width - 1, : 2 ** (width - 1) - 1], right=True)
-        codes |= (q_TN < 0).long() << width - 1
-        padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, BLOCK - count))
-        parts.append(packing.pack(padded, width))
+    own = order_E[layout.coded_slots]
+    q_TS = torch.nn.functional.pad(q_TE[:, own], (0, BLOCK * len(layout.coded) - len(own)))
+    codes = trellis.encode(q_TS, layout.widths)
+    for (_, _, width), block in zip(layout.coded, codes.split(BLOCK, dim=1), strict=False):
+        parts.append(packing.pack(block.contiguous(), width))
     return torch.cat(parts, dim=1)
 
 
-def _values(blocks_TB: Tensor, codes: Tensor, scale_E: Tensor, order_E: Tensor, layout: Layout, nbytes: int) -> Tensor:
-    """Values [T, E] of the blocks in the first `nbytes`; codes of scales that stand for no number give NaN."""
+def _values(blocks_TB: Tensor, codes: Tensor, scale_E: Tensor, order_E: Tensor, layout: Layout) -> Tensor:
+    """Values [T, E] of the blocks; codes of scales that stand for no number give NaN."""
     token_scale = TOKEN_SCALES.on(blocks_TB.device).scales[codes]
-    by_code = lloyd_max.tables().on(blocks_TB.device).by_code
     values_TE = torch.zeros(len(blocks_TB), len(order_E), device=blocks_TB.device)
-    start = 0
+    start, found = 0, [codes.new_zeros(len(codes), 0, dtype=torch.uint8)]
     for first, count, width in layout.blocks:
         stop = start + width_nbytes(width)
-        if stop > nbytes:
-            break
-        own, bytes_TB = order_E[first : first + count], blocks_TB[:, start:stop]
         if width == AS_BF16:
-            values_TE[:, own] = arithmetic.values(bytes_TB, torch.bfloat16)[:, :count]
+            values = arithmetic.values(blocks_TB[:, start:stop], torch.bfloat16)
+            values_TE[:, order_E[first : first + count]] = values[:, :count]
         else:
-            level = by_code[width - 1, packing.unpack(bytes_TB, width, BLOCK)[:, :count].long()]
-            values_TE[:, own] = level * scale_E[own].float() * token_scale[:, None]
+            found.append(packing.unpack(blocks_TB[:, start:stop], width, BLOCK))
         start = stop
+    own = order_E[layout.coded_slots]
+    level = trellis.decode(torch.cat(found, dim=1), layout.widths)[:, : len(own)]
+    values_TE[:, own] = level * scale_E[own].float() * token_scale[:, None]
     return values_TE.masked_fill((codes > LARGEST)[:, None], torch.nan)
 
 

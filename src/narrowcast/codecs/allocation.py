@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import lloyd_max
+from narrowcast.codecs import trellis
 
 BLOCK = 32  # features that share a width
 AS_BF16 = 16  # the width of a block that is sent as it is
@@ -63,9 +63,9 @@ def allocate(entries: Sequence[Entry], budget_nbytes: float) -> list[Tensor]:
 
 def _falling_gains(energy_RN: Tensor) -> torch.return_types.sort:
     """Gains by each further bit of each block, per source, falling; `indices` divided by 16 are the blocks."""
-    distortion = lloyd_max.distortion()
-    last = distortion[-1:] / (AS_BF16 - lloyd_max.MAX_BITS)  # as BF16 nothing is left of it
-    gains = torch.cat([distortion[:-1] - distortion[1:], last.expand(AS_BF16 - lloyd_max.MAX_BITS)])
+    distortion = torch.tensor(trellis.DISTORTION, dtype=torch.float64)
+    last = distortion[-1:] / (AS_BF16 - trellis.MAX_BITS)  # as BF16 nothing is left of it
+    gains = torch.cat([distortion[:-1] - distortion[1:], last.expand(AS_BF16 - trellis.MAX_BITS)])
     return (energy_RN[..., None] * gains).flatten(1).sort(dim=1, descending=True, stable=True)
 
 
@@ -73,5 +73,5 @@ def _widths(taken_RJ: Tensor, num_blocks: int) -> Tensor:
     """Bits that each block was given; between 8 bits and BF16 there is nothing."""
     ones = torch.ones_like(taken_RJ)
     widths_RN = taken_RJ.new_zeros(len(taken_RJ), num_blocks).scatter_add(1, taken_RJ // AS_BF16, ones)
-    between = (widths_RN > lloyd_max.MAX_BITS) & (widths_RN < AS_BF16)
-    return widths_RN.masked_fill(between, lloyd_max.MAX_BITS).to(torch.uint8)
+    between = (widths_RN > trellis.MAX_BITS) & (widths_RN < AS_BF16)
+    return widths_RN.masked_fill(between, trellis.MAX_BITS).to(torch.uint8)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from narrowcast.codecs import lloyd_max
+from narrowcast.codecs import trellis
 from narrowcast.codecs.allocation import AS_BF16, BLOCK
 from narrowcast.codecs.kernels import reference
 from narrowcast.codecs.token_scale import TOKEN_SCALES
@@ -189,7 +189,7 @@ def _allocated(codec: "AllocatedCodec") -> tuple[object, ...]:
     as_bf16_RE = widths_RN.repeat_interleave(BLOCK, dim=1)[:, :num_features] == AS_BF16
     is_bf16_RE = torch.zeros_like(as_bf16_RE).scatter(1, order_RE.long(), as_bf16_RE)
     token = TOKEN_SCALES.on(torch.device("cpu"))
-    quantizers = lloyd_max.tables().on(torch.device("cpu"))
+    quantizers = trellis.tables().on(torch.device("cpu"))
     tensors = [
         pad(tables.scale.float().gather(1, order_RE.long()), missing),
         tables.reciprocal.masked_fill(is_bf16_RE, 0.0),
