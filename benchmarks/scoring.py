@@ -78,10 +78,11 @@ class Texts(Scorer):
         parser.add_argument("--sequences", type=int, default=16)
 
     @classmethod
-    def of(cls, asked: argparse.Namespace) -> "Texts":  # type: ignore[override]
+    def of(cls, asked: argparse.Namespace, *, in_fp32: bool = False) -> "Texts":  # type: ignore[override]
         """The model and texts of a command line."""
         engine = load_engine()
         model, tokenizer = engine.load(asked.model), engine.load_tokenizer(asked.model)
+        model = model.float() if in_fp32 else model
         batches = places(tokenizer, asked.score, asked.sequences)
         return cls(
             model=model,

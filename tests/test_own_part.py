@@ -68,6 +68,13 @@ def test_experts_read_it_and_routers_do_not(experts: Any, last: str | None) -> N
     assert [modules for _, modules in readers.values()] == ([(last,), ATTENTION, (last,)] if last else [ATTENTION])
 
 
+def test_readers_know_what_they_follow() -> None:
+    chains = chains_of(a_model("llama"), SPLIT, random_ids(1, 8)[0])
+    assert [each.after for each in chains.readers.values()] == list(chains.chains[0][:-1])
+    side_by_side = chains_of(a_model("cohere"), SPLIT, random_ids(1, 8)[0])
+    assert [each.after for each in side_by_side.readers.values()] == ["model.layers.0.mlp.down_proj"]
+
+
 @pytest.mark.parametrize("name", ["gemma2", "olmo2"])
 def test_where_nothing_is_fed_back_nobody_reads_it(name: str) -> None:
     assert chains_of(a_model(name), SPLIT, random_ids(1, 8)[0]).readers == {}
@@ -85,7 +92,7 @@ def test_whoever_reads_something_else_than_the_stream_as_it_has_grown_is_left_ou
 def test_ranks_without_whole_heads_do_without_and_say_so() -> None:
     model = a_model("llama")
     chains = chains_of(model, Split(tp_size=3), random_ids(1, 8)[0])
-    assert not chains.readers
+    assert chains.readers and not chains.read
     assert "expected ranks that each have as many whole heads, found 4 heads, 4 KV heads" in chains.unread
     plan = narrowcast.calibrate(model, [random_ids(2, 16)], tp_size=3, codec="int4-feature")
     assert list(feedback_in_words(plan))[-1] == f"own part exact at 0 of 4 sums: {chains.unread}"
@@ -98,8 +105,8 @@ def test_a_plan_keeps_the_readers(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan")
     assert Plan.load(tmp_path / "plan").feedback == plan.feedback
     assert len(plan.feedback.readers) == 3
-    twice = {norm: {"modules": ["m"], "scale": 1} for norm in "ab"}
-    for readers in (twice, {"a": {"modules": ["m"], "scale": float("nan")}}):
+    twice = {norm: {"after": "s", "modules": ["m"], "scale": 1} for norm in "ab"}
+    for readers in (twice, {"a": {"after": "s", "modules": ["m"], "scale": float("nan")}}):
         with pytest.raises(ValueError, match="a module has one reader, of a finite scale"):
             Chains.from_json({"chains": [], "refused": {}, "readers": readers, "unread": ""})
     without = narrowcast.calibrate(a_model("llama"), [random_ids(2, 16)], tp_size=2, codec="int4", feedback=False)
@@ -184,7 +191,7 @@ def test_it_is_what_the_same_model_written_anew_computes(num_ranks: int, algorit
 
 
 def test_a_view_is_of_its_token_alone_and_nothing_outlives_its_chain() -> None:
-    chains = Chains(chains=(("a", "b"),), readers={"norm": Reader(modules=("m",), scale=0.5)})
+    chains = Chains(chains=(("a", "b"),), readers={"norm": Reader(after="a", modules=("m",), scale=0.5)})
     feedback, stream, ranks = Feedback(chains, (2, 1)), torch.randn(3, 4, 8), range(2)
     assert feedback.read("norm", stream, torch.neg, ranks).equal(-stream)
     assert all(x is stream for x in feedback.inputs("m", stream, ranks)), "nothing is lost yet"

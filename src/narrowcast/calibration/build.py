@@ -143,8 +143,8 @@ class Maker:
             return made
         # The payloads that count; between nodes each node's alone.
         algorithm = "one_shot" if self._given.groups else self._fitted.algorithm_among(self._given.split.tp_size)
-        read = self._given.chains.read
-        for name, each in fit(seen.moments, self._fitted, bits=bits, algorithm=algorithm, read=read).items():
+        chains = self._given.chains
+        for name, each in fit(seen.moments, self._fitted, bits=bits, algorithm=algorithm, chains=chains).items():
             if name in self._kinds:  # and not at another stage
                 codecs = self._by_hop(seen.ranges[name], each.codecs[0]) if self._given.groups else each.codecs
                 made[name] = Site(kind="sum", codecs=codecs, error={}, transform=each.transform)

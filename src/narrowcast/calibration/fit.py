@@ -5,20 +5,22 @@ axes whose components are independent and whose errors do not add up in the loss
 variance times sensitivity times what a quantizer leaves of the variance: what `allocate` hands bits out by.
 """
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from narrowcast.calibration.moments import Moments
-from narrowcast.codecs import AllocatedCodec, Codec, FittedRecipe, TransformRecipe
-from narrowcast.codecs.allocation import BLOCK, UNIT_NBYTES, Entry, allocate, in_blocks
+from narrowcast.codecs import AllocatedCodec, Codec, FittedRecipe, TransformRecipe, trellis
+from narrowcast.codecs.allocation import AS_BF16, BLOCK, UNIT_NBYTES, Entry, allocate, in_blocks
 from narrowcast.codecs.fitted import fitted
 from narrowcast.collectives import named
 from narrowcast.errors import InvalidInputError
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.transform import Part, Remix, Transform
 
+ROUNDS = 3  # of bits handed out, each knowing what the last one's widths pass on
 RIDGE = 1e-6  # of the mean sensitivity, added to all: directions that the text says nothing about
 
 
@@ -34,13 +36,21 @@ class Fitted:
 class Axes:
     """The way from a site's values to components and back: analysis [A, K, E], synthesis [A, E, K], A being 1 or R.
 
-    `power`: mean squares of the components, [R, K] or, of the sum, [1, K]; `energy`: the same times sensitivities.
+    `power`: mean squares of the components, [R, K] or, of the sum, [1, K]; `sensitivity`: what an error in them costs.
     """
 
     analysis: Tensor | None
     synthesis: Tensor | None
     power: Tensor
-    energy: Tensor
+    sensitivity: Tensor
+
+    @property
+    def energy(self) -> Tensor:
+        """What it would cost to send nothing of each component."""
+        return self.power * self.sensitivity
+
+
+Hops = Mapping[str, tuple[Axes, Axes]]  # of what the ranks put in and of their sum, by site
 
 
 def least_bits(num_features: int) -> float:
@@ -54,13 +64,13 @@ def fit(
     *,
     bits: float,
     algorithm: str,
-    read: Collection[str] = (),
+    chains: Chains = Chains(),
 ) -> dict[str, Fitted]:
     """Codecs and transforms of all sites whose payloads take `bits` a value at most on average, where that can be met.
 
     `algorithm`: the one whose payloads count: those of the ranks, and of the sum too where it travels again. What does
-    not count gets bits down to the same worth of a bit. `read`: sites at which each rank makes good for itself what its
-    own payload lost. InvalidInputError for too few bits.
+    not count gets bits down to the same worth of a bit. `chains`: sites that leave what they lose to the next one.
+    InvalidInputError for too few bits.
     """
     least = max(least_bits(each.partial.shape[1]) for each in moments.values())
     if bits < least:
@@ -71,15 +81,52 @@ def fit(
             remedy="Ask for more.",
         )
     recoded = named(algorithm).recodes
-    hops = {site: hop_axes(each, recipe, recoded=recoded) for site, each in moments.items()}
-    entries, nbytes = [], 0.0
-    for site, (partial, total) in hops.items():
-        num_ranks = len(partial.energy)
-        heard = 1 - 1 / num_ranks if site in read and not isinstance(recipe, TransformRecipe) else 1.0
-        entries += [Entry(partial.energy * heard), Entry(total.energy, counted=recoded)]
-        nbytes += (1 + recoded) * (bits * moments[site].partial.shape[1] / 8 - 1)
-    widths = iter(allocate(entries, nbytes))
-    return {site: _fitted(recipe, *axes, next(widths), next(widths)) for site, axes in hops.items()}
+    hops: Hops = {site: hop_axes(each, recipe, recoded=recoded) for site, each in moments.items()}
+    nbytes = sum((1 + recoded) * (bits * each.partial.shape[1] / 8 - 1) for each in moments.values())
+    if isinstance(recipe, TransformRecipe):  # whose components feed nothing back
+        chains = Chains()
+    given = hops
+    for _ in range(ROUNDS):
+        axes = [each for both in hops.values() for each in both]
+        counted = [Entry(each.energy, counted=recoded or place % 2 == 0) for place, each in enumerate(axes)]
+        allocated = allocate(counted, nbytes)
+        widths = dict(zip(hops, zip(allocated[::2], allocated[1::2], strict=True), strict=True))
+        fitted_to, hops = hops, _passed_on(given, hops, widths, chains)
+        if hops is given:
+            break
+    return {site: _fitted(recipe, *axes, *widths[site]) for site, axes in fitted_to.items()}
+
+
+def _passed_on(given: Hops, hops: Hops, widths: Mapping[str, Sequence[Tensor]], chains: Chains) -> Hops:
+    """The given axes with sensitivities that know what becomes of an error where these widths are at work.
+
+    The next site codes it, too, and loses again what its widths leave of it: that share of it costs there what an error
+    of that site costs. And of the errors of R ranks, each has made its own good for itself.
+    """
+    found = dict(given)
+    for chain in chains.chains:
+        then = None
+        for site in reversed([each for each in chain if each in given]):
+            partial, total = given[site]
+            if site in chains.read:
+                partial = replace(partial, sensitivity=partial.sensitivity * (1 - 1 / len(partial.power)))
+            if then is not None:
+                partial, total = (
+                    replace(own, sensitivity=own.sensitivity + _left(seen, width_RN) * later.sensitivity)
+                    for own, later, seen, width_RN in zip(
+                        (partial, total), found[then], hops[then], widths[then], strict=True
+                    )
+                )
+            found[site], then = (partial, total), site
+    return found if chains.chains else given
+
+
+def _left(axes: Axes, widths_RN: Tensor) -> Tensor:
+    """The share of its power that coding each feature in so many bits leaves, [R, E]."""
+    order_RE, _ = in_blocks(axes.energy)
+    shares = torch.tensor([*trellis.DISTORTION, *[0.0] * (AS_BF16 - trellis.MAX_BITS)], dtype=axes.power.dtype)
+    left_RE = shares[widths_RN.long()].repeat_interleave(BLOCK, dim=1)[:, : axes.power.shape[1]]
+    return torch.zeros_like(left_RE).scatter(1, order_RE.long(), left_RE)
 
 
 def hop_axes(moments: Moments, recipe: FittedRecipe, *, recoded: bool) -> tuple[Axes, Axes]:
@@ -87,7 +134,7 @@ def hop_axes(moments: Moments, recipe: FittedRecipe, *, recoded: bool) -> tuple[
     if not isinstance(recipe, TransformRecipe):
         own = moments.diagonal()
         partial, total = (
-            Axes(analysis=None, synthesis=None, power=each, energy=each * own.fisher)
+            Axes(analysis=None, synthesis=None, power=each, sensitivity=own.fisher.expand_as(each))
             for each in (own.partial, own.total)
         )
         return partial, total
@@ -123,7 +170,7 @@ def _axes_of(covariance_AEE: Tensor, fisher: Tensor) -> tuple[Tensor, Tensor]:
 def _along(covariance_REE: Tensor, fisher: Tensor, analysis: Tensor, synthesis: Tensor) -> Axes:
     power = ((analysis @ covariance_REE) * analysis).sum(dim=-1).clamp(min=0)
     sensitivity = ((fisher @ synthesis) * synthesis).sum(dim=-2).clamp(min=0)
-    return Axes(analysis=analysis, synthesis=synthesis, power=power, energy=power * sensitivity)
+    return Axes(analysis=analysis, synthesis=synthesis, power=power, sensitivity=sensitivity.expand_as(power))
 
 
 def _fitted(recipe: FittedRecipe, partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor) -> Fitted:

@@ -94,7 +94,7 @@ class Watch:
                 continue
             scale = self._scale(call, self.calls[:place], sums)
             if scale is not None:
-                found[call.name] = Reader(modules=modules, scale=scale)
+                found[call.name] = Reader(after=last, modules=modules, scale=scale)
         return found
 
     def _scale(self, call: Call, earlier: Sequence[Call], sums: Mapping[str, Tensor]) -> float | None:

@@ -3,10 +3,10 @@
 To second order, white noise of the power s^2 in each of the E features of a sum costs a KL divergence of s^2 trace(F) /
 2, F being the Fisher information there: two runs tell trace(F) / E, the sensitivity of that site's features (mostly
 within a tenth of what gradients tell). Where depth feedback makes an error good at the next site, what it costs in
-between is found alike: the same noise, taken back there.
+between is found alike: the same noise, taken back there. There features differ, by what the block in between reads of
+them (`calibration.reading`).
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.calibration.observing import ObservedWires, over_wires
+from narrowcast.calibration.reading import reading
 from narrowcast.calibration.tracking import Track, untold
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import Split
 from narrowcast.scores import kl_nats, log_probs
 
 MAX_TOKENS = 128  # of text that is tried
+UNTIL_NEXT = 0.75  # decision 0031
 # The noise is as large as makes this KL divergence, about, and tried again where it is beyond these times that: a
 # smaller one drowns in the rounding of BF16, a larger one is not of second order.
 KL_OF_NOISE, WITHIN = 0.02, (0.2, 5.0)
@@ -54,11 +56,12 @@ class Disturbed(ObservedWires):
 
 
 class Sensitivity(NamedTuple):
-    """The stand-in for the diagonal of the Fisher information in a sum, [E], alike for all features.
+    """The stand-in for the diagonal of the Fisher information in a sum, [E].
 
-    `lasting`: of an error that nothing makes good. `fed_back`: of one that is made good at the next site, if there is
-    one: the geometric mean of what it costs for good and of what it costs until then, as the former alone holds for
-    large errors, the latter for small ones.
+    `lasting`: of an error that nothing makes good, alike for all features. `fed_back`: of one that is made good at the
+    next site, if there is one: a geometric mean of what it costs for good and of what it costs until then, with
+    UNTIL_NEXT as the latter's weight and that of what is read of each feature. The latter alone would be right if
+    what is lost were small and nothing were read but what the weights say.
     """
 
     lasting: Tensor
@@ -73,7 +76,7 @@ def sensitivities(
     `power`: mean squares [1, E] of each sum, of all stages, which every rank of a split model passes alike. `ids`: text
     [T].
     """
-    following = {site: after for chain in chains.chains for site, after in itertools.pairwise(chain)}
+    following, read = chains.following, reading(model, chains)
     wires, found = Disturbed(split.tp_size), {}
     ids_BT = ids[None, :MAX_TOKENS].repeat(2, 1)
     with over_wires(wires, model, split):
@@ -90,6 +93,10 @@ def sensitivities(
                 sizes = [size * (KL_OF_NOISE / max(kl, LEAST_KL)) ** 0.5 for kl, size in zip(costs, sizes, strict=True)]
                 if all(WITHIN[0] <= kl / KL_OF_NOISE <= WITHIN[1] for kl in costs):
                     break
-            traces = for_good, (for_good * until_next) ** 0.5
-            found[site] = Sensitivity(*(torch.full_like(mean[0], trace / mean.shape[1]) for trace in traces))
+            traces = for_good, for_good ** (1 - UNTIL_NEXT) * until_next**UNTIL_NEXT
+            lasting, fed_back = (torch.full_like(mean[0], trace / mean.shape[1]) for trace in traces)
+            if site in read:
+                by_feature = read[site].to(mean.device) ** UNTIL_NEXT
+                fed_back = fed_back * by_feature / by_feature.mean()
+            found[site] = Sensitivity(lasting, fed_back)
     return found

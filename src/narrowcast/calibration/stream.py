@@ -12,6 +12,7 @@ Shapes: N sites, D disturbances, V entries of the vocabulary.
 import functools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -120,8 +121,7 @@ def chains_of(model: nn.Module, split: Split, ids: Tensor) -> Chains:
     """
     engine = engine_of(model)
     trial = Trial(engine.sites(model, split), split.tp_size)
-    modules, unread = _computing_shares(model, split)
-    watch = Watch(modules, trial.added)
+    watch = Watch(engine.computing_shares(model, split), trial.added)
     with over_wires(trial, model, split):
         with watch.over(model):
             _logits(model, ids[None, :NUM_TRIED])
@@ -141,8 +141,10 @@ def chains_of(model: nn.Module, split: Split, ids: Tensor) -> Chains:
             chains, chain = [*chains, tuple(chain)], []
     chains = [chain for chain in chains if len(chain) > 1]
     readers = watch.readers(trial.noted, chains)
-    unread = unread or ("" if readers or not chains else NO_READER)
-    return _joined(model, Chains(chains=tuple(chains), refused=refused, readers=readers, unread=unread))
+    found = _joined(
+        model, Chains(chains=tuple(chains), refused=refused, readers=readers, unread=_refusal(model, split))
+    )
+    return replace(found, unread=NO_READER) if found.chains and not found.readers and not found.unread else found
 
 
 def _joined(model: nn.Module, own: Chains) -> Chains:
@@ -152,12 +154,13 @@ def _joined(model: nn.Module, own: Chains) -> Chains:
     return functools.reduce(Chains.joined, (Chains.from_json(json.loads(text)) for text in stages))
 
 
-def _computing_shares(model: nn.Module, split: Split) -> tuple[Sequence[str], str]:
-    """The modules that can read the stream as their rank knows it, or why none can."""
+def _refusal(model: nn.Module, split: Split) -> str:
+    """The reason why no rank can make its own loss good for itself, if there is one."""
     try:
-        return engine_of(model).computing_shares(model, split), ""
+        engine_of(model).check_shares(model, split)
     except InvalidInputError as error:
-        return (), str(error)
+        return str(error)
+    return ""
 
 
 def _of_all_stages(model: nn.Module, power: Mapping[str, float]) -> dict[str, float]:

@@ -28,10 +28,15 @@ class Seam(Protocol):
         ...
 
     def computing_shares(self, model: nn.Module, split: Split) -> Sequence[str]:
-        """Modules that compute each rank's own share of a block, and may do so from inputs of the rank's own.
+        """Modules that compute each rank's own share of a block from the residual stream, as a norm gives it."""
+        ...
 
-        InvalidInputError where what ranks compute in between is not each rank's own.
-        """
+    def check_shares(self, model: nn.Module, split: Split) -> None:
+        """InvalidInputError unless what comes of such a share is the rank's own until it is summed."""
+        ...
+
+    def shares_read(self, model: nn.Module, module: str) -> Tensor:
+        """How much such a module reads of each feature, fp64 [E]: sums of squares of this rank's weights."""
         ...
 
     def groups(self, model: nn.Module) -> Groups:

@@ -1,5 +1,6 @@
 """Depth feedback in a plan: which sites leave what they lose to the next one, who reads it, and why others do not."""
 
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,12 +11,13 @@ TURNED_OFF = "the plan was calibrated without"
 
 @dataclass(frozen=True, kw_only=True)
 class Reader:
-    """A norm that reads the residual stream between two sites of a chain.
+    """A norm that reads the residual stream after the site `after` of a chain, and before the next one.
 
     `modules`: those that compute each rank's own share of a block from what the norm gives: they may be given what a
     rank knows of the stream and others do not. `scale`: what a sum is multiplied by on its way into the stream.
     """
 
+    after: str
     modules: tuple[str, ...]
     scale: float = 1.0
 
@@ -25,8 +27,8 @@ class Chains:
     """`chains`: sites in the order of execution, each of which leaves what it loses to the next one of its chain.
 
     A chain ends where the stream goes to another pipeline stage, or out of the model. `refused`: reasons by site why a
-    sum is in none. `readers`: by name, the norms through which a rank's blocks read the stream with what its own last
-    payload lost; `unread`: why there are none.
+    sum is in none. `readers`: by name, the norms through which blocks read the stream in between; `unread`: why ranks'
+    blocks do not read it with what their own last payload lost.
     """
 
     chains: Sequence[tuple[str, ...]] = ()
@@ -37,7 +39,12 @@ class Chains:
     @property
     def read(self) -> frozenset[str]:
         """The sites whose loss each rank makes good for itself: of R payloads' errors its blocks see R - 1."""
-        return frozenset(site for chain in self.chains for site in chain[:-1]) if self.readers else frozenset()
+        return frozenset() if self.unread else frozenset(site for chain in self.chains for site in chain[:-1])
+
+    @property
+    def following(self) -> dict[str, str]:
+        """The site that makes good what a site loses, if there is one."""
+        return {site: after for chain in self.chains for site, after in itertools.pairwise(chain)}
 
     def turned_off(self) -> "Chains":
         """No chains."""
@@ -57,13 +64,14 @@ class Chains:
             chains=(*self.chains, *new),
             refused={**self.refused, **other.refused},
             readers=readers,
-            unread="" if readers else self.unread or other.unread,
+            unread=self.unread or other.unread,
         )
 
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         readers = {
-            norm: {"modules": list(each.modules), "scale": each.scale} for norm, each in sorted(self.readers.items())
+            norm: {"after": each.after, "modules": list(each.modules), "scale": each.scale}
+            for norm, each in sorted(self.readers.items())
         }
         return {
             "chains": [list(chain) for chain in self.chains],
@@ -79,7 +87,9 @@ class Chains:
         if len(set().union(*chains)) < sum(map(len, chains)):
             raise ValueError("a site is in one chain once")
         readers = {
-            str(norm): Reader(modules=tuple(map(str, each["modules"])), scale=float(each["scale"]))
+            str(norm): Reader(
+                after=str(each["after"]), modules=tuple(map(str, each["modules"])), scale=float(each["scale"])
+            )
             for norm, each in values["readers"].items()
         }
         modules = [module for each in readers.values() for module in each.modules]

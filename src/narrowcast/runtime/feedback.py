@@ -88,8 +88,8 @@ class Feedback:
             for number, chain in enumerate(chains.chains)
             for index, site in enumerate(chain)
         }
-        self.readers = chains.readers
-        self._fed = {module for reader in chains.readers.values() for module in reader.modules}
+        self.readers = {} if chains.unread else chains.readers
+        self._fed = {module for reader in self.readers.values() for module in reader.modules}
         self._num_sources = list(num_sources)
         self._residue: Tensor | None = None
         self._next: tuple[int, int] = (0, 0)

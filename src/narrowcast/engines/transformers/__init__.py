@@ -9,9 +9,18 @@ from narrowcast.engines.transformers.files import (
     save,
     skeleton,
 )
-from narrowcast.engines.transformers.seam import computing_shares, groups, sites, split_of, take_over
+from narrowcast.engines.transformers.seam import (
+    check_shares,
+    computing_shares,
+    groups,
+    shares_read,
+    sites,
+    split_of,
+    take_over,
+)
 
 __all__ = [
+    "check_shares",
     "computing_shares",
     "fingerprint",
     "groups",
@@ -20,6 +29,7 @@ __all__ = [
     "num_features",
     "rotate",
     "save",
+    "shares_read",
     "sites",
     "skeleton",
     "split_of",

@@ -41,6 +41,13 @@ def is_experts(module: nn.Module) -> bool:
     return names == EXPERT_WEIGHTS and hasattr(module, "num_experts") and not getattr(module, "is_transposed", False)
 
 
+def reading_weight(module: nn.Module) -> Tensor:
+    """This rank's part of the weight [.., I, E] whose products with the residual stream are computed, of all ranks if
+    the model is whole.
+    """
+    return local(cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.gate_up_proj))
+
+
 def summed_weight(module: nn.Module) -> Tensor:
     """The weight [E, I], or of experts [X, E, I], whose products are summed over ranks."""
     return cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.down_proj)

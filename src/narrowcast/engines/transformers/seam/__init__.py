@@ -9,12 +9,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.forwards import Forward, Forwards
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline
-from narrowcast.engines.transformers.sharding import is_experts, is_linear
+from narrowcast.engines.transformers.sharding import is_experts, is_linear, reading_weight
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
 from narrowcast.runtime.wires import Wires
@@ -152,10 +152,22 @@ def _reading(norm: str, forward: Forward, wires: Wires) -> Forward:
 
 
 def computing_shares(model: nn.Module, split: Split) -> Sequence[str]:
-    """Modules that compute each rank's own share of a block from what a norm gives.
+    """Linear layers that are split by columns, and experts that are not travelled to."""
+    shared = [
+        name
+        for name, _, style in _communicating(model, split)
+        if style is _columns or style.forward in (experts.slices, experts.whole_experts)
+    ]
+    return [*_keeping(model, split), *shared]
 
-    InvalidInputError where a rank's share of attention is not that of whole heads.
-    """
+
+def shares_read(model: nn.Module, module: str) -> Tensor:
+    """Sums of squares over the columns, and over experts."""
+    return reading_weight(model.get_submodule(module)).detach().double().square().flatten(0, -2).sum(dim=0)
+
+
+def check_shares(model: nn.Module, split: Split) -> None:
+    """InvalidInputError unless each rank has whole heads."""
     config: Any = cast(Any, model).config.get_text_config()
     num_heads = config.num_attention_heads
     num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
@@ -166,12 +178,6 @@ def computing_shares(model: nn.Module, split: Split) -> Sequence[str]:
             found=f"{num_heads} heads, {num_kv_heads} KV heads",
             remedy="Choose a number of ranks that divides both.",
         )
-    shared = [
-        name
-        for name, _, style in _communicating(model, split)
-        if style is _columns or (style.forward in (experts.slices, experts.whole_experts))
-    ]
-    return [*_keeping(model, split), *shared]
 
 
 def _keeping(model: nn.Module, split: Split) -> dict[str, Any]:
@@ -236,4 +242,13 @@ def _unsupported(model: nn.Module, expected: str, found: str) -> InvalidInputErr
     )
 
 
-__all__ = ["computing_shares", "groups", "sites", "split_of", "summed", "take_over"]
+__all__ = [
+    "check_shares",
+    "computing_shares",
+    "groups",
+    "shares_read",
+    "sites",
+    "split_of",
+    "summed",
+    "take_over",
+]
