@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from narrowcast.codecs import trellis
+from narrowcast.codecs import kernels, trellis
+from narrowcast.codecs.fitted import fitted
 
 WIDTHS = range(1, 9)
 
@@ -125,3 +126,15 @@ def test_what_comes_later_changes_nothing_that_was_decoded_before(widths: list[i
 
 def test_nothing_is_coded_as_nothing() -> None:
     assert trellis.encode(torch.empty(3, 0), []).shape == trellis.decode(torch.empty(3, 0).byte(), []).shape == (3, 0)
+
+
+@pytest.mark.parametrize("num_bits", WIDTHS)
+def test_values_beyond_all_numbers_are_coded_alike_by_all_kernels(num_bits: int) -> None:
+    """Whose squares, or even ratios to the largest scale of a token, overflow."""
+    codec = fitted(torch.full((1, 64), 1e-30), torch.full((1, 2), num_bits, dtype=torch.uint8))
+    x_TE = torch.cat([random(2, 64) * size for size in (1e-30, 1e10, 1e37)])
+    payloads = []
+    for path in kernels.available():
+        with kernels.forced(path):
+            payloads.append(codec.encode(x_TE, source=0))
+    assert all(torch.equal(each, payloads[0]) for each in payloads)

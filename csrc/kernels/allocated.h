@@ -213,20 +213,20 @@ NARROWCAST_INLINE I32 count_edges(const float* edges, F32 value) {
   return count;
 }
 
-// The place and the level of each value's nearest in one subset.
+// The place and the level of each value's nearest in one subset; values are limited to where the edges end.
 template <int width>
-NARROWCAST_INLINE void find_nearest(const LevelTables& tables, size_t row, F32 value, I32 places, I32& index,
+NARROWCAST_INLINE void find_nearest(const LevelTables& tables, size_t row, F32 limited, I32 places, I32& index,
                                     F32& level) {
   const float *edges = tables.edges + row * kSubset, *levels = tables.by_subset + row * kSubset;
   if (width <= 2 || width - 1 <= kRegisterBits) {
-    index = count_edges<width>(edges, value);
+    index = count_edges<width>(edges, limited);
     level = width == 1 ? splat(levels[0]) : look_up<width - 1>(levels, index);
     return;
   }
   const uint8_t* up_to = tables.up_to + row * kPlaces;
   for (size_t lane = 0; lane < kLanes; ++lane) {
     const uint8_t below = up_to[places[lane]];  // at most one edge more is not above the value
-    index[lane] = below + (value[lane] >= edges[below]);
+    index[lane] = below + (limited[lane] >= edges[below]);
     level[lane] = levels[index[lane]];
   }
 }
@@ -262,7 +262,7 @@ NARROWCAST_INLINE void extend_paths(const LevelTables& tables, size_t first_row,
       for (size_t subset = 0; subset < kSubsets; ++subset) {
         I32 index;
         F32 level;
-        find_nearest<width>(tables, row + subset, value, places, index, level);
+        find_nearest<width>(tables, row + subset, limited, places, index, level);
         word |= index << int(8 * subset);
         missed[subset] = (value - level) * (value - level) * kWeight;
       }

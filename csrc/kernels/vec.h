@@ -79,7 +79,7 @@ NARROWCAST_INLINE void store_part(void* to, V v, size_t count) {
   memcpy(to, &v, count * sizeof v[0]);
 }
 
-NARROWCAST_INLINE F32 splat(float value) { return F32{} + value; }
+NARROWCAST_INLINE F32 splat(float value) { return value - F32{}; }  // which is no operation; + would be, for -0
 NARROWCAST_INLINE I32 splat_i32(int32_t value) { return I32{} + value; }
 NARROWCAST_INLINE F32 select(I32 mask, F32 yes, F32 no) { return mask ? yes : no; }
 NARROWCAST_INLINE I32 min(I32 a, I32 b) { return a < b ? a : b; }

@@ -144,6 +144,8 @@ class Maker:
         # The payloads that count; between nodes each node's alone.
         algorithm = "one_shot" if self._given.groups else self._fitted.algorithm_among(self._given.split.tp_size)
         chains = self._given.chains
+        if self._given.groups:  # whose ranks do not know what their node's sum loses
+            chains = dataclasses.replace(chains, unread="sums of nodes")
         for name, each in fit(seen.moments, self._fitted, bits=bits, algorithm=algorithm, chains=chains).items():
             if name in self._kinds:  # and not at another stage
                 codecs = self._by_hop(seen.ranges[name], each.codecs[0]) if self._given.groups else each.codecs

@@ -46,7 +46,7 @@ class Axes:
 
     @property
     def energy(self) -> Tensor:
-        """What it would cost to send nothing of each component."""
+        """The cost of sending nothing of each component."""
         return self.power * self.sensitivity
 
 

@@ -1,4 +1,4 @@
-"""How much the block after a sum reads of each feature: which errors it minds until the next sum makes them good.
+"""The share of each feature in what the block after a sum reads: which errors it minds until the next one.
 
 To first order a block's work moves with an error in the residual stream by its first matrices, behind a norm: by the
 norm's weight of a feature and the length of that feature's column. No text and no gradients: the weights say it.
@@ -43,7 +43,7 @@ def _of_features(norm: nn.Module, reader: Reader, read: Mapping[str, Tensor]) ->
 
 
 def _weights(norm: nn.Module, num_features: int) -> Tensor:
-    """What a norm multiplies each feature by, whatever it calls it: half of what changes where all signs do."""
+    """The factors of a norm, by feature, whatever it calls them: half of what changes where all signs do."""
     like = next(norm.parameters(), torch.empty(0))
     signs = torch.ones(2, num_features, dtype=like.dtype, device=like.device)
     signs[0, ::2], signs[1, 1::2] = -1, -1

@@ -36,7 +36,7 @@ class Seam(Protocol):
         ...
 
     def shares_read(self, model: nn.Module, module: str) -> Tensor:
-        """How much such a module reads of each feature, fp64 [E]: sums of squares of this rank's weights."""
+        """Sums of squares of this rank's weights of such a module, by feature of the stream, fp64 [E]."""
         ...
 
     def groups(self, model: nn.Module) -> Groups:

@@ -123,9 +123,9 @@ class Feedback:
         """
         residue, num_tokens, self._inputs = self._residue, math.prod(stream.shape[:-1]), ()
         if residue is not None and residue.shape[1:] == (num_tokens, stream.shape[-1]):
-            rows = residue[: self._num_sources[0]] * self.readers[norm].scale
-            own = [rows[rank if len(rows) > 1 else 0].view(stream.shape) for rank in ranks]
-            self._inputs = [forward((stream.float() + lost).to(stream.dtype)) for lost in own]
+            scale, many = self.readers[norm].scale, self._num_sources[0] > 1
+            own = [residue[rank if many else 0].view(stream.shape) for rank in ranks]
+            self._inputs = [forward(torch.add(stream, lost, alpha=scale).to(stream.dtype)) for lost in own]
         return forward(stream)
 
     def inputs(self, module: str, x: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
