@@ -29,7 +29,7 @@ def reading(model: nn.Module, chains: Chains) -> dict[str, Tensor]:
     engine, (tp, pp) = engine_of(model), transports_of(engine_of(model).groups(model))
     here = {name for name, _ in model.named_modules()}
     readers = {norm: reader for norm, reader in chains.readers.items() if norm in here}
-    own = {module: engine.shares_read(model, module) for each in readers.values() for module in each.modules}
+    own = {module: engine.shares_read(model, module).cpu() for each in readers.values() for module in each.modules}
     of_all_ranks = _gathered(own, tp)
     read = {module: torch.stack([each[module] for each in of_all_ranks]).sum(dim=0) for module in own}
     found = {reader.after: _of_features(model.get_submodule(norm), reader, read) for norm, reader in readers.items()}
@@ -57,6 +57,6 @@ def _gathered(own: Mapping[str, Tensor], transport: Transport | None) -> list[di
     """The tensors of all ranks of a group, by rank."""
     if transport is None:
         return [dict(own)]
-    text = base64.b85encode(safetensors.torch.save({name: each.cpu() for name, each in own.items()})).decode()
+    text = base64.b85encode(safetensors.torch.save(dict(own))).decode()
     texts = transport.share(text, "sharing what is read of features")
     return [safetensors.torch.load(base64.b85decode(each)) for each in texts]
