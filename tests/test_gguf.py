@@ -76,6 +76,11 @@ def test_a_file_is_the_model_that_it_was_made_of(folder: Path) -> None:
     engine = load_engine()
     found = engine.load(folder / "model.gguf")
     assert {each.dtype for each in found.parameters()} == {torch.bfloat16}
+    wide = engine.load(folder / "model.gguf", dtype="float32").parameters()
+    assert all(
+        each.dtype == torch.float32 and torch.equal(each, of_file)
+        for each, of_file in zip(wide, found.parameters(), strict=True)
+    )
     assert torch.equal(logits(found), logits(engine.load(folder)))
     assert engine.fingerprint(found).samples == engine.fingerprint(engine.load(folder)).samples
     assert sum(each.numel() for each in engine.skeleton(folder / "model.gguf").parameters()) == sum(

@@ -17,7 +17,7 @@ from narrowcast.cli.options import OUTPUT, SPLIT, TEXT, option
 from narrowcast.cli.progress import tracked
 from narrowcast.cli.verdicts import tell
 from narrowcast.codecs import FittedRecipe, Recipe, TransformRecipe, recipe
-from narrowcast.engines import load_engine
+from narrowcast.engines import Dtype, load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank, run
@@ -45,14 +45,14 @@ def calibrate(
     max_seq_len: options.MaxSeqLen = DEFAULT_LENGTH,
     first_tokens: Annotated[FirstTokens, option(TEXT, "NAME", "count, choosing, or skip.")] = DEFAULT_FIRST_TOKENS,
     device: options.Device = "cpu",
+    dtype: options.DtypeOption = "auto",
     real: options.Real = False,
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
     overwrite: options.Overwrite = False,
 ) -> None:
     """Calibrate MODEL, split over -tp ranks and -pp stages, and write a plan.
 
-    Takes as few bits as keep its answers, unless --target-kl, --bits or --codec ask for others. Form feeds split
-    documents. --experts: slices of each on every rank, or whole ones (docs/integrations.md).
+    Takes as few bits as keep its answers, or as are asked for. Form feeds split documents.
     """
     split, groups = options.checked_split(tp, pp, experts), _groups(tp, nnodes)
     chosen = codec_by_kind(codec, bits=bits, target_kl=target_kl)
@@ -69,9 +69,11 @@ def calibrate(
     found = sequences(load_engine().load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
     given = found, chosen, asked, not no_feedback
     if real:
-        plan = Plan.from_bytes(run(_on_rank, split.world_size, model, split, *given, timeout_s=timeout)[0], output)
+        plan = Plan.from_bytes(
+            run(_on_rank, split.world_size, model, split, dtype, *given, timeout_s=timeout)[0], output
+        )
     else:
-        plan = _plan(model, {"device": device}, *given)
+        plan = _plan(model, {"device": device, "dtype": dtype}, *given)
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
         number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
@@ -124,8 +126,8 @@ def _groups(tp_size: int, num_nodes: int) -> list[range]:
     return [range(node * size, (node + 1) * size) for node in range(num_nodes)] if num_nodes > 1 else []
 
 
-def _on_rank(model: str, split: Split, *given: Any) -> bytes:
-    return _plan(model, {"split": split}, *given).to_bytes()
+def _on_rank(model: str, split: Split, dtype: Dtype, *given: Any) -> bytes:
+    return _plan(model, {"split": split, "dtype": dtype}, *given).to_bytes()
 
 
 def _plan(

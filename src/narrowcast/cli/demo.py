@@ -19,7 +19,7 @@ from narrowcast.cli.options import DEFAULT_TP, RUN, SPLIT, JsonOption, option
 from narrowcast.cli.progress import tracked
 from narrowcast.cli.tables import table
 from narrowcast.codecs import Recipe
-from narrowcast.engines import load_engine
+from narrowcast.engines import Dtype, computes_bf16, load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.ranks import Job, Outcome, run_on_ranks
 from narrowcast.files import check_report, write_report
@@ -80,15 +80,17 @@ def demo(
     tp = tp or (REAL_TP if folder == REAL else DEFAULT_TP)
     if tp < 2:
         raise InvalidInputError("-tp", expected="2 or more", found=tp, remedy="One rank has nobody to send to.")
+    dtype: Dtype = "auto" if computes_bf16() else "float32"
     contestants = [PLAIN, *(each for each in PEERS if each.codec != codec or not each.feedback), chosen]
     tokenizer = load_engine().load_tokenizer(folder)
     prompts = _prompts(tokenizer)
     with tempfile.TemporaryDirectory(prefix="narrowcast-") as plans:
         paths = [Path(plans) / str(place) for place in range(len(contestants))]
-        _calibrate(folder, tokenizer, tp, moments, dict(zip(paths, contestants, strict=True)))
+        _calibrate(folder, dtype, tokenizer, tp, moments, dict(zip(paths, contestants, strict=True)))
         job = Job(
             model=str(folder),
             plans=paths,
+            dtype=dtype,
             batches=sequences(tokenizer, folder / "scoring.txt", length=DEFAULT_LENGTH, limit=NUM_SCORING),
             prompts=list(prompts.values()),
             max_new_tokens=MAX_NEW_TOKENS,
@@ -98,8 +100,10 @@ def demo(
         outcomes = run_on_ranks(job, Split(tp_size=tp))
     rows = [_row(each.name, outcome) for each, outcome in zip(contestants, outcomes, strict=True)]
     if json is not None:
-        write_report(json, {"model": folder.name, "tp_size": tp, "codecs": rows})
+        write_report(json, {"model": folder.name, "dtype": dtype, "tp_size": tp, "codecs": rows})
     _print(rows, contestants, f"{folder.name} split over {tp} processes")
+    if dtype != "auto":
+        Console().print(f"computed in {dtype}: this CPU has no BF16 arithmetic")
     Console().print(f"{chosen.name}: {summary(outcomes[-1].report, Split(tp_size=tp))}")
     said = {"uncompressed": outcomes[-1].uncompressed, chosen.name: outcomes[-1].continuations}
     _print_texts(said, prompts, tokenizer)
@@ -132,11 +136,16 @@ def _prompts(tokenizer: Any) -> dict[str, Tensor]:
 
 
 def _calibrate(
-    folder: Path, tokenizer: Any, tp_size: int, moments: MomentsNeeded, contestants: Mapping[Path, Contestant]
+    folder: Path,
+    dtype: Dtype,
+    tokenizer: Any,
+    tp_size: int,
+    moments: MomentsNeeded,
+    contestants: Mapping[Path, Contestant],
 ) -> None:
     """A plan for each, in the file that is named."""
     text = sequences(tokenizer, folder / "calibration.txt", length=DEFAULT_LENGTH, limit=NUM_CALIBRATION)
-    whole = load_engine().load(folder)
+    whole = load_engine().load(folder, dtype=dtype)
     seen = observe(whole, text, tp_size=tp_size, moments=moments, track=tracked)
     for path, each in contestants.items():
         seen.plan(each.codec, feedback=each.feedback, track=tracked).save(path)

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from narrowcast.codecs import kernels
+from narrowcast.engines import computes_bf16
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import versions
 from narrowcast.launch import emulation
@@ -22,6 +23,8 @@ def doctor() -> None:
     table.add_section()
     threads = torch.get_num_threads()
     table.add_row("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
+    if not computes_bf16():
+        table.add_row("", "[yellow]no BF16 arithmetic[/]: with --dtype float32, BF16 models run several times faster")
     table.add_row("cuda", ", ".join(_gpus()) or "none")
     table.add_section()
     table.add_row("kernels on cpu", _cpu_kernels())

@@ -23,6 +23,7 @@ def generate(
     max_new_tokens: Annotated[int, option(TEXT, "N", "Tokens to add at most.", min=1)] = 64,
     transport: options.TransportOption = "auto",
     no_feedback: options.NoFeedback = False,
+    dtype: options.DtypeOption = "auto",
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
@@ -37,6 +38,7 @@ def generate(
         plans=[plan],
         transport=transport,
         feedback=not no_feedback,
+        dtype=dtype,
         timeout_s=timeout,
         prompts=prompts,
         max_new_tokens=max_new_tokens,

@@ -1,12 +1,13 @@
 """Options that several commands have: one name, one meaning, one default."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from narrowcast.calibration import DEFAULT_TARGET_KL
 from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
+from narrowcast.engines import Dtype
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
 from narrowcast.transport import TRANSPORTS
@@ -38,6 +39,7 @@ AlgorithmOption = Annotated[str, option(RUN, "NAME", f"{', '.join(('auto', *ALGO
 NumSamples = Annotated[int, option(TEXT, "N", "Sequences at most.", min=1)]
 MaxSeqLen = Annotated[int, option(TEXT, "N", "Tokens a sequence at most.", min=2)]
 Device = Annotated[str, option(RUN, "NAME", "Of the whole model.")]
+DtypeOption = Annotated[Dtype, option(RUN, "NAME", f"{', '.join(get_args(Dtype))}.")]
 Real = Annotated[bool, option(RUN, None, "On real ranks, not simulated.", "--real")]
 TransportOption = Annotated[str, option(RUN, "NAME", f"{', '.join(TRANSPORTS)}.")]
 NoFeedback = Annotated[bool, option(RUN, None, "What a sum loses is lost for good.", "--no-feedback")]

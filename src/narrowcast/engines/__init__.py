@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from narrowcast.engines.base import Engine
+from narrowcast.engines.base import Dtype, Engine
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 
 ENGINES: dict[str, str] = {"transformers": "narrowcast.engines.transformers"}
@@ -40,4 +40,9 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-__all__ = ["ENGINES", "Engine", "device_of", "engine_of", "load_engine"]
+def computes_bf16() -> bool:
+    """True if this CPU multiplies in BF16; PyTorch emulates that where it does not, several times slower than FP32."""
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
+
+
+__all__ = ["ENGINES", "Dtype", "Engine", "computes_bf16", "device_of", "engine_of", "load_engine"]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -11,6 +11,8 @@ from narrowcast.plan import ModelFingerprint
 from narrowcast.plan.split import Split
 from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
+
+Dtype = Literal["auto", "bfloat16", "float32"]  # auto: as weights are stored
 
 
 class Seam(Protocol):
@@ -55,9 +57,15 @@ class ModelFiles(Protocol):
     """The models of an engine at rest: loading, saving, telling them apart, rotating them."""
 
     def load(
-        self, path: str | Path, *, split: Split = ..., replicate_vocabulary: bool = False, device: str | None = None
+        self,
+        path: str | Path,
+        *,
+        split: Split = ...,
+        replicate_vocabulary: bool = False,
+        device: str | None = None,
+        dtype: Dtype = "auto",
     ) -> nn.Module:
-        """The model in a folder or of a hub name, on `device`; or this rank's part of it as `split` says.
+        """The model in a folder or of a hub name, on `device`, in `dtype`; or this rank's part of it as `split` says.
 
         With `replicate_vocabulary` each rank keeps all of the embedding and of the output layer.
         """

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from narrowcast.attach import Handle
 from narrowcast.calibration import Track, untold
-from narrowcast.engines import load_engine
+from narrowcast.engines import Dtype, load_engine
 from narrowcast.evaluation.continuations import continuations
 from narrowcast.evaluation.evaluation import NUM_SHOWN, Continued, Evaluation, beginning, conditions
 from narrowcast.evaluation.reference import Reference
@@ -30,8 +30,8 @@ class Job:
     """The work of ranks that share the model of a folder or hub name, under each of `plans` in turn.
 
     They score `batches` (ids [B, T]) and answer `tasks`, both beside the uncompressed model, then continue `prompts`
-    (ids [1, T]), but for the plans that are to be `silent`. `timeout_s`: how long they wait for one of them before it
-    counts as lost.
+    (ids [1, T]), but for the plans that are to be `silent`. `dtype`: as `load` has it. `timeout_s`: how long they wait
+    for one of them before it counts as lost.
     """
 
     model: str
@@ -39,6 +39,7 @@ class Job:
     algorithm: str = "auto"
     transport: str = "auto"
     feedback: bool = True
+    dtype: Dtype = "auto"
     timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
     tasks: TaskSet | None = None
@@ -75,6 +76,7 @@ def evaluate_on_ranks(
     *,
     algorithm: str = "auto",
     feedback: bool = True,
+    dtype: Dtype = "auto",
     tasks: TaskSet | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
     track: Track = untold,
@@ -89,6 +91,7 @@ def evaluate_on_ranks(
         plans=[path],
         algorithm=algorithm,
         feedback=feedback,
+        dtype=dtype,
         timeout_s=timeout_s,
         batches=batches,
         tasks=tasks,
@@ -116,7 +119,7 @@ def evaluate_on_ranks(
 
 
 def _on_rank(job: Job, split: Split) -> list[Outcome]:
-    model = load_engine().load(job.model, split=split)
+    model = load_engine().load(job.model, split=split, dtype=job.dtype)
     plans = [Plan.load(path) for path in job.plans]
     if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
         plans = [replace(plan, decisions=Decisions()) for plan in plans]
@@ -134,7 +137,7 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
 
 def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Outcome]:
     """Scores and tasks, beside the uncompressed model."""
-    reference = Reference(job.model, model)
+    reference = Reference(job.model, model, job.dtype)
     batches = job.track(job.batches, "scoring")
     scores: Sequence[Score | None] = scored(model, handles, batches, reference.log_probs(job.batches))
     said = reference.ask(lambda whole: continuations(whole, job.prompts, job.max_new_tokens)) if job.prompts else []

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from narrowcast.engines import device_of, load_engine
+from narrowcast.engines import Dtype, device_of, load_engine
 from narrowcast.scores import log_probs
 from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport
 from narrowcast.transport.torch_distributed import ENGINE_TIMEOUT
@@ -24,13 +24,15 @@ SHARE = 0.8  # of the memory that is available; the rest is for what the ranks c
 class Reference:
     """The model of folder or hub name `path`, uncompressed, for ranks that hold a `part` each; all of them make one.
 
+    `dtype`: in which the parts were loaded.
+
     `kind`: "whole", a model of the first rank's own, if its weights take at most `SHARE` of the memory that is
     available once all parts are loaded; otherwise "split", the parts with the engine's own communication.
     """
 
     kind: Literal["whole", "split"]
 
-    def __init__(self, path: str, part: nn.Module) -> None:
+    def __init__(self, path: str, part: nn.Module, dtype: Dtype = "auto") -> None:
         # Whoever waits for the first rank's model waits as for the engine, not as for a payload.
         self._ranks = TorchDistributedTransport(timeout_s=ENGINE_TIMEOUT.total_seconds())
         self._first = self._ranks.rank == 0
@@ -38,7 +40,8 @@ class Reference:
         fits = "yes" if self._first and _fits(path, device) else "no"
         fits, *_ = self._ranks.share(fits, "choosing a reference", timeout_s=DEFAULT_TIMEOUT_S)
         self.kind = "whole" if fits == "yes" else "split"
-        self._whole = load_engine().load(path, device=str(device)) if self.kind == "whole" and self._first else None
+        here = self.kind == "whole" and self._first
+        self._whole = load_engine().load(path, device=str(device), dtype=dtype) if here else None
 
     def ask(self, question: Callable[[nn.Module], T]) -> T | None:
         """The uncompressed model's answer, on the first rank; None on the others, which wait for it."""

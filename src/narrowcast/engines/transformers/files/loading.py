@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from narrowcast.engines.base import Dtype
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.plan.split import Split
 
@@ -18,11 +19,17 @@ GGUF = ".gguf"
 
 
 def load(
-    path: str | Path, *, split: Split = WHOLE, replicate_vocabulary: bool = False, device: str | None = None
+    path: str | Path,
+    *,
+    split: Split = WHOLE,
+    replicate_vocabulary: bool = False,
+    device: str | None = None,
+    dtype: Dtype = "auto",
 ) -> nn.Module:
     """The causal LM of `path`; with a `split`, what this rank of torch.distributed holds of it.
 
-    `path`: a folder, a hub name, or a GGUF file, whose weights are unpacked to BF16.
+    `path`: a folder, a hub name, or a GGUF file, whose weights are unpacked to BF16. `dtype`: of weights and what is
+    computed with them; "auto" takes the one that they are stored in.
     With `replicate_vocabulary` each rank keeps all of the embedding and of the output layer, of which nothing travels
     then. A whole model goes to `device`; where a part goes, Transformers decides.
     """
@@ -35,7 +42,7 @@ def load(
         if split == WHOLE:
             _check_device(device)
             with _hushed(path):
-                model = AutoModelForCausalLM.from_pretrained(**located, **_weights(path))
+                model = AutoModelForCausalLM.from_pretrained(**located, **_weights(path, dtype))
             return cast(nn.Module, model.to(device))
         _check_version(split, replicate_vocabulary)
         _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
@@ -44,7 +51,7 @@ def load(
                 nn.Module,
                 AutoModelForCausalLM.from_pretrained(
                     **located,
-                    **_weights(path),
+                    **_weights(path, dtype),
                     distributed_config=_distributed_config(split, replicate_vocabulary),
                 ),
             )
@@ -87,13 +94,14 @@ def _located(path: str | Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": Path(path).parent, "gguf_file": Path(path).name}
 
 
-def _weights(path: str | Path) -> dict[str, Any]:
-    """The arguments that say in which dtype weights are wanted: as they are, or unpacked."""
+def _weights(path: str | Path, dtype: Dtype) -> dict[str, Any]:
+    """The arguments that say in which dtype weights are wanted, and unpack those of a GGUF file."""
     if Path(path).suffix != GGUF:
-        return {"dtype": "auto"}
+        return {"dtype": dtype}
     from transformers import GgufConfig
 
-    return {"dtype": torch.bfloat16, "quantization_config": GgufConfig(dequantize=True)}
+    unpacked = "bfloat16" if dtype == "auto" else dtype
+    return {"dtype": unpacked, "quantization_config": GgufConfig(dequantize=True)}
 
 
 def _hushed(path: str | Path) -> AbstractContextManager[Any]:
