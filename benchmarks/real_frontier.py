@@ -1,6 +1,7 @@
 """Quality by bits on a real model: the paper, its peers and ours, without depth feedback, with it, and own part exact.
 
 usage: python benchmarks/real_frontier.py [--json FILE] [--model FOLDER] [--calibrate TEXT] [--score TEXT] [--tp N]
+                                          [--peers CODEC ...] [--bits N ...]
        python benchmarks/real_frontier.py --draw FILE.png --json FILE     (draws the runs of a result, by tp)
 
 TEXT: as frontier.py has it; `make model` gets a real model. In FP32. A row gives bits a value (of two_shot: the mean of
@@ -60,12 +61,12 @@ def ways(seen: Observations, codec: str, *, plain: bool) -> Iterator[tuple[str, 
         yield "own part", plan
 
 
-def rows(texts: Texts, tp_size: int, peers: Sequence[str]) -> Iterator[Row]:
+def rows(texts: Texts, tp_size: int, peers: Sequence[str], bits_of_ours: Sequence[float]) -> Iterator[Row]:
     seen = observe(texts.model, texts.calibration, tp_size=tp_size, moments="diagonal")
     for codec in peers:
         for way, plan in ways(seen, codec, plain=True):
             yield from (row(texts, codec, way, plan, algorithm) for algorithm in ALGORITHMS)
-    for bits in BITS:
+    for bits in bits_of_ours:
         for algorithm in ALGORITHMS:
             codec = f"{OURS}(bits={bits:g}, algorithm={algorithm})"
             for way, plan in ways(seen, codec, plain=bits in PLAIN_BITS):
@@ -116,6 +117,7 @@ def arguments() -> argparse.Namespace:
     Texts.add_arguments(parser)
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
+    parser.add_argument("--bits", nargs="*", type=float, default=BITS)
     parser.add_argument("--draw", type=Path, metavar="FILE.png")
     return parser.parse_args()
 
@@ -126,7 +128,7 @@ def main() -> None:
         draw(reporting.read(asked.json), asked.draw)
         return
     texts, table = Texts.of(asked, in_fp32=True), []
-    for found in rows(texts, asked.tp, asked.peers):
+    for found in rows(texts, asked.tp, asked.peers, asked.bits):
         table.append(found)
         print(*(f"{value:.5g}" if isinstance(value, float) else value for value in found.values()), flush=True)
     reporting.write(asked.json, **texts.setting, tp_size=asked.tp, rows=table)
