@@ -1,13 +1,14 @@
 """Quality by bits on a real model: the paper, its peers and ours, without depth feedback, with it, and own part exact.
 
 usage: python benchmarks/real_frontier.py [--json FILE] [--model FOLDER] [--calibrate TEXT] [--score TEXT] [--tp N]
-                                          [--peers CODEC ...] [--bits N ...]
+                                          [--peers CODEC ...] [--bits N ...] [--transforms N ...]
        python benchmarks/real_frontier.py --draw FILE.png --json FILE     (draws the runs of a result, by tp)
 
 TEXT: as frontier.py has it; `make model` gets a real model. In FP32. A row gives bits a value (of two_shot: the mean of
 what ranks put in and of the sum, which travels again, the last sum's included), KL in nats from the uncompressed model
 with its 95 % interval over sequences, top-1 agreement, and the change of perplexity. `way`: "plain", calibrated and
-served without feedback; "feedback"; "own part", with a rank's own part exact, too, where ranks hold whole heads.
+served without feedback; "feedback"; "own part", with a rank's own part exact, too, where ranks hold whole heads. With
+--transforms also `transform` of so many bits, which takes minutes a row.
 """
 
 import argparse
@@ -33,6 +34,7 @@ PEERS = {
 BITS = 4.19, 3.4, 2.5, 1.5  # of `allocated`
 PLAIN_BITS = (3.4,)
 OURS = "allocated"
+WITH_MATRIX = "transform"
 
 Row = dict[str, Any]
 
@@ -61,8 +63,10 @@ def ways(seen: Observations, codec: str, *, plain: bool) -> Iterator[tuple[str, 
         yield "own part", plan
 
 
-def rows(texts: Texts, tp_size: int, peers: Sequence[str], bits_of_ours: Sequence[float]) -> Iterator[Row]:
-    seen = observe(texts.model, texts.calibration, tp_size=tp_size, moments="diagonal")
+def rows(
+    texts: Texts, tp_size: int, peers: Sequence[str], bits_of_ours: Sequence[float], of_transforms: Sequence[float]
+) -> Iterator[Row]:
+    seen = observe(texts.model, texts.calibration, tp_size=tp_size, moments="full" if of_transforms else "diagonal")
     for codec in peers:
         for way, plan in ways(seen, codec, plain=True):
             yield from (row(texts, codec, way, plan, algorithm) for algorithm in ALGORITHMS)
@@ -71,6 +75,10 @@ def rows(texts: Texts, tp_size: int, peers: Sequence[str], bits_of_ours: Sequenc
             codec = f"{OURS}(bits={bits:g}, algorithm={algorithm})"
             for way, plan in ways(seen, codec, plain=bits in PLAIN_BITS):
                 yield row(texts, OURS, way, plan, algorithm)
+    for bits in of_transforms:
+        for algorithm in ALGORITHMS:
+            plan = seen.plan(f"{WITH_MATRIX}(bits={bits:g}, algorithm={algorithm})")
+            yield row(texts, WITH_MATRIX, "own part" if plan.feedback.read else "feedback", plan, algorithm)
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -79,7 +87,8 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(11, 4.6 * len(runs)), layout="constrained")
     panels = figure.subplots(len(runs), 2, sharex=True, sharey=True, squeeze=False)
-    colors = dict(zip(PEERS, ("tab:gray", "tab:brown", "tab:olive", "tab:purple"), strict=True)) | {OURS: "tab:blue"}
+    colors = dict(zip(PEERS, ("tab:gray", "tab:brown", "tab:olive", "tab:purple"), strict=True))
+    colors |= {OURS: "tab:blue", WITH_MATRIX: "tab:red"}
     markers = {"plain": "s", "feedback": "o", "own part": "*"}
     for run, both in zip(runs, panels, strict=True):
         for axes, algorithm in zip(both, ALGORITHMS, strict=True):
@@ -91,8 +100,8 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
                         if (each["codec"], each["way"], each["algorithm"]) == (codec, way, algorithm)
                     ]
                     if found:
-                        label = f"{PEERS.get(codec, 'allocated')}, {way}"
-                        line = "-" if codec == OURS else ""
+                        label = f"{PEERS.get(codec, codec)}, {way}"
+                        line = "" if codec in PEERS else "-"
                         axes.plot(*zip(*sorted(found), strict=True), marker + line, color=color, label=label)
             paper = next(
                 each for each in run["rows"] if (each["codec"], each["algorithm"]) == ("int4-feature", algorithm)
@@ -118,6 +127,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=8)
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--bits", nargs="*", type=float, default=BITS)
+    parser.add_argument("--transforms", nargs="*", type=float, default=())
     parser.add_argument("--draw", type=Path, metavar="FILE.png")
     return parser.parse_args()
 
@@ -128,7 +138,7 @@ def main() -> None:
         draw(reporting.read(asked.json), asked.draw)
         return
     texts, table = Texts.of(asked, in_fp32=True), []
-    for found in rows(texts, asked.tp, asked.peers, asked.bits):
+    for found in rows(texts, asked.tp, asked.peers, asked.bits, asked.transforms):
         table.append(found)
         print(*(f"{value:.5g}" if isinstance(value, float) else value for value in found.values()), flush=True)
     reporting.write(asked.json, **texts.setting, tp_size=asked.tp, rows=table)

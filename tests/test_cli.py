@@ -19,9 +19,8 @@ from models import save_random
 from narrowcast import Plan, calibrate
 from narrowcast.calibration.text import sequences
 from narrowcast.cli import app
-from narrowcast.codecs import PRESETS, FeatureCodec
+from narrowcast.codecs import PRESETS, FeatureCodec, TransformCodec
 from narrowcast.engines import load_engine
-from narrowcast.plan import Site
 
 TEXT = str(MODEL / "scoring.txt")
 SHORT = "--text", TEXT, "--num-samples", 8, "--max-seq-len", 64
@@ -238,7 +237,7 @@ def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> 
     assert done.returncode == ("verdict: unusable" in done.stdout)  # of so little text
     shown = narrowcast("inspect", path).stdout
     head, _, tables = shown.partition("Values of the ranks")
-    assert ("depth feedback at 0 of 16 sums" in head) == bool(axes)
+    assert ("depth feedback at 0 of 16 sums" in head) == (axes == "ranks")
     rows = [line.split() for line in tables.splitlines() if "self_attn.o_proj" in line or "mlp.down_proj" in line]
     assert len(rows) == 32 and "…" not in shown
     assert sum(float(row[-2]) for row in rows) / 32 == pytest.approx(2.0, abs=0.05)
@@ -247,19 +246,13 @@ def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> 
         rows, [(name, site, stage) for stage in (0, 1) for name, site in plan.sites.items()], strict=True
     ):
         assert name.endswith(row[0])
-        assert row[1] == "allocated"
-        assert float(row[-2]) == pytest.approx(
-            8 * site.codecs[stage].payload_nbytes(1, _sent(site, stage)) / 256, abs=1e-4
-        )
-        if axes:
-            assert row[2:4] == [axes, str(_sent(site, stage))]
-    assert "found codecs allocated. Inspect it" in refused("inspect", path, "--plot", tmp_path / "picture")
-
-
-def _sent(site: Site, stage: int) -> int:
-    if site.transform is None:
-        return 256
-    return site.transform.num_reduced if stage else site.transform.num_components
+        codec = site.codecs[stage]
+        assert row[1] == codec.id
+        assert float(row[-2]) == pytest.approx(8 * codec.payload_nbytes(1, 256) / 256, abs=1e-4)
+        if isinstance(codec, TransformCodec):
+            assert row[2:4] == [codec.axes, str(codec.num_components)]
+            assert codec.axes == ("site" if (axes, stage) == ("ranks", 1) else axes)
+    assert f"found codecs {codec.id}. Inspect it" in refused("inspect", path, "--plot", tmp_path / "picture")
 
 
 def test_codecs_lists_what_there_is() -> None:

@@ -294,13 +294,18 @@ def test_auto_sends_the_fewest_bytes(world_size: int, num_tokens: int, num_featu
 
 def test_the_choice_depends_on_nothing_that_was_chosen_before() -> None:
     """Codecs of other widths must not pass for each other: ranks that disagree would exchange garbage."""
-    x_RTE = torch.ones(2, 1, 128)
-    fine, coarse = calibrated("int8-feature", x_RTE), calibrated("int4-feature", x_RTE)
+    x_RTE = torch.ones(3, 1, 128)
+    fine, coarse = calibrated("int8-feature", x_RTE), calibrated("feature(bits=2)", x_RTE)
     fine_first, coarse_first = Hops((fine[0], coarse[1])), Hops((coarse[0], fine[1]))
     assert fine[0] != coarse[0]
     for _ in range(2):
-        assert choose("auto", fine_first, 8, 128, 2) == "two_shot"
-        assert choose("auto", coarse_first, 8, 128, 2) == "one_shot"
+        assert choose("auto", fine_first, 9, 128, 3) == "two_shot"
+        assert choose("auto", coarse_first, 9, 128, 3) == "one_shot"
+
+
+def test_between_two_ranks_auto_takes_one_latency() -> None:
+    fine, coarse = (calibrated(codec, torch.ones(2, 1, 128)) for codec in ("int8-feature", "feature(bits=2)"))
+    assert choose("auto", Hops((fine[0], coarse[1])), 8, 128, 2) == "one_shot"
 
 
 def test_one_shot_at_the_papers_bits_moves_more_than_a_bf16_ring_from_eight_ranks_on() -> None:

@@ -19,14 +19,13 @@ from conftest import MODEL
 from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
 from narrowcast.cli import app
-from narrowcast.codecs import AllocatedRecipe, Ranges, recipe
+from narrowcast.codecs import AllocatedRecipe, Ranges, TransformCodec, recipe
 from narrowcast.collectives import simulate
 from narrowcast.engines import load_engine
 from narrowcast.perf.tune import GROWTH, LARGEST_NBYTES, Timing, tune
 from narrowcast.plan import ModelFingerprint, Site
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
-from narrowcast.plan.transform import Part, Remix, Transform
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.counters import Report
 from narrowcast.runtime.simulator import Simulator
@@ -166,30 +165,30 @@ def test_all_ranks_find_what_the_first_one_measured(ranks: Callable[[int], Ranks
 
 
 def transformed_plan(world_size: int) -> Plan:
-    """Half of the features as components of each rank, none of them as components of the sum."""
-    plan, kept = a_plan(world_size), NUM_FEATURES // 2
+    """Half of the features as components, of each rank and of the sum."""
+    plan, kept, recipe = a_plan(world_size), NUM_FEATURES // 2, AllocatedRecipe(bits=2.0)
     eye = torch.eye(NUM_FEATURES)[:kept].bfloat16()
-    parts = tuple(Part(start=0, rank=rank, analysis=eye, synthesis=eye.T) for rank in range(world_size))
-    remix = Remix(mix=torch.ones(kept, world_size * kept).bfloat16(), synthesis=eye.T)
-    transform = Transform(num_features=NUM_FEATURES, parts=parts, remix=remix)
-    recipe = AllocatedRecipe(bits=2.0)
-    sizes = (world_size, transform.num_components), (1, kept)
-    pair = tuple(recipe.codec(Ranges.of(torch.ones(sources, 1, features))) for sources, features in sizes)
-    return replace(plan, sites={"s": Site(kind="sum", codecs=pair, error={}, transform=transform)})
+    pair = tuple(
+        TransformCodec(
+            size=NUM_FEATURES,
+            analysis=eye.expand(sources, 1, -1, -1),
+            synthesis=eye.T.expand(sources, 1, -1, -1),
+            components=recipe.codec(Ranges.of(torch.ones(sources, 1, kept))),
+        )
+        for sources in (world_size, 1)
+    )
+    return replace(plan, sites={"s": Site(kind="sum", codecs=pair, error={})})
 
 
 def tuned_with_slow_synthesis(delay_s: float) -> Any:
-    transport, synthesize = TorchDistributedTransport(), Transform.synthesize
+    transport, synthesized = TorchDistributedTransport(), TransformCodec._synthesized
 
-    def slow(self: Transform, z: Tensor, *, remixed: bool) -> Tensor:
-        assert z.shape[-1] == (self.num_reduced if remixed else self.num_components)
-        y = synthesize(self, z, remixed=remixed)
-        assert y.shape[-1] == NUM_FEATURES
+    def slow(self: TransformCodec, z_TK: Tensor, source: int) -> Tensor:
         time.sleep(delay_s)
-        return y
+        return synthesized(self, z_TK, source)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Transform, "synthesize", slow)
+        patch.setattr(TransformCodec, "_synthesized", slow)
         return tune(transformed_plan(transport.world_size), transport, budget_s=3.0)
 
 

@@ -138,8 +138,8 @@ def rewrite(path: Path, edit: Callable[[dict[str, object], dict[str, torch.Tenso
 
 
 def test_another_format_version_is_refused(saved: Path) -> None:
-    rewrite(saved, lambda header, _: header.update(format_version=4))
-    with pytest.raises(PlanFormatError, match=r"format version 3, found version 4.*Calibrate again"):
+    rewrite(saved, lambda header, _: header.update(format_version=5))
+    with pytest.raises(PlanFormatError, match=r"format version 4, found version 5.*Calibrate again"):
         Plan.load(saved)
 
 

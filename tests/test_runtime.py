@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from models import calibrated
-from narrowcast.plan.transform import Part, Transform
+from narrowcast.codecs import AllocatedRecipe, Codec, Ranges, TransformCodec
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.products import Dense, Product
 from narrowcast.runtime.simulator import Simulator
@@ -60,16 +60,14 @@ def product_of(make: str, rank: int) -> Product:
     return Dense(lambda: weight, NUM_FEATURES)
 
 
-def transform() -> Transform:
-    axes = torch.linalg.qr(random(NUM_FEATURES, NUM_FEATURES, seed=5).float()).Q[:, :40].bfloat16()
-    return Transform(num_features=NUM_FEATURES, parts=(Part(start=0, rank=None, analysis=axes.T, synthesis=axes),))
-
-
 def sites(*, transformed: bool = False, timed: bool = False) -> Sites:
-    """A site `s` of coded sums of two ranks, of components if `transformed`."""
-    codecs = calibrated("int8-feature", 20 * random(2, 30, 40 if transformed else NUM_FEATURES, seed=7))
-    transforms = {"s": transform()} if transformed else {}
-    return Sites({"s": codecs}, (), "one_shot", CPU, transforms=transforms, timed=timed)
+    """A site `s` of coded sums of two ranks, of all components along other axes if `transformed`."""
+    codecs: tuple[Codec, ...] = calibrated("int8-feature", 20 * random(2, 30, NUM_FEATURES, seed=7))
+    if transformed:
+        axes = torch.linalg.qr(random(NUM_FEATURES, NUM_FEATURES, seed=5).float()).Q.bfloat16()[None, None]
+        components = AllocatedRecipe(bits=8).codec(Ranges.of(20 * random(2, 30, NUM_FEATURES, seed=7)))
+        codecs = (TransformCodec(size=NUM_FEATURES, analysis=axes.mT, synthesis=axes, components=components),)
+    return Sites({"s": codecs}, (), "one_shot", CPU, timed=timed)
 
 
 def summed(make: str, transformed: bool) -> Tensor:
@@ -89,13 +87,8 @@ def test_a_product_of_any_make_is_summed_alike_on_real_and_virtual_ranks(
     assert expected.shape == (2, 5, NUM_FEATURES)
     for found in ranks(2).run(summed, make, transformed):
         assert torch.equal(found, expected)
-    # The axes are orthonormal but for BF16, so that coding errs by no more than its bounds; BF16 rounds products,
-    # components, their sum, and twice in a synthesis.
     partials = [product(random(10, NUM_INPUTS, seed=9)) for product in products]
     exact = sum(x_TE.float() for x_TE in partials)
-    if transformed:
-        partials = [transform().analyze(x_TE, 0) for x_TE in partials]
-        exact = transform().synthesize(sum(partials), remixed=False)
     codec = sites(transformed=transformed).hops("s", torch.bfloat16).codecs[0]
     bound = sum(codec.error_bound(x_TE, source=rank) for rank, x_TE in enumerate(partials)).norm()
     rounding = 5 * 2**-8 * sum(x_TE.float().norm() for x_TE in partials)

@@ -1,18 +1,15 @@
 """Transforms: what travels as components answers alike on ranks and simulated, in as many bits as were asked for."""
 
-import importlib.util
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeGuard
-from unittest import mock
+from typing import Any
 
+import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -22,15 +19,17 @@ import narrowcast
 from conftest import MODEL
 from models import SMALL, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
-from narrowcast.codecs import AllocatedCodec, AllocatedRecipe, CastCodec, TransformRecipe
+from narrowcast.codecs import AllocatedRecipe, CastCodec, TransformCodec, TransformRecipe
+from narrowcast.codecs.allocation import BLOCK
+from narrowcast.codecs.base import NON_FINITE
+from narrowcast.codecs.fitted import fitted
 from narrowcast.engines import load_engine
 from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
 from narrowcast.plan.summary import bits_by_site
-from narrowcast.plan.transform import Part, Remix, Transform
 from narrowcast.runtime.communicator import Communicator
-from narrowcast.runtime.products import Dense, components
+from narrowcast.runtime.products import Dense
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
 from narrowcast.transport import TorchDistributedTransport
@@ -43,7 +42,6 @@ Pools = Callable[[int], Ranks]
 transformers = load_engine()
 
 FORMS = "features", "site", "blocks", "ranks"
-COSTS = Path(__file__).parents[1] / "benchmarks" / "transform_costs.py"
 
 
 def orthogonal(size: int, seed: int) -> Tensor:
@@ -51,121 +49,114 @@ def orthogonal(size: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))[0].float()
 
 
-def of_ranks(num_features: int, tp_size: int, kept: int) -> Transform:
-    """Axes of its own for each rank, the first `kept` of an orthogonal matrix."""
-    parts = [
-        Part(start=0, rank=rank, analysis=axes[:kept], synthesis=axes[:kept].T)
-        for rank, axes in enumerate(orthogonal(num_features, seed) for seed in range(tp_size))
-    ]
-    return Transform(num_features=num_features, parts=tuple(parts))
-
-
-def of_blocks(sizes: tuple[int, ...]) -> Transform:
-    starts = [sum(sizes[:place]) for place in range(len(sizes))]
-    axes = [orthogonal(size, seed) for seed, size in enumerate(sizes)]
-    parts = [
-        Part(start=start, rank=None, analysis=each, synthesis=each.T) for start, each in zip(starts, axes, strict=True)
-    ]
-    return Transform(num_features=sum(sizes), parts=tuple(parts))
-
-
-TRANSFORMS = {"ranks": of_ranks(24, 3, 24), "truncated": of_ranks(24, 3, 5), "blocks": of_blocks((10, 10, 4))}
-
-
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_folded_weights_compute_the_components_of_the_products(name: str) -> None:
-    """In fp32: sums of 16 and of 24 terms in another order, each within n * 2**-24 of its terms' magnitudes."""
-    transform = TRANSFORMS[name]
-    generator = torch.Generator().manual_seed(0)
-    weight_EF, x_TF = torch.randn(24, 16, generator=generator), torch.randn(7, 16, generator=generator)
-    for rank in range(3):
-        folded = transform.fold(weight_EF, rank)
-        own = transform.own(rank)
-        assert folded.shape == (own.stop - own.start, 16), "only the rank's own components are computed"
-        expected = transform.analyze(x_TF @ weight_EF.T, rank)
-        magnitude = max(float(part.analysis.abs().sum(dim=1).max()) for part in transform.parts) * float(
-            (x_TF.abs() @ weight_EF.abs().T).max()
-        )
-        found = transform.placed(x_TF @ folded.T, rank)
-        assert found.shape == (7, transform.num_components)
-        assert float((found - expected).abs().max()) <= 2 * (16 + 24) * 2**-24 * magnitude
-
-
-def test_a_sum_of_components_is_a_concatenation() -> None:
-    """Each rank's components stand where all others put zeros; blocks of all ranks add up at the same places."""
-    transform = TRANSFORMS["truncated"]
-    x_RTE = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(0))
-    components = torch.stack([transform.analyze(x, rank) for rank, x in enumerate(x_RTE)])
-    assert components.shape == (3, 7, 15)
-    for rank in range(3):
-        outside = torch.ones(15, dtype=torch.bool)
-        outside[transform.own(rank)] = False
-        assert torch.equal(components[rank][:, outside], torch.zeros(7, 10))
-        assert torch.equal(components.sum(0)[:, ~outside], components[rank][:, ~outside])
-    assert TRANSFORMS["blocks"].own(0) == TRANSFORMS["blocks"].own(2) == slice(0, 24)
-
-
-@pytest.mark.parametrize("name", ["ranks", "blocks"])
-def test_where_nothing_is_dropped_synthesis_gives_the_sum_back(name: str) -> None:
-    transform = TRANSFORMS[name]
-    x_RTE = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(0))
-    total = sum(transform.analyze(x, rank) for rank, x in enumerate(x_RTE))
-    assert torch.allclose(transform.synthesize(total, remixed=False), x_RTE.sum(0), atol=1e-5)  # 3 * 24 terms, fp32
-
-
-def test_what_is_dropped_is_projected_away() -> None:
-    """Each rank's share of the sum lies in the span of the axes that it kept: numpy says where."""
-    transform = TRANSFORMS["truncated"]
-    x_RTE = torch.randn(3, 7, 24, generator=torch.Generator().manual_seed(0))
-    total = sum(transform.analyze(x, rank) for rank, x in enumerate(x_RTE))
-    expected = sum(
-        x.double().numpy() @ part.synthesis.double().numpy() @ part.analysis.double().numpy()
-        for part, x in zip(transform.parts, x_RTE, strict=True)
+def a_codec(name: str, bits: int = 8) -> TransformCodec:
+    """Between 24 features of three ranks and components along the first rows of orthogonal matrices."""
+    num_axes, num_blocks, kept, size = FORMS_OF_CODECS[name]
+    axes = [[orthogonal(size, 7 * number + block)[:kept] for block in range(num_blocks)] for number in range(num_axes)]
+    analysis = torch.stack([torch.stack(each) for each in axes]).bfloat16()
+    scale = torch.ones(3, num_blocks * kept)
+    return TransformCodec(
+        size=24,
+        analysis=analysis,
+        synthesis=analysis.mT,
+        components=fitted(scale, torch.full((3, -(-scale.shape[1] // BLOCK)), bits, dtype=torch.uint8)),
     )
-    found = transform.synthesize(total, remixed=False).double().numpy()
-    assert abs(found - expected).max() < 1e-5
 
 
-def test_a_remixed_sum_has_a_synthesis_of_its_own() -> None:
-    total = orthogonal(24, 9)
-    synthesis = torch.cat([part.synthesis for part in TRANSFORMS["ranks"].parts], dim=1)
-    remixed = replace(TRANSFORMS["ranks"], remix=Remix(mix=total[:6] @ synthesis, synthesis=total[:6].T))
-    assert (remixed.num_components, remixed.num_reduced) == (72, 6)
-    z_TK = torch.randn(7, 72, generator=torch.Generator().manual_seed(0))
-    features = remixed.synthesize(z_TK, remixed=False)
-    z_TJ = z_TK @ remixed.remix.mix.T  # type: ignore[union-attr]
-    assert torch.allclose(remixed.synthesize(z_TJ, remixed=True), features @ total[:6].T @ total[:6], atol=1e-5)
+# Sets of axes, blocks, components and features of each: two blocks of 15 hold 24 features and zeros.
+FORMS_OF_CODECS = {
+    "ranks": (3, 1, 24, 24),
+    "truncated": (3, 1, 5, 24),
+    "site": (1, 1, 20, 24),
+    "blocks": (1, 2, 15, 15),
+}
+WHOLE = "ranks", "blocks"  # of whose axes none is left out
+
+every_form = pytest.mark.parametrize("name", FORMS_OF_CODECS)
 
 
-@pytest.mark.parametrize("name", TRANSFORMS)
-def test_state_makes_the_same_transform_again(name: str) -> None:
-    config, tensors = TRANSFORMS[name].state()
-    again = Transform.from_state(config, tensors)
-    z_TK = torch.randn(7, again.num_components, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(again.synthesize(z_TK, remixed=False), TRANSFORMS[name].synthesize(z_TK, remixed=False))
-    assert again.nbytes == TRANSFORMS[name].nbytes == sum(each.numel() * 4 for each in tensors.values())
+def values(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def projected(codec: TransformCodec, x_TE: Tensor, rank: int) -> Any:
+    """Features, to components and back, by numpy in FP64: no coding."""
+    number = rank if len(codec.analysis) > 1 else 0
+    there, back = (side[number].double().numpy() for side in (codec.analysis, codec.synthesis))
+    size = there.shape[-1]
+    x = np.pad(x_TE.double().numpy(), ((0, 0), (0, len(there) * size - 24)))
+    parts = [x[:, own * size : (own + 1) * size] @ there[own].T @ back[own].T for own in range(len(there))]
+    return np.concatenate(parts, axis=1)[:, :24]
+
+
+@every_form
+def test_what_comes_back_is_what_the_axes_hold(name: str) -> None:
+    """At 8 bits a component; and the sum over ranks is that of what comes back of each."""
+    codec, x_RTE = a_codec(name), values(3, 7, 24)
+    payloads = torch.stack([codec.encode(x_TE, source=rank) for rank, x_TE in enumerate(x_RTE)])
+    total = 0
+    for rank, x_TE in enumerate(x_RTE):
+        expected, found = projected(codec, x_TE, rank), codec.decode(payloads[rank], source=rank)
+        assert abs(found.numpy() - expected).max() < 0.1
+        if name in WHOLE:
+            assert abs(expected - x_TE.numpy()).max() < 0.05, "axes rounded to BF16 are orthogonal within that"
+        total += found.double()
+    assert torch.allclose(codec.decode_sum(payloads).double(), total, atol=1e-5)
+
+
+@every_form
+def test_errors_stay_within_the_bound(name: str) -> None:
+    for bits in (1, 4, 8):
+        codec, x_TE = a_codec(name, bits), 3 * values(50, 24)
+        for source in range(3):
+            found = codec.decode(codec.encode(x_TE, source=source), source=source)
+            assert ((found - x_TE).abs() <= codec.error_bound(x_TE, source=source)).all()
+
+
+@every_form
+def test_a_residue_is_what_the_payload_lost_of_both(name: str) -> None:
+    """What axes leave out is lost, too, for those to come that hold it."""
+    codec, x_TE, before = a_codec(name, 2), values(7, 24), 0.1 * values(7, 24).flip(0)
+    residue = before.clone()
+    payload = codec.encode(x_TE, source=1, residue=residue)
+    assert torch.equal(payload, codec.encode(x_TE + before, source=1))
+    assert torch.equal(residue, x_TE + before - codec.decode(payload, source=1))
+
+
+@every_form
+def test_what_is_not_finite_is_nan_in_all_of_its_token(name: str) -> None:
+    codec, x_TE = a_codec(name), values(3, 24)
+    x_TE[1, 4] = float("inf")
+    stats = torch.zeros(3, dtype=torch.int64)
+    found = codec.decode(codec.encode(x_TE, source=0, stats=stats), source=0)
+    assert found[1].isnan().all() and found[[0, 2]].isfinite().all()
+    assert stats[NON_FINITE] > 0
+
+
+@every_form
+def test_state_makes_the_same_codec_again(name: str) -> None:
+    codec, x_TE = a_codec(name), values(7, 24)
+    again = TransformCodec.from_state(*codec.state())
+    assert again.axes == codec.axes == name.replace("truncated", "ranks")
+    assert torch.equal(again.encode(x_TE, source=2), codec.encode(x_TE, source=2))
+    chosen, payload = codec.sources((2, 0)), codec.encode(x_TE, source=2)
+    assert torch.equal(chosen.encode(x_TE, source=0), payload)
+    assert torch.equal(chosen.decode(payload, source=0), codec.decode(payload, source=2))
 
 
 def test_matrices_that_do_not_fit_are_refused() -> None:
-    config, tensors = TRANSFORMS["blocks"].state()
+    config, tensors = a_codec("blocks").state()
     for wrong in (
-        (config | {"num_features": 25}, tensors),
-        (config, tensors | {"analysis1": tensors["analysis1"][:3]}),
-        (config, tensors | {"mix": torch.ones(2, 5), "remixed": torch.ones(24, 2)}),
-        ({"num_features": 24, "parts": []}, tensors),
+        (config | {"size": 31}, tensors),
+        (config | {"size": 15}, tensors),
+        (config, tensors | {"analysis": tensors["analysis"][:, :, :3]}),
+        (config, tensors | {"analysis": tensors["analysis"].float()}),
+        (config, tensors | {"synthesis": tensors["synthesis"] * float("nan")}),
     ):
-        with pytest.raises(InvalidInputError, match=r"features and their components.*Calibrate again"):
-            Transform.from_state(*wrong)
-
-
-@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
-def test_weights_that_are_codes_are_refused(dtype: torch.dtype) -> None:
-    """Into 8 bits, whose scale stands elsewhere, nothing can be folded."""
-    product = Dense(lambda: torch.ones(24, 16).to(dtype), 24)
-    with pytest.raises(
-        InvalidInputError, match=rf"floating point of 16 bits or more.*found {str(dtype)[6:]}. Load the"
-    ):
-        components(product, TRANSFORMS["blocks"], 0)
+        with pytest.raises(InvalidInputError, match=r"features and the components of its codec.*Calibrate again"):
+            TransformCodec.from_state(*wrong)
+    with pytest.raises(InvalidInputError, match="24 features, as calibrated, found 25"):
+        a_codec("blocks").encode(values(2, 25), source=0)
 
 
 def save_with_heads(num_heads: int, folder: Path) -> Path:
@@ -239,7 +230,7 @@ def logits_on_rank(folder: Path, plan: Path, ids: Tensor) -> tuple[Tensor, float
 
 @pytest.mark.parametrize("name", ["mixtral", "llama-biased", "llama-starved"])
 def test_experts_biases_and_ranks_without_columns(ranks: Pools, tmp_path: Path, name: str) -> None:
-    """Experts make their partial sums themselves, which are analyzed as they are."""
+    """Experts make their partial sums themselves."""
     folder = save_random(name, tmp_path / "model")
     plan = a_plan(transformers.load(folder), 4, "ranks")
     ids = random_ids(3, 16)
@@ -263,7 +254,7 @@ def test_bits_are_what_was_asked_for(folder: Path, form: str, algorithm: str, tp
 
 
 def test_with_fewer_tokens_than_ranks_one_shot_runs(folder: Path) -> None:
-    """A token's scale is of all its components, so that features cannot be shared out; synthesis follows suit."""
+    """A token's scale is of all its components, so that features cannot be shared out."""
     model = transformers.load(folder)
     plan = a_plan(model, 4, "ranks", 6.0)
     outputs = {}
@@ -309,7 +300,7 @@ def test_the_plan_survives_saving_and_serves_no_other_model(folder: Path, tmp_pa
 
 
 def test_a_site_alone_leaves_all_others_plain(folder: Path) -> None:
-    """Without their transforms, which drop something: what single sites cost would be counted at all of them."""
+    """Without components, which drop something: what single sites cost would be counted at all of them."""
     model = transformers.load(folder)
     plan = a_plan(model, 2, "ranks")
     bare = a_plan(model, 2, "features").only(())
@@ -399,7 +390,7 @@ def test_only_the_sums_are_of_components(folder: Path) -> None:
     recipe = {"sum": "transform(bits=2)", "embedding": "int8-group128", "logits": "bf16"}
     plan = narrowcast.calibrate(model, [random_ids(8, 40, seed=1)], tp_size=2, codec=recipe)
     for site in plan.sites.values():
-        assert (site.transform is not None) == (site.kind == "sum") == isinstance(site.codecs[0], AllocatedCodec)
+        assert isinstance(site.codecs[0], TransformCodec) == (site.kind == "sum")
     assert isinstance(plan.sites["lm_head"].codecs[0], CastCodec)
     with torch.no_grad(), narrowcast.attach(model, plan, simulate=True):
         assert model(random_ids(2, 9)).logits.isfinite().all()
@@ -420,55 +411,18 @@ def test_a_rank_killed_during_transformed_sums_is_named(folder: Path, tmp_path: 
         pool.close()
 
 
-def transform_costs() -> Any:
-    spec = importlib.util.spec_from_file_location("transform_costs", COSTS)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    with mock.patch.object(sys, "path", [str(COSTS.parent), *sys.path]):  # scripts import each other
-        spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_the_cost_table_counts_a_plan_s_bytes(folder: Path, form: str) -> None:
-    """All tensors of a real plan's file; and weights as they are folded."""
-    table, plan = transform_costs(), a_plan(transformers.load(folder), 4, form, 6.0)
-    stored = safetensors.torch.load(plan.to_bytes())
-    expected = sum(tensor.numel() * tensor.itemsize for tensor in stored.values())
-    assert sum(table.plan_nbytes(site.transform, 96, 4) for site in plan.sites.values()) == expected
-    full = [site.transform for site in plan.sites.values() if is_full(site.transform)]
-    assert bool(full) == (form != "features")
-    for real in full:
-        made = {"site": table.of_site(96, 96), "blocks": table.of_blocks(96, 40)}.get(form) or table.of_ranks(
-            96, 4, real.own(0).stop, real.num_reduced
-        )
-        folded = real.fold(torch.ones(96, 35).bfloat16(), 0)
-        counted = table.costs(made, 96, 140, 4)
-        assert made.nbytes == real.nbytes
-        assert (counted.product, counted.folded_nbytes) == (folded.numel(), 2 * folded.numel())
-
-
-def is_full(transform: Transform | None) -> TypeGuard[Transform]:
-    """Whether nothing was dropped, or as much at every rank: what the table's shapes are of."""
-    if transform is None:
-        return False
-    each = {len(part.analysis) for part in transform.parts}
-    return len(each) == 1 if transform.axes == "ranks" else transform.num_components == transform.num_features
-
-
 def chunked(num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The sum of products with random weights in chunks of few tokens, mixed in between, and its simulation."""
+    """The sum of products with random weights in chunks of few tokens, and its simulation."""
     transport = TorchDistributedTransport()
     transport.chunk_values = 1000  # type: ignore[misc]
     site = transformed_plan(3).sites["s"]
-    assert site.transform is not None
     inputs = [
         tokens.bfloat16() for tokens in torch.randn(3, num_tokens, 48, generator=torch.Generator().manual_seed(0))
     ]
     weights = [orthogonal(64, rank)[:, :48].bfloat16() for rank in range(3)]
 
     def sites() -> Sites:
-        return Sites({"s": site.codecs}, (), "two_shot", torch.device("cpu"), transforms={"s": site.transform})
+        return Sites({"s": site.codecs}, (), "two_shot", torch.device("cpu"))
 
     communicator = Communicator(sites(), tp=transport, pp=None)
     real = communicator.row_parallel("s", [Dense(lambda: weights[transport.rank], 64)])(inputs[transport.rank])
@@ -479,8 +433,8 @@ def chunked(num_tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def test_components_travel_in_chunks(ranks: Pools) -> None:
-    """Each token is mixed by one rank: all end with the same bits, and within bf16's last place of the simulation,
-    whose matrix products are of other numbers of tokens."""
+    """All ranks end with the same bits, and within bf16's last place of the simulation, whose matrix products are of
+    other numbers of tokens."""
     results = ranks(3).run(chunked, 100)
     for real, simulated in results:
         assert torch.equal(real, results[0][0])

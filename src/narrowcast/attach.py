@@ -113,7 +113,6 @@ def attach(
         plan.groups,
         algorithm,
         device,
-        transforms={name: site.transform for name, site in plan.sites.items() if site.transform is not None},
         chains=plan.feedback if feedback else Chains(),
         decisions=plan.decisions,
         deterministic=deterministic,

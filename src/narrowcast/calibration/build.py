@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from narrowcast.calibration.fit import fit, least_bits
 from narrowcast.calibration.judge import Judge
-from narrowcast.calibration.moments import MomentObserver, Moments, of_all_stages
+from narrowcast.calibration.metric import in_common
+from narrowcast.calibration.moments import MomentObserver, Moments, of_all_stages, with_room
 from narrowcast.calibration.observers import ErrorObserver, FirstTokens, RangeObserver
 from narrowcast.calibration.observing import CodedWires, observed, over_wires, run
 from narrowcast.calibration.recipes import DEFAULT_CODEC, LAST, CodecByKind, of_last, recipes_by_kind, spelt
@@ -42,7 +43,7 @@ class Observations:
     """Everything that calibration saw of a model.
 
     `chains`: which sums can leave what they lose to the next one. `ranges` by site and hop; second `moments` of sums,
-    where they were asked for, and the `sensitivities` in these, where they were tried. `first_tokens` and `num_first`:
+    where they were asked for, and the `sensitivities` in these. `first_tokens` and `num_first`:
     how first tokens counted. `text`: the sequences that all this was seen on; `held_out`: others, to judge a plan by.
     `about`: what a plan is to say of how it was made.
     """
@@ -71,15 +72,25 @@ class Observations:
         """The plan of these codecs, asked for as in `calibrate`; `within` serves in nodes."""
         recipes = recipes_by_kind(codec)
         self._check(recipes)
-        given = self
-        if not feedback:
-            lasting = {site: each.lasting for site, each in self.sensitivities.items()}
-            moments = {
-                site: dataclasses.replace(each, fisher=lasting.get(site, each.fisher))
+        chains = self.chains if feedback else self.chains.turned_off()
+        moments = self._minded(chains, recipes.get("sum"))
+        given = dataclasses.replace(self, chains=chains, moments=moments)
+        return Maker(given, recipes, recipe_of_one(within), self.judge, track).plan()
+
+    def _minded(self, chains: Chains, of_sums: Recipe | None) -> dict[str, Moments]:
+        """The moments of features, or of pairs of them, with what an error costs that lives as long as in `chains`."""
+        if isinstance(of_sums, TransformRecipe):
+            costs = in_common({site: each.fisher for site, each in self.moments.items()}, self.sensitivities, chains)
+            return {
+                site: dataclasses.replace(each, fisher_again=costs[site])
+                if of_sums.axes == "ranks"
+                else dataclasses.replace(each, fisher=costs[site])
                 for site, each in self.moments.items()
             }
-            given = dataclasses.replace(self, chains=self.chains.turned_off(), moments=moments)
-        return Maker(given, recipes, recipe_of_one(within), self.judge, track).plan()
+        return {
+            site: dataclasses.replace(each.diagonal(), fisher=tried.fed_back if chains.chains else tried.lasting)
+            for site, each, tried in ((site, each, self.sensitivities[site]) for site, each in self.moments.items())
+        }
 
     @functools.cached_property
     def judge(self) -> Judge:
@@ -125,11 +136,26 @@ class Maker:
         fitted, bits = self._fitted, None
         if fitted is not None:
             bits = fitted.bits or (FIRST_BITS if fitted.target_kl else fitted.default_bits)
-        seen = self._seen_under(self._plan(self._sites(self._given, bits), {}))
+        seen = self._seen_under(self._plan(self._sites(self._drafted(), bits), {}))
         if fitted is not None and fitted.target_kl is not None:
             bits = self._fewest_bits(seen, fitted.target_kl)
         sites = self._with_errors(self._sites(seen, bits))
         return self._judged(self._complete(sites, {} if bits is None else {"bits": bits}))
+
+    def _drafted(self) -> Observations:
+        """The observations for a draft, where what components lose may come back in all directions, as yet unseen."""
+        given = self._given
+        if not (isinstance(self._fitted, TransformRecipe) and given.chains.chains):
+            return given
+        moments = {
+            site: dataclasses.replace(
+                each,
+                partial=each.partial if self._fitted.axes == "ranks" else with_room(each.partial),
+                total=with_room(each.total),
+            )
+            for site, each in given.moments.items()
+        }
+        return dataclasses.replace(given, moments=moments)
 
     def _sites(self, seen: Observations, bits: float | None) -> dict[str, Site]:
         """The sites of this rank, for sums that are fitted with so many bits a value."""
@@ -146,10 +172,10 @@ class Maker:
         chains = self._given.chains
         if self._given.groups:  # whose ranks do not know what their node's sum loses
             chains = dataclasses.replace(chains, unread="sums of nodes")
-        for name, each in fit(seen.moments, self._fitted, bits=bits, algorithm=algorithm, chains=chains).items():
+        for name, codecs in fit(seen.moments, self._fitted, bits=bits, algorithm=algorithm, chains=chains).items():
             if name in self._kinds:  # and not at another stage
-                codecs = self._by_hop(seen.ranges[name], each.codecs[0]) if self._given.groups else each.codecs
-                made[name] = Site(kind="sum", codecs=codecs, error={}, transform=each.transform)
+                codecs = self._by_hop(seen.ranges[name], codecs[0]) if self._given.groups else codecs
+                made[name] = Site(kind="sum", codecs=codecs, error={})
         return made
 
     def _codecs(self, ranges: Sequence[Ranges], kind: str, *, last: bool) -> tuple[Codec, ...]:
@@ -168,7 +194,7 @@ class Maker:
         """All that is coded while the draft is at work: sums with what was lost of those before."""
         given = self._given
         ranges = RangeObserver(given.first_tokens, given.num_first, given.groups)
-        of_moments = MomentObserver(given.groups)
+        of_moments = MomentObserver(given.groups, full=isinstance(self._fitted, TransformRecipe))
         wires = CodedWires([ranges, of_moments] if given.moments else [ranges], draft)
         calibrated = any(codec.num_sources is not None for site in draft.sites.values() for codec in site.codecs)
         if not _at_any_stage(given.model, wires.feed_back and calibrated):
@@ -178,7 +204,7 @@ class Maker:
                 run(given.model, ids)
         means = of_all_stages(given.model, of_moments.means())
         moments = {
-            site: Moments(partial=means[site][0], total=means[site][1], fisher=each.diagonal().fisher)
+            site: dataclasses.replace(each, partial=means[site][0], total=means[site][1])
             for site, each in given.moments.items()
         }
         return dataclasses.replace(given, ranges=ranges.ranges(given.ranges), moments=moments)

@@ -175,14 +175,12 @@ def _moments(
 ) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
     """Moments of the sums of all stages; and how much the loss minds errors in these, where that was tried."""
     means = of_all_stages(model, {name: each for name, each in seen.means().items() if sites[name] == "sum"})
-    tried: dict[str, Sensitivity] = {}
+    power = {site: total.diagonal(dim1=1, dim2=2) if seen.full else total for site, (_, total) in means.items()}
+    tried = sensitivities(model, split, chains, power, text[0], track)
+    fishers = {site: each.fed_back for site, each in tried.items()}
     if seen.full:
         with evaluating(model):
             fishers = fisher_information(model, track(text, "gradients"), means)
-    else:
-        power = {site: total for site, (_, total) in means.items()}
-        tried = sensitivities(model, split, chains, power, text[0], track)
-        fishers = {site: each.fed_back for site, each in tried.items()}
     moments = {
         site: Moments(partial=partial, total=total, fisher=fishers[site]) for site, (partial, total) in means.items()
     }

@@ -12,29 +12,22 @@ import torch
 from torch import Tensor
 
 from narrowcast.calibration.moments import Moments
-from narrowcast.codecs import AllocatedCodec, Codec, FittedRecipe, TransformRecipe, trellis
+from narrowcast.codecs import Codec, FittedRecipe, TransformCodec, TransformRecipe, trellis
 from narrowcast.codecs.allocation import AS_BF16, BLOCK, UNIT_NBYTES, Entry, allocate, in_blocks
 from narrowcast.codecs.fitted import fitted
 from narrowcast.collectives import named
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.chains import Chains
-from narrowcast.plan.transform import Part, Remix, Transform
 
 ROUNDS = 3  # of bits handed out, each knowing what the last one's widths pass on
 RIDGE = 1e-6  # of the mean sensitivity, added to all: directions that the text says nothing about
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """A site's codecs by hop, and the transform into the components that they code."""
-
-    codecs: tuple[Codec, ...]
-    transform: Transform | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The way from a site's values to components and back: analysis [A, K, E], synthesis [A, E, K], A being 1 or R.
+    """The way from a site's values to components and back: analysis [A, N, K, B], synthesis [A, N, B, K].
+
+    A is 1 or R, and N * B features are cut into N blocks. None where features are the components.
 
     `power`: mean squares of the components, [R, K] or, of the sum, [1, K]; `sensitivity`: what an error in them costs.
     """
@@ -43,6 +36,11 @@ class Axes:
     synthesis: Tensor | None
     power: Tensor
     sensitivity: Tensor
+
+    @property
+    def feeds_back(self) -> bool:
+        """As `TransformCodec.feeds_back` has it."""
+        return self.analysis is None or len(self.analysis) == 1
 
     @property
     def energy(self) -> Tensor:
@@ -65,8 +63,8 @@ def fit(
     bits: float,
     algorithm: str,
     chains: Chains = Chains(),
-) -> dict[str, Fitted]:
-    """Codecs and transforms of all sites whose payloads take `bits` a value at most on average, where that can be met.
+) -> dict[str, tuple[Codec, ...]]:
+    """Codecs by hop of all sites whose payloads take `bits` a value at most on average, where that can be met.
 
     `algorithm`: the one whose payloads count: those of the ranks, and of the sum too where it travels again. What does
     not count gets bits down to the same worth of a bit. `chains`: sites that leave what they lose to the next one.
@@ -83,8 +81,6 @@ def fit(
     recoded = named(algorithm).recodes
     hops: Hops = {site: hop_axes(each, recipe, recoded=recoded) for site, each in moments.items()}
     nbytes = sum((1 + recoded) * (bits * each.partial.shape[1] / 8 - 1) for each in moments.values())
-    if isinstance(recipe, TransformRecipe):  # whose components feed nothing back
-        chains = Chains()
     given = hops
     for _ in range(ROUNDS):
         axes = [each for both in hops.values() for each in both]
@@ -94,23 +90,27 @@ def fit(
         fitted_to, hops = hops, _passed_on(given, hops, widths, chains)
         if hops is given:
             break
-    return {site: _fitted(recipe, *axes, *widths[site]) for site, axes in fitted_to.items()}
+    return {
+        site: tuple(_codec(moments[site].total.shape[1], *each) for each in zip(axes, widths[site], strict=True))
+        for site, axes in fitted_to.items()
+    }
 
 
 def _passed_on(given: Hops, hops: Hops, widths: Mapping[str, Sequence[Tensor]], chains: Chains) -> Hops:
     """The given axes with sensitivities that know what becomes of an error where these widths are at work.
 
     The next site codes it, too, and loses again what its widths leave of it: that share of it costs there what an error
-    of that site costs. And of the errors of R ranks, each has made its own good for itself.
+    of that site costs. (Not counted where components travel, which are others at each site.) And of the errors of R
+    ranks, each has made its own good for itself.
     """
     found = dict(given)
     for chain in chains.chains:
         then = None
         for site in reversed([each for each in chain if each in given]):
             partial, total = given[site]
-            if site in chains.read:
+            if site in chains.read and partial.feeds_back:
                 partial = replace(partial, sensitivity=partial.sensitivity * (1 - 1 / len(partial.power)))
-            if then is not None:
+            if then is not None and partial.analysis is None:
                 partial, total = (
                     replace(own, sensitivity=own.sensitivity + _left(seen, width_RN) * later.sensitivity)
                     for own, later, seen, width_RN in zip(
@@ -140,112 +140,79 @@ def hop_axes(moments: Moments, recipe: FittedRecipe, *, recoded: bool) -> tuple[
         return partial, total
     seen, summed, fisher = (each.double() for each in (moments.partial, moments.total, moments.fisher))
     if recipe.axes == "ranks":
-        return _along(seen, fisher, *_axes_of(seen, fisher)), _along(summed, fisher, *_axes_of(summed, fisher))
+        again = fisher if moments.fisher_again is None else moments.fisher_again.double()
+        return _along(seen, fisher), _along(summed, again)
     pooled = seen.sum(dim=0, keepdim=True) + (summed if recoded else 0)
-    size = _block_size(recipe, len(fisher))
-    places = [slice(start, start + size) for start in range(0, len(fisher), size)]
-    blocks = [_axes_of(pooled[:, own, own], fisher[own, own]) for own in places]
-    analysis, synthesis = (torch.block_diag(*(block[side][0] for block in blocks))[None] for side in (0, 1))
-    return _along(seen, fisher, analysis, synthesis), _along(summed, fisher, analysis, synthesis)
+    size = recipe.block_size if recipe.axes == "blocks" else len(fisher)
+    analysis, synthesis = _axes_of(_diagonal_blocks(pooled, size), _diagonal_blocks(fisher[None], size)[0])
+    return _powers(seen, fisher, analysis, synthesis), _powers(summed, fisher, analysis, synthesis)
 
 
-def _block_size(recipe: TransformRecipe, num_features: int) -> int:
-    return recipe.block_size if recipe.axes == "blocks" else num_features
+def _diagonal_blocks(matrix_AEE: Tensor, size: int) -> Tensor:
+    """Blocks [A, N, B, B] along the diagonals, of which zeros fill the last one."""
+    missing = -matrix_AEE.shape[1] % size
+    padded = torch.nn.functional.pad(matrix_AEE, (0, missing, 0, missing))
+    return torch.stack([padded[:, own : own + size, own : own + size] for own in range(0, padded.shape[1], size)], 1)
 
 
-def _axes_of(covariance_AEE: Tensor, fisher: Tensor) -> tuple[Tensor, Tensor]:
+def _along(covariance_REE: Tensor, fisher: Tensor) -> Axes:
+    """The axes of each source's own."""
+    return _powers(covariance_REE, fisher, *_axes_of(covariance_REE[:, None], fisher[None]))
+
+
+def _axes_of(covariance_ANBB: Tensor, fisher_NBB: Tensor) -> tuple[Tensor, Tensor]:
     """Analysis and synthesis along the principal axes of what the loss minds: root C root, by falling energy.
 
     Rounded to what a plan holds: a component of hardly any power gets some of the others' by that, which its scale
     must cover.
     """
-    ridge = RIDGE * fisher.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    values, vectors = torch.linalg.eigh(fisher)
-    roots = values.clamp(min=ridge).sqrt()
-    root, inverse = vectors * roots @ vectors.T, vectors / roots @ vectors.T
-    axes = torch.linalg.eigh(root @ covariance_AEE @ root).eigenvectors.flip(-1)
+    mean = fisher_NBB.diagonal(dim1=1, dim2=2).mean()
+    ridge = RIDGE * mean.clamp(min=torch.finfo(torch.float32).tiny)
+    values, vectors = torch.linalg.eigh(fisher_NBB)
+    roots = values.clamp(min=ridge).sqrt()[:, None]
+    root, inverse = vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
+    axes = torch.linalg.eigh(root @ covariance_ANBB @ root).eigenvectors.flip(-1)
     return (axes.mT @ root).bfloat16().double(), (inverse @ axes).bfloat16().double()
 
 
-def _along(covariance_REE: Tensor, fisher: Tensor, analysis: Tensor, synthesis: Tensor) -> Axes:
-    power = ((analysis @ covariance_REE) * analysis).sum(dim=-1).clamp(min=0)
-    sensitivity = ((fisher @ synthesis) * synthesis).sum(dim=-2).clamp(min=0)
+def _powers(covariance_REE: Tensor, fisher: Tensor, analysis: Tensor, synthesis: Tensor) -> Axes:
+    size = analysis.shape[-1]
+    seen, minded = _diagonal_blocks(covariance_REE, size), _diagonal_blocks(fisher[None], size)
+    power = ((analysis @ seen) * analysis).sum(dim=-1).clamp(min=0).flatten(1)
+    sensitivity = ((minded @ synthesis) * synthesis).sum(dim=-2).clamp(min=0).flatten(1)
     return Axes(analysis=analysis, synthesis=synthesis, power=power, sensitivity=sensitivity.expand_as(power))
 
 
-def _fitted(recipe: FittedRecipe, partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor) -> Fitted:
-    if not isinstance(recipe, TransformRecipe):
-        return _of_features(partial, total, widths, total_widths)
-    if recipe.axes == "ranks":
-        return _of_ranks(partial, total, widths, total_widths)
-    return _of_site(partial, total, widths, total_widths, _block_size(recipe, partial.power.shape[1]))
-
-
-def _of_features(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor) -> Fitted:
-    codecs = tuple(
-        fitted(axes.power.sqrt(), each, axes.energy) for axes, each in ((partial, widths), (total, total_widths))
-    )
-    return Fitted(codecs=codecs, transform=None)
-
-
-def _of_site(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor, block_size: int) -> Fitted:
-    """Components that no rank sends, nor their sum, are not made."""
-    assert partial.analysis is not None and partial.synthesis is not None
-    sent_K = _one_at_least(_sent(partial.energy, widths).any(dim=0) | _sent(total.energy, total_widths)[0])
-    parts, kept = [], []
-    for start in range(0, len(sent_K), block_size):
-        own = slice(start, start + block_size)
-        components = start + sent_K[own].nonzero()[:, 0]
-        analysis, synthesis = partial.analysis[0][components, own], partial.synthesis[0][own][:, components]
-        parts.append(_part(start, None, analysis, synthesis))
-        kept.append(components)
-    components = torch.cat(kept)
-    codecs = tuple(_of_components(axes, each, components) for axes, each in ((partial, widths), (total, total_widths)))
-    return Fitted(codecs=codecs, transform=Transform(num_features=len(sent_K), parts=tuple(parts)))
-
-
-def _of_ranks(partial: Axes, total: Axes, widths: Tensor, total_widths: Tensor) -> Fitted:
-    """Each rank's components stand beside those of the others; the sum travels again along axes of its own."""
-    assert partial.analysis is not None and partial.synthesis is not None
-    assert total.analysis is not None and total.synthesis is not None
-    kept = [_one_at_least(mask).nonzero()[:, 0] for mask in _sent(partial.energy, widths)]
-    parts = tuple(
-        _part(0, rank, partial.analysis[rank][own], partial.synthesis[rank][:, own]) for rank, own in enumerate(kept)
-    )
-    power, energy = (
-        torch.block_diag(*(of[rank][own][None] for rank, own in enumerate(kept)))
-        for of in (partial.power, partial.energy)
-    )
-    num_blocks = -(-power.shape[1] // BLOCK)
-    padded = torch.nn.functional.pad(widths, (0, max(0, num_blocks - widths.shape[1])))[:, :num_blocks]
-    reduced = _one_at_least(_sent(total.energy, total_widths)[0]).nonzero()[:, 0]
-    synthesis = torch.cat([part.synthesis.double() for part in parts], dim=1)
-    remix = Remix(
-        mix=(total.analysis[0][reduced] @ synthesis).bfloat16(), synthesis=total.synthesis[0][:, reduced].bfloat16()
-    )
-    return Fitted(
-        codecs=(fitted(power.sqrt(), padded, energy), _of_components(total, total_widths, reduced)),
-        transform=Transform(num_features=partial.power.shape[1], parts=parts, remix=remix),
+def _codec(num_features: int, axes: Axes, widths_RN: Tensor) -> Codec:
+    """The codec of features, or of components along the axes; those that no source sends are not made."""
+    if axes.analysis is None or axes.synthesis is None:
+        return fitted(axes.power.sqrt(), widths_RN, axes.energy)
+    kept_RK = torch.arange(axes.power.shape[1]).expand_as(axes.power)
+    analysis, synthesis = axes.analysis, axes.synthesis
+    if analysis.shape[1] == 1:  # of blocks all are made
+        kept_RK = _kept(axes.energy, widths_RN, own=len(analysis) > 1)
+        of_axes = list(enumerate(kept_RK[: len(analysis)]))
+        analysis = torch.stack([axes.analysis[number][:, own] for number, own in of_axes])
+        synthesis = torch.stack([axes.synthesis[number][:, :, own] for number, own in of_axes])
+    power, energy = axes.power.gather(1, kept_RK), axes.energy.gather(1, kept_RK)
+    widths_RN = widths_RN[:, : -(-power.shape[1] // BLOCK)].contiguous()
+    return TransformCodec(
+        size=num_features,
+        analysis=analysis.bfloat16(),
+        synthesis=synthesis.bfloat16(),
+        components=fitted(power.sqrt(), widths_RN, energy),
     )
 
 
-def _sent(energy_RK: Tensor, widths_RN: Tensor) -> Tensor:
-    """A mask of the components of each source that are sent, bool [R, K]."""
-    order_RK, _ = in_blocks(energy_RK)
+def _kept(energy_RK: Tensor, widths_RN: Tensor, *, own: bool) -> Tensor:
+    """Components that are made of features, by source: those that any source sends, or as many of its `own`.
+
+    One at least: where nothing is worth a bit a component goes without, as a token of none would have no size.
+    """
+    order_RK = in_blocks(energy_RK)[0].long()
     width_RK = widths_RN.repeat_interleave(BLOCK, dim=1)[:, : energy_RK.shape[1]]
-    return torch.zeros_like(width_RK).scatter(1, order_RK.long(), width_RK) > 0
-
-
-def _one_at_least(sent_K: Tensor) -> Tensor:
-    """The mask, or where nothing is worth a bit, a component without bits: a sum of none would have no size."""
-    return sent_K if sent_K.any() else torch.arange(len(sent_K)) == 0
-
-
-def _of_components(axes: Axes, widths_RN: Tensor, kept: Tensor) -> AllocatedCodec:
-    """The codec of the components `kept`, among which are all that are sent."""
-    num_blocks = -(-len(kept) // BLOCK)
-    return fitted(axes.power[:, kept].sqrt(), widths_RN[:, :num_blocks].contiguous(), axes.energy[:, kept])
-
-
-def _part(start: int, rank: int | None, analysis: Tensor, synthesis: Tensor) -> Part:
-    return Part(start=start, rank=rank, analysis=analysis.bfloat16(), synthesis=synthesis.bfloat16())
+    if own:
+        return order_RK[:, : max(1, int((width_RK > 0).sum(dim=1).max()))]
+    sent_K = torch.zeros_like(width_RK).scatter(1, order_RK, width_RK).any(dim=0)
+    found_K = sent_K.nonzero()[:, 0] if sent_K.any() else order_RK[0, :1]
+    return found_K.expand(len(energy_RK), -1)

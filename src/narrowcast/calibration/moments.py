@@ -19,6 +19,7 @@ from narrowcast.transport import transports_of
 
 MomentsNeeded = Literal["none", "diagonal", "full"]
 
+ROOM = 0.3  # for what is not known yet of values (decision 0032)
 LABEL_SEED = 241107942  # of the labels that are drawn for the Fisher information
 
 
@@ -28,12 +29,14 @@ class Moments:
 
     `partial`: of what each rank puts in, [R, E(, E)]. `total`: of the sum, [1, E(, E)]. `fisher`: of the gradient of
     the loss in the sum, [E(, E)], whose labels are drawn from the model: its Fisher information (Amari 1998); or what
-    stands for it, `sensitivity.sensitivities`.
+    stands for it, `sensitivity.sensitivities`. `fisher_again`: for what the sum loses where it travels again, None if
+    that costs no less.
     """
 
     partial: Tensor
     total: Tensor
     fisher: Tensor
+    fisher_again: Tensor | None = None
 
     def diagonal(self) -> "Moments":
         """The diagonals alone."""
@@ -90,6 +93,12 @@ def of_all_stages(model: nn.Module, means: Mapping[str, Means]) -> dict[str, Mea
     found = {name: mean for stage in stages for name, mean in stage.items()}
     sites = {name.removesuffix("/0"): None for name in found if name.endswith("/0")}
     return {site: (found[f"{site}/0"], found[f"{site}/1"]) for site, _ in in_order(sites)}
+
+
+def with_room(moment_REE: Tensor) -> Tensor:
+    """Second moments with `ROOM` more of the mean power in every direction."""
+    mean_R = moment_REE.diagonal(dim1=1, dim2=2).mean(dim=1)
+    return moment_REE + ROOM * torch.diag_embed(mean_R[:, None].expand(moment_REE.shape[:2]))
 
 
 def second_moment(x_RTE: Tensor, *, full: bool) -> Tensor:

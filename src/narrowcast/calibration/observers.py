@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Ranges
-from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS, Hops, choose, named, simulate
+from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS, simulate
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Site
 
@@ -74,7 +74,6 @@ class ErrorObserver:
 
     def __init__(self, sites: Mapping[str, Site], groups: Groups = (), read: Collection[str] = ()) -> None:
         self._codecs = {name: site.codecs for name, site in sites.items()}
-        self._transforms = {name: site.transform for name, site in sites.items()}
         self._groups, self._read = groups, read
         self._power: dict[str, float] = {}
         self._noise: dict[str, dict[str, float]] = {}
@@ -89,22 +88,14 @@ class ErrorObserver:
     def _seen(self, site: str, partials: Sequence[Tensor], algorithm: str) -> list[Tensor]:
         """The sum as all ranks see it, or as each of them does."""
         coded, codec = self._coded(site, partials, algorithm), self._codecs[site][0]
-        if site not in self._read or self._transforms[site] is not None:
+        if site not in self._read or not codec.feeds_back:
             return [coded]
         world_size = len(partials)
         lost = (x - simulate.send(x, src=r, world_size=world_size, codec=codec) for r, x in enumerate(partials))
         return [coded + each for each in lost]
 
     def _coded(self, site: str, partials: Sequence[Tensor], algorithm: str) -> Tensor:
-        codecs, transform = self._codecs[site], self._transforms[site]
-        if transform is None:
-            return simulate.all_reduce(partials, codec=codecs, algorithm=algorithm, groups=self._groups)
-        components = [transform.analyze(x, rank) for rank, x in enumerate(partials)]
-        mix = None if transform.remix is None else transform.remix.mix
-        total = simulate.all_reduce(components, codec=codecs, algorithm=algorithm, mix=mix)
-        num_tokens, num_ranks = len(total), len(partials)
-        runs = choose(algorithm, Hops(tuple(codecs), mix=mix), num_tokens, transform.num_components, num_ranks)
-        return transform.synthesize(total, remixed=named(runs).recodes)
+        return simulate.all_reduce(partials, codec=self._codecs[site], algorithm=algorithm, groups=self._groups)
 
     def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
         """Compare columns that were coded rank by rank with what they were."""

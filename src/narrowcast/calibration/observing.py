@@ -79,7 +79,7 @@ class CodedWires(ObservedWires):
     """
 
     def __init__(self, observers: Sequence[Observer], plan: Plan) -> None:
-        self._coded = {name: Hops(site.codecs, plan.groups) for name, site in plan.sites.items() if not site.transform}
+        self._coded = {name: Hops(site.codecs, plan.groups) for name, site in plan.sites.items()}
         num_sources = plan.tp_size, 1, max(len(plan.groups), 1)
         super().__init__(observers, plan.tp_size, Feedback(plan.feedback.among(self._coded), num_sources))
         self._algorithm = "hierarchical" if plan.groups else "two_shot"

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from narrowcast.cli.options import OUTPUT, Overwrite, option
 from narrowcast.cli.tables import table
-from narrowcast.codecs import Codec, FeatureCodec
+from narrowcast.codecs import Codec, FeatureCodec, TransformCodec
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import drawings
 from narrowcast.files import check_writable
-from narrowcast.plan import Plan, Site
+from narrowcast.plan import Plan
 from narrowcast.plan.summary import bits_by_site, codec_name, feedback_in_words, short_name, with_ranges
 
 # By hop: its title, and what the expected error is of: an algorithm, or a value that is coded once.
@@ -80,7 +80,7 @@ def _table(plan: Plan, hop: int) -> Table:
     for name, site in plan.sites.items():
         if hop < len(site.codecs):
             codec = site.codecs[hop]
-            what = short_name(name), "" if alike else site.kind, codec_name(codec), *_components(site, hop)
+            what = short_name(name), "" if alike else site.kind, codec_name(codec), *_components(codec)
             error = next((f"{site.error[each]:.3f}" for each in errors if each in site.error), "")
             rows.append((*what, f"{bits[name][hop]:.4f}", *_scales(codec), error))
     columns = "site", "kind", "codec", "axes", "components", "bits", "outliers", "scale", "error"
@@ -92,12 +92,9 @@ def _table(plan: Plan, hop: int) -> Table:
     return found
 
 
-def _components(site: Site, hop: int) -> tuple[str, str]:
+def _components(codec: Codec) -> tuple[str, str]:
     """Along whose axes how many components travel; nothing where features do."""
-    if site.transform is None:
-        return "", ""
-    num_sent = site.transform.num_reduced if hop else site.transform.num_components
-    return site.transform.axes, str(num_sent)
+    return (codec.axes, str(codec.num_components)) if isinstance(codec, TransformCodec) else ("", "")
 
 
 def _scales(codec: Codec) -> tuple[str, str]:

@@ -9,6 +9,7 @@ from narrowcast.codecs.group import GroupCodec
 from narrowcast.codecs.minifloat import MinifloatCodec
 from narrowcast.codecs.presets import CODECS, PRESETS, RECIPES, recipe
 from narrowcast.codecs.recipes import Ranges, Recipe
+from narrowcast.codecs.transform import TransformCodec
 
 __all__ = [
     "CODECS",
@@ -25,6 +26,7 @@ __all__ = [
     "MinifloatCodec",
     "Ranges",
     "Recipe",
+    "TransformCodec",
     "TransformRecipe",
     "recipe",
 ]

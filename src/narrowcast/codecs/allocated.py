@@ -85,6 +85,10 @@ class AllocatedCodec(Codec):
     def nan_reach(self) -> None:
         return None
 
+    @property
+    def calibrated_features(self) -> int:
+        return self.scale.shape[1]
+
     @cached_property
     def _row_nbytes(self) -> int:
         return 1 + width_nbytes(int(self.widths.int().sum(dim=1).max()))

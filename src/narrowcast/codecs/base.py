@@ -22,11 +22,13 @@ SATURATED, NON_FINITE, GUARDED = 0, 1, 2  # places in `stats`, int64 [3]
 class Codec(ABC):
     """The way of a tensor `[T, E]` (tokens, features) becomes bytes `uint8 [T, B]`, one row a token, and comes back.
 
-    `id` names the byte format, not the class: see docs/formats.md. The bytes of a token depend on that token
-    alone. `source` is the rank whose values are coded; a codec that codes the reduced sum has the one source 0.
+    `id` names the byte format, not the class: see docs/formats.md. The bytes of a token depend on that token alone,
+    unless not `by_token`: then in the last place on how many there are. `source` is the rank whose values are coded; a
+    codec that codes the reduced sum has the one source 0.
     """
 
     id: ClassVar[str]
+    by_token: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -37,6 +39,16 @@ class Codec(ABC):
     @abstractmethod
     def granularity(self) -> int | None:
         """Number of features, from the first on, that share parameters and stay together; None for all of a token."""
+
+    @property
+    def calibrated_features(self) -> int | None:
+        """Number of features that it is calibrated for; None if any will do."""
+        return None
+
+    @property
+    def feeds_back(self) -> bool:
+        """True if a source adds what its last payload lost to its next one: not where that has no place for it."""
+        return True
 
     @property
     def nan_reach(self) -> int | None:

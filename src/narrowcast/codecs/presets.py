@@ -14,10 +14,11 @@ from narrowcast.codecs.group import GroupCodec
 from narrowcast.codecs.minifloat import MinifloatCodec
 from narrowcast.codecs.recipes import Recipe
 from narrowcast.codecs.spelling import Spelt
+from narrowcast.codecs.transform import TransformCodec
 from narrowcast.errors import InvalidInputError
 
 CODECS: dict[str, type[Codec]] = {
-    codec.id: codec for codec in (CastCodec, FeatureCodec, GroupCodec, MinifloatCodec, AllocatedCodec)
+    codec.id: codec for codec in (CastCodec, FeatureCodec, GroupCodec, MinifloatCodec, AllocatedCodec, TransformCodec)
 }
 
 RECIPES: dict[str, type[Spelt]] = {

@@ -26,7 +26,8 @@ HOPS = {
 
 def choose(algorithm: str, hops: Hops, num_tokens: int, num_features: int, world_size: int) -> str:
     """The algorithm to run: "auto" takes hierarchical where there are nodes and a codec for what travels between
-    them, otherwise the one whose ranks send the fewest bytes, one_shot where they are equal.
+    them, one_shot between two ranks, and otherwise the one whose ranks send the fewest bytes, one_shot where they are
+    equal. (Between two ranks two_shot could save bytes only where the sum has fewer bits than what is summed.)
 
     Where another has neither a token nor a feature for every rank that adds up, one_shot runs in its place.
     """
@@ -38,6 +39,8 @@ def choose(algorithm: str, hops: Hops, num_tokens: int, num_features: int, world
     for name, each in NODE_ALGORITHMS.items():
         if each.sent(hops, *shape, 0, world_size):
             return name
+    if world_size == 2:
+        return FALLBACK
     totals = {name: _total_nbytes(each, hops, *shape, world_size) for name, each in ALGORITHMS.items()}
     return min((name for name in totals if totals[name] is not None), key=lambda name: totals[name] or 0)
 

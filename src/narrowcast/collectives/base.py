@@ -65,22 +65,16 @@ class Hops:
 
     `codecs`: [0] for the partial sums, [1] for the reduced value when it travels again, [2] for the sums of nodes.
     `groups`: the ranks of each node, ascending; empty where all ranks are alike.
-    `mix`: [J, E], where the reduced value travels along other axes: two_shot then ends with J features.
     `unit`: features that stay together where features are cut, besides those that the codecs keep together.
     """
 
     codecs: tuple[Codec, ...]
     groups: tuple[tuple[int, ...], ...] = ()
-    mix: Tensor | None = None
     unit: int = 1
 
     def tokens(self, own: slice) -> Self:
         """The hops of some tokens of a tensor."""
         return replace(self, codecs=tuple(codec.tokens(own) for codec in self.codecs))
-
-    def num_reduced(self, num_features: int) -> int:
-        """Features of the reduced value where it travels again."""
-        return num_features if self.mix is None else len(self.mix)
 
 
 class CodingWork(NamedTuple):
@@ -96,7 +90,7 @@ class Algorithm:
     """One way to all-reduce, and all that others need to know of it.
 
     `num_hops`: codecs that it needs, one for each kind of transfer (`Hops`).
-    `recodes`: the sum is coded again and travels again, along the axes of `Hops.mix` where these are others.
+    `recodes`: the sum is coded again and travels again.
     `needs_groups`: it must be told the ranks of each node.
     `steps(x_TE, y_TE, hops, rank, world_size, stats)` runs on a rank and fills `y_TE` with the sum, reading nothing
     of `x_TE` once it writes; `twin(partials, hops, stats)` is its specification in one process;

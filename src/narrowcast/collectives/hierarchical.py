@@ -39,8 +39,8 @@ class Seat(NamedTuple):
 
 
 def _seat(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Seat | None:
-    """None where the algorithm cannot run: no nodes, too few codecs, other axes, or too small a tensor to share."""
-    if not hops.groups or len(hops.codecs) < 3 or hops.mix is not None:
+    """None where the algorithm cannot run: no nodes, too few codecs, or too small a tensor to share."""
+    if not hops.groups or len(hops.codecs) < 3:
         return None
     owned = shares(hops, num_tokens, num_features, min(len(group) for group in hops.groups))
     if owned is None:

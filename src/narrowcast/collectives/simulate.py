@@ -5,7 +5,6 @@ measure the accuracy of any `tp_size` on one machine.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -23,20 +22,17 @@ def all_reduce(
     codec: Codec | Sequence[Codec],
     algorithm: str = "auto",
     groups: Sequence[Sequence[int]] = (),
-    mix: Tensor | None = None,
     stats: Tensor | None = None,
 ) -> Tensor:
     """The sum [..., E] that every rank ends with; `partials[rank]` is what that rank puts in.
 
-    `groups`: the ranks of each node, for hierarchical. `mix`: [J, E], what two_shot makes of the sum before it travels
-    again; it then ends with [..., J].
+    `groups`: the ranks of each node, for hierarchical.
     """
     world_size, shape = len(partials), partials[0].shape
-    hops = replace(checked_hops(codec, world_size, groups), mix=mix)
+    hops = checked_hops(codec, world_size, groups)
     flat = [x.reshape(-1, shape[-1]) for x in partials]
     name = choose(algorithm, hops, len(flat[0]), shape[-1], world_size)
-    total_TE = named(name).twin(flat, hops, stats)
-    return total_TE.view(*shape[:-1], total_TE.shape[1])
+    return named(name).twin(flat, hops, stats).view(shape)
 
 
 def reduce_scatter(partials: Sequence[Tensor], *, codec: Codec) -> list[Tensor]:

@@ -77,8 +77,8 @@ def shares(hops: Hops, num_tokens: int, num_features: int, world_size: int) -> l
 
 
 def twin_shares(hops: Hops, num_tokens: int, num_features: int, num_owners: int) -> list[Share]:
-    """As `shares`, with tokens in one piece: each one's bytes depend on it alone, blocks' on where they end."""
-    if num_tokens >= num_owners:
+    """As `shares`, with tokens in one piece where each one's bytes depend on it alone, blocks' on where they end."""
+    if num_tokens >= num_owners and all(codec.by_token for codec in hops.codecs):
         return [Share(slice(0, num_tokens), slice(0, num_features), hops.codecs)]
     owners = shares(hops, num_tokens, num_features, num_owners)
     assert owners is not None, "the choice of the algorithm asks `sent` first"
@@ -107,39 +107,21 @@ def _steps(x_TE: Tensor, y_TE: Tensor, hops: Hops, rank: int, world_size: int, s
     partials_RTB = sends[rank].expand(world_size, *sends[rank].shape).contiguous()
     yield Exchange(without(sends, rank), without(partials_RTB.unbind(), rank), x_TE.numel() - own.num_values)
 
-    reduced = [
-        new_payload(owner.reduced, owner.shape[0], hops.num_reduced(owner.shape[1]), like=x_TE) for owner in owners
-    ]
-    if hops.mix is None:
-        own.partial.recode(partials_RTB, own.reduced, num_features=own.shape[1], out=reduced[rank], stats=stats)
-    else:
-        total = own.partial.decode_sum(partials_RTB, num_features=own.shape[1])
-        own.reduced.encode(_mixed(total, hops.mix), source=0, out=reduced[rank], stats=stats)
+    reduced = [new_payload(owner.reduced, *owner.shape, like=x_TE) for owner in owners]
+    own.partial.recode(partials_RTB, own.reduced, num_features=own.shape[1], out=reduced[rank], stats=stats)
     yield to_all(reduced[rank], reduced, rank, own.num_values)
     for owner, payload_TB in zip(owners, reduced, strict=True):
-        owner.reduced.decode(payload_TB, source=0, out=_place_of(owner, y_TE, hops))
-
-
-def _mixed(total_TE: Tensor, mix_JE: Tensor) -> Tensor:
-    return torch.nn.functional.linear(total_TE, mix_JE.float())
-
-
-def _place_of(share: Share, y_TE: Tensor, hops: Hops) -> Tensor:
-    """Where the share's sum goes: along other axes, features are not what they were."""
-    return share.of(y_TE) if hops.mix is None else y_TE[share.tokens]
+        owner.reduced.decode(payload_TB, source=0, out=owner.of(y_TE))
 
 
 def _twin(partials: Sequence[Tensor], hops: Hops, stats: Tensor | None) -> Tensor:
     num_tokens, num_features = partials[0].shape
-    y_TE = partials[0].new_empty(num_tokens, hops.num_reduced(num_features))
-    # A matrix product may round otherwise for another number of tokens.
-    cut = twin_shares if hops.mix is None else shares
-    for share in cut(hops, num_tokens, num_features, len(partials)) or ():
+    y_TE = partials[0].new_empty(num_tokens, num_features)
+    for share in twin_shares(hops, num_tokens, num_features, len(partials)):
         payloads_RTB = share.coded(partials, stats)
         total_TE = share.partial.decode_sum(payloads_RTB, num_features=share.shape[1])
-        total_TE = total_TE if hops.mix is None else _mixed(total_TE, hops.mix)
         payload_TB = share.reduced.encode(total_TE, source=0, stats=stats)
-        share.reduced.decode(payload_TB, source=0, out=_place_of(share, y_TE, hops))
+        share.reduced.decode(payload_TB, source=0, out=share.of(y_TE))
     return y_TE
 
 
@@ -149,7 +131,7 @@ def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size:
         return None
     own, peers = owners[rank], [owner for peer, owner in enumerate(owners) if peer != rank]
     nbytes = sum(owner.partial.payload_nbytes(*owner.shape) for owner in peers)
-    nbytes += len(peers) * own.reduced.payload_nbytes(own.shape[0], hops.num_reduced(own.shape[1]))
+    nbytes += len(peers) * own.reduced.payload_nbytes(*own.shape)
     return Traffic(nbytes, sum(owner.num_values for owner in peers) + len(peers) * own.num_values)
 
 

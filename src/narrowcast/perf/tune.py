@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from narrowcast.collectives import Hops, Pending, deferred_all_reduce_steps, named
+from narrowcast.codecs import TransformCodec
+from narrowcast.collectives import Hops, Pending, deferred_all_reduce_steps
 from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.collectives.base import Deferred
 from narrowcast.errors import InvalidInputError
@@ -19,7 +20,6 @@ from narrowcast.launch import run
 from narrowcast.perf.timing import Case, interleaved, seconds
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
-from narrowcast.plan.transform import Transform
 from narrowcast.runtime import feedback
 from narrowcast.runtime.sites import plain as uncoded
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
@@ -94,10 +94,15 @@ def _tune_on_rank(data: bytes, transport: str, timeout_s: float) -> Tuning:
 
 
 def _site_of_sums(plan: Plan) -> Site:
-    """The one that stands for all: where they have transforms, that of most components."""
+    """The one that stands for all: where components travel, that of most of them."""
     if sums := [site for site in plan.sites.values() if site.kind == "sum"]:
-        return max(sums, key=lambda site: 0 if site.transform is None else site.transform.num_components)
+        return max(sums, key=_num_components)
     raise InvalidInputError("tune", expected="a plan with sums", found="none in it", remedy="Calibrate with -tp.")
+
+
+def _num_components(site: Site) -> int:
+    codec = site.codecs[0]
+    return codec.num_components if isinstance(codec, TransformCodec) else 0
 
 
 def _affordable_rounds(expected: Mapping[Choice, float], deadline: float, budget_s: float) -> int:
@@ -125,38 +130,27 @@ def _measured(ways: Mapping[Choice, Case], rounds: int, transport: Transport) ->
 def _ways(
     site: Site, groups: tuple[tuple[int, ...], ...], x_TE: Tensor, transport: Transport, *, feeds_back: bool
 ) -> dict[Choice, Case]:
-    """Sums of `x_TE`, and coded ones of as many components of it as travel."""
+    """Sums of `x_TE`."""
     ways = {Choice("native"): Case(lambda: transport.native_all_reduce(x_TE))}
-    transform = site.transform
-    coded = Hops(site.codecs, groups, None if transform is None or transform.remix is None else transform.remix.mix)
-    z_TK = x_TE if transform is None else x_TE.new_zeros(len(x_TE), transform.num_components)
-    if feeds_back and transform is None:
+    coded = Hops(site.codecs, groups)
+    if feeds_back:
         residue = torch.zeros(3, *x_TE.shape, dtype=feedback.DTYPE)
         coded = feedback.Feedback(num_sources=(1, 1, 1)).hops(coded, residue)
-    for form, hops, given in (("plain", uncoded(x_TE.dtype), x_TE), ("coded", coded, z_TK)):
+    for form, hops in (("plain", uncoded(x_TE.dtype)), ("coded", coded)):
         for name, algorithm in (ALGORITHMS | NODE_ALGORITHMS).items():
             if algorithm.recodes and transport.world_size == 2:
                 continue  # two ranks send as many bytes in one hop
-            if algorithm.sent(hops, len(given), given.shape[1], transport.rank, transport.world_size) is None:
+            if algorithm.sent(hops, len(x_TE), x_TE.shape[1], transport.rank, transport.world_size) is None:
                 continue
-            ways[Choice(form, name)] = Case(_sum(given, hops, transport, name, transform if form == "coded" else None))
+            ways[Choice(form, name)] = Case(_sum(x_TE, hops, transport, name))
     return ways
 
 
-def _sum(
-    x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, transform: Transform | None
-) -> Callable[[], Tensor]:
-    """A sum, in place where no transform changes its width, and the synthesis of its features."""
-    remixed, y_TJ = named(algorithm).recodes, x_TE
-    if transform is not None:
-        y_TJ = x_TE.new_empty(len(x_TE), transform.num_reduced if remixed else transform.num_components)
-
-    def add_up() -> Tensor:
-        steps = deferred_all_reduce_steps(Deferred.of(x_TE), y_TJ, hops, transport, algorithm)
-        total = Pending(steps, transport).wait()
-        return total if transform is None else transform.synthesize(total, remixed=remixed)
-
-    return add_up
+def _sum(x_TE: Tensor, hops: Hops, transport: Transport, algorithm: str) -> Callable[[], Tensor]:
+    """A sum in place."""
+    return lambda: Pending(
+        deferred_all_reduce_steps(Deferred.of(x_TE), x_TE, hops, transport, algorithm), transport
+    ).wait()
 
 
 def _extrapolated(timings: Sequence[Timing], num_tokens: int) -> dict[Choice, float]:

@@ -25,11 +25,10 @@ from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.fingerprint import ModelFingerprint, in_order
 from narrowcast.plan.split import Split
-from narrowcast.plan.transform import Transform
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,13 +37,12 @@ class Site:
 
     `codecs` by hop: [0] what the ranks put in, [1] a reduced sum where it travels again, [2] sums of nodes.
     `error`: expected relative RMS error by algorithm (of a sum; "once" for what travels once as it is), measured
-    on calibration data. `transform`: where components travel in place of features.
+    on calibration data.
     """
 
     kind: str
     codecs: tuple[Codec, ...]
     error: Mapping[str, float]
-    transform: Transform | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -81,9 +79,7 @@ class Plan:
         return replace(
             self,
             sites={
-                name: site
-                if name in names
-                else replace(site, codecs=(plain,) * len(site.codecs), error={}, transform=None)
+                name: site if name in names else replace(site, codecs=(plain,) * len(site.codecs), error={})
                 for name, site in self.sites.items()
             },
             decisions=Decisions(),
@@ -155,12 +151,7 @@ class Plan:
                 config, own = codec.state()
                 hops.append({"codec": codec.id, "config": config, "tensors": sorted(own)})
                 tensors |= {f"{name}/{hop}/{key}": value.cpu().contiguous() for key, value in own.items()}
-            transform = None
-            if site.transform is not None:
-                config, own = site.transform.state()
-                transform = {"config": config, "tensors": sorted(own)}
-                tensors |= {f"{name}/transform/{key}": value.cpu().contiguous() for key, value in own.items()}
-            sites[name] = {"kind": site.kind, "stages": hops, "error": dict(site.error), "transform": transform}
+            sites[name] = {"kind": site.kind, "stages": hops, "error": dict(site.error)}
         header = {
             "format_version": FORMAT_VERSION,
             "split": asdict(self.split),
@@ -203,11 +194,7 @@ def _site(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) ->
         )
         for index, hop in enumerate(entry["stages"])
     )
-    transform = None
-    if (stored := entry["transform"]) is not None:
-        own = {key: tensors[f"{name}/transform/{key}"] for key in stored["tensors"]}
-        transform = Transform.from_state(stored["config"], own)
-    return Site(kind=entry["kind"], codecs=codecs, error=entry["error"], transform=transform)
+    return Site(kind=entry["kind"], codecs=codecs, error=entry["error"])
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

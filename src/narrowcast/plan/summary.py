@@ -6,8 +6,8 @@ from narrowcast.codecs import Codec, FeatureCodec
 from narrowcast.codecs.dynamic import DynamicCodec
 from narrowcast.plan.plan import Plan, Site
 
+OWN_AXES = "a rank's own axes have no place for what it lost before; where a sum travels again it is made good"
 ALONE = "no other sum of its stage goes into the residual stream as it does"
-TRANSFORMED = "components travel there, of whose loss a rank knows nothing in features"
 
 
 def codec_name(codec: Codec) -> str:
@@ -26,10 +26,10 @@ def feedback_in_words(plan: Plan) -> Iterator[str]:
     sums = [name for name, site in plan.sites.items() if site.kind == "sum"]
     if not sums:
         return
-    served = [name for name in chained if name in sums and plan.sites[name].transform is None]
+    served = [name for name in chained if name in sums and plan.sites[name].codecs[0].feeds_back]
     yield f"depth feedback at {len(served)} of {len(sums)} sums"
     reasons = {name: plan.feedback.refused.get(name, ALONE) for name in sums if name not in served}
-    reasons |= {name: TRANSFORMED for name in reasons if plan.sites[name].transform is not None}
+    reasons |= {name: OWN_AXES for name in reasons if not plan.sites[name].codecs[0].feeds_back}
     for reason in dict.fromkeys(reasons.values()):
         names = [short_name(name) for name in reasons if reasons[name] == reason]
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -61,7 +61,5 @@ def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:
 def _bits(site: Site, hop: int, plan: Plan) -> float:
     """Of as many features as the codec is calibrated for, otherwise of a hidden state."""
     codec = site.codecs[hop]
-    scale = codec.state()[1].get("scale")
-    num_sent = plan.model.config.get("hidden_size", 4096) if scale is None else scale.shape[-1]
-    num_features = num_sent if site.transform is None else site.transform.num_features
-    return 8 * codec.row_nbytes(num_sent) / num_features
+    num_features = codec.calibrated_features or plan.model.config.get("hidden_size", 4096)
+    return 8 * codec.row_nbytes(num_features) / num_features

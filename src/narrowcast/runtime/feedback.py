@@ -135,10 +135,11 @@ class Feedback:
         return [each.view(x.shape) for each in self._inputs]
 
     def hops(self, hops: Hops, residue: Tensor) -> Hops:
-        """The same hops, with codecs that feed back."""
+        """The same hops, with codecs that feed back; those that do not leave the residue to later sites."""
         rows = residue.split(self._num_sources)
         codecs = tuple(
-            cast(Codec, FeedbackCodec(codec, own_STE)) for codec, own_STE in zip(hops.codecs, rows, strict=False)
+            cast(Codec, FeedbackCodec(codec, own_STE)) if codec.feeds_back else codec
+            for codec, own_STE in zip(hops.codecs, rows, strict=False)
         )
         return replace(hops, codecs=codecs)
 

@@ -1,4 +1,4 @@
-"""Sums and gathers as a plan says, written once for a real rank and for virtual ones: choice, transform, counting."""
+"""Sums and gathers as a plan says, written once for a real rank and for virtual ones: choice, counting."""
 
 import math
 from abc import abstractmethod
@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from narrowcast.codecs import CastCodec, Codec
-from narrowcast.collectives import Hops, choose, named
+from narrowcast.collectives import Hops, choose
 from narrowcast.collectives.base import Deferred, Traffic
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice
-from narrowcast.plan.transform import Transform
 from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.feedback import Feedback
-from narrowcast.runtime.products import Product, components
+from narrowcast.runtime.products import Product
 from narrowcast.runtime.sites import Sites, plain
 from narrowcast.runtime.wires import Wires
 
@@ -30,59 +29,38 @@ class PlannedWires(Wires):
         chains = Chains() if count_only else sites.chains
         Wires.__init__(self, rank, tp_size, Feedback(chains, num_sources))
         self.sites, self._count_only = sites, count_only
-        self._components: dict[str, Sequence[Product]] = {}
 
     def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         products = self.products(site)
         num_tokens, num_features = math.prod(x.shape[:-1]), products[0].num_features
         x_TF = x.reshape(num_tokens, x.shape[-1])  # a rank may hold no column
-        choice, transform = self._way(site, num_tokens, num_features)
-        if transform is not None:
-            products = self._of_components(site, transform)
+        choice = self.sites.choice(site, num_tokens, num_features, self.tp_size)
         partials = [_deferred(product, x_TF) for product in products]
         like = x.new_empty(0, dtype=products[0].dtype or x.dtype)
-        total_TE = self._sum(partials, site, choice, transform, num_features, like, residue)
+        total_TE = self._sum(partials, site, choice, like, residue)
         return total_TE.view(*x.shape[:-1], num_features)
 
     def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         x, num_features = partials[0], partials[0].shape[-1]
         flat = [each.reshape(-1, num_features) for each in partials]
-        choice, transform = self._way(site, len(flat[0]), num_features)
+        choice = self.sites.choice(site, len(flat[0]), num_features, self.tp_size)
         if choice.form == "native":  # which adds up in place
             flat = [x_TE.clone() for x_TE in flat]
-        deferred = [Deferred.of(x_TE) for x_TE in flat]
-        if transform is not None:
-            deferred = [_analyzed(x_TE, transform, rank) for rank, x_TE in zip(self.ranks, flat, strict=True)]
-        return self._sum(deferred, site, choice, transform, num_features, x, residue).view(x.shape)
-
-    def _way(self, site: str, num_tokens: int, num_features: int) -> tuple[Choice, Transform | None]:
-        """The way of a sum, and the transform into the components that travel."""
-        choice = self.sites.choice(site, num_tokens, num_features, self.tp_size)
-        return choice, None if self._count_only else self.sites.transform(site, choice)
-
-    def _of_components(self, site: str, transform: Transform) -> Sequence[Product]:
-        """The products of a site that give components, made at first use."""
-        if site not in self._components:
-            pairs = zip(self.ranks, self.products(site), strict=True)
-            self._components[site] = [components(product, transform, rank) for rank, product in pairs]
-        return self._components[site]
+        return self._sum([Deferred.of(x_TE) for x_TE in flat], site, choice, x, residue).view(x.shape)
 
     def _sum(
         self,
         partials: Sequence[Deferred],
         site: str,
         choice: Choice,
-        transform: Transform | None,
-        num_features: int,
         like: Tensor,
         residue: Tensor | None,
     ) -> Tensor:
-        """Features [T, E] of the dtype and device of `like`: the sum of `partials`, or made of it if of components."""
-        num_tokens, dtype, counters = partials[0].num_tokens, like.dtype, self.sites.counters(site)
-        shape = num_tokens, num_features
-        counters.count(
-            num_tokens, self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size), dtype.itemsize
-        )
+        """The sum [T, E] of `partials`, of the dtype and device of `like`."""
+        shape, dtype = (partials[0].num_tokens, partials[0].num_features), like.dtype
+        counters = self.sites.counters(site)
+        traffic = self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size)
+        counters.count(shape[0], traffic, dtype.itemsize)
         if choice.form == "native":
             given = partials if residue is None else self.feedback.taken_along(partials, residue)
             return self._add_up_natively(given)
@@ -93,10 +71,9 @@ class PlannedWires(Wires):
             algorithm = choose("auto", hops, *shape, self.tp_size)
         if residue is not None:
             hops = self.feedback.hops(hops, residue)
-        recodes, num_summed = named(algorithm).recodes, partials[0].num_features
-        y_TE = like.new_empty(num_tokens, hops.num_reduced(num_summed) if recodes else num_summed)
+        y_TE = like.new_empty(shape)
         self._add_up(partials, y_TE, hops, algorithm, counters)
-        return y_TE if transform is None else transform.synthesize(y_TE, remixed=recodes)
+        return y_TE
 
     def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
         x, (start, stop) = parts[0], self._own_columns(site)
@@ -164,11 +141,6 @@ class PlannedWires(Wires):
 
 def _deferred(product: Product, x_TF: Tensor) -> Deferred:
     return Deferred(len(x_TF), product.num_features, lambda tokens: product(x_TF[tokens]))
-
-
-def _analyzed(x_TE: Tensor, transform: Transform, rank: int) -> Deferred:
-    """Components of partial sums that exist already."""
-    return Deferred(len(x_TE), transform.num_components, lambda own: transform.analyze(x_TE[own], rank).to(x_TE.dtype))
 
 
 def payload(codec: Codec, shape: Sequence[int]) -> Traffic:

@@ -1,8 +1,7 @@
-"""The sites of a plan on one device: their codecs by hop, their transforms, and the way that each sum takes."""
+"""The sites of a plan on one device: their codecs by hop, and the way that each sum takes."""
 
 import functools
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import torch
 
@@ -11,7 +10,6 @@ from narrowcast.collectives import Hops, choose, named
 from narrowcast.collectives.base import Traffic
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice, Decisions
-from narrowcast.plan.transform import Transform
 from narrowcast.runtime.counters import Counters, Report, SiteCounters
 from narrowcast.runtime.feedback import common_unit
 
@@ -42,19 +40,15 @@ class Sites:
         algorithm: str,
         device: torch.device,
         *,
-        transforms: Mapping[str, Transform] = MappingProxyType({}),
         chains: Chains = Chains(),
         decisions: Decisions = Decisions(),
         deterministic: bool = False,
         timed: bool = False,
     ) -> None:
         self.groups = tuple(tuple(group) for group in groups)
-        # Of components a rank has no partial sum in features, whose loss it could know.
-        self.chains = chains.among(codecs.keys() - transforms.keys())
-        self._transforms = {name: transform.to(device) for name, transform in transforms.items()}
-        mixes = {name: each.remix.mix for name, each in self._transforms.items() if each.remix is not None}
+        self.chains = chains.among(codecs.keys())
         unit = common_unit({site: codecs[site] for chain in self.chains.chains for site in chain})
-        self._coded = {name: Hops(tuple(hops), self.groups, mixes.get(name), unit) for name, hops in codecs.items()}
+        self._coded = {name: Hops(tuple(hops), self.groups, unit) for name, hops in codecs.items()}
         self._algorithm, self._deterministic = algorithm, deterministic
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
         self._algorithms: dict[tuple[str, str, int, int], str] = {}
@@ -73,10 +67,6 @@ class Sites:
         """All that was counted so far."""
         return self._counters.report()
 
-    def transform(self, site: str, choice: Choice) -> Transform | None:
-        """The transform of a site whose sums, taking that way, are of components."""
-        return self._transforms.get(site) if choice.form == "coded" else None
-
     def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
         """The way that a sum of `num_features` takes."""
         form, algorithm = ("coded", self._algorithm) if site in self._coded else ("plain", "auto")
@@ -84,8 +74,6 @@ class Sites:
         form, algorithm = decided or (form, algorithm)
         if form == "native":
             return Choice(form)
-        if form == "coded" and site in self._transforms:
-            num_features = self._transforms[site].num_components
         few_tokens = 1 if self._deterministic else min(num_tokens, world_size)  # more do not change the algorithm
         key = site if form == "coded" else "", algorithm, few_tokens, num_features
         if key not in self._algorithms:
@@ -101,26 +89,18 @@ class Sites:
         traffic = self._traffics.get(key)
         if traffic is None:
             hops = self.hops(site, dtype) if choice.form == "coded" else plain(dtype)
-            traffic = traffic_of(choice, hops, shape, rank, world_size, self.transform(site, choice))
+            traffic = traffic_of(choice, hops, shape, rank, world_size)
             if len(self._traffics) < MAX_TRAFFICS:
                 self._traffics[key] = traffic
         return traffic
 
 
-def traffic_of(
-    choice: Choice, hops: Hops, shape: tuple[int, int], rank: int, world_size: int, transform: Transform | None
-) -> Traffic:
-    """The traffic of `rank` for a sum of `shape`; components count as the features that they stand for.
-
-    A native one counts as the optimum, 2 (R - 1) / R of the values.
-    """
+def traffic_of(choice: Choice, hops: Hops, shape: tuple[int, int], rank: int, world_size: int) -> Traffic:
+    """The traffic of `rank` for a sum of `shape`; a native one counts as the optimum, 2 (R - 1) / R of the values."""
     num_tokens, num_features = shape
     if choice.form == "native":
         num_values = 2 * (world_size - 1) * num_tokens * num_features // world_size
         return Traffic(hops.codecs[0].row_nbytes(1) * num_values, num_values)
-    num_sent = num_features if transform is None else transform.num_components
-    traffic = named(choice.algorithm).sent(hops, num_tokens, num_sent, rank, world_size)
+    traffic = named(choice.algorithm).sent(hops, num_tokens, num_features, rank, world_size)
     assert traffic is not None, "only algorithms that can run are chosen"
-    if transform is None:
-        return traffic
-    return traffic._replace(num_values=traffic.num_values * transform.num_features // transform.num_components)
+    return traffic
