@@ -237,7 +237,9 @@ def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> 
     assert done.returncode == ("verdict: unusable" in done.stdout)  # of so little text
     shown = narrowcast("inspect", path).stdout
     head, _, tables = shown.partition("Values of the ranks")
-    assert ("depth feedback at 0 of 16 sums" in head) == (axes == "ranks")
+    assert (
+        ("depth feedback at 0 of 16 sums" in head) == ("a rank's own axes have no place" in head) == (axes == "ranks")
+    )
     rows = [line.split() for line in tables.splitlines() if "self_attn.o_proj" in line or "mlp.down_proj" in line]
     assert len(rows) == 32 and "…" not in shown
     assert sum(float(row[-2]) for row in rows) / 32 == pytest.approx(2.0, abs=0.05)

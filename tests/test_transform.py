@@ -19,16 +19,21 @@ import narrowcast
 from conftest import MODEL
 from models import SMALL, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
+from narrowcast.calibration.metric import in_common
+from narrowcast.calibration.sensitivity import Sensitivity
 from narrowcast.codecs import AllocatedRecipe, CastCodec, TransformCodec, TransformRecipe
 from narrowcast.codecs.allocation import BLOCK
 from narrowcast.codecs.base import NON_FINITE
 from narrowcast.codecs.fitted import fitted
+from narrowcast.collectives import Hops, named
 from narrowcast.engines import load_engine
 from narrowcast.errors import PlanFormatError, PlanMismatchError
+from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
 from narrowcast.plan.summary import bits_by_site
 from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.feedback import Feedback
 from narrowcast.runtime.products import Dense
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
@@ -142,6 +147,33 @@ def test_state_makes_the_same_codec_again(name: str) -> None:
     chosen, payload = codec.sources((2, 0)), codec.encode(x_TE, source=2)
     assert torch.equal(chosen.encode(x_TE, source=0), payload)
     assert torch.equal(chosen.decode(payload, source=0), codec.decode(payload, source=2))
+
+
+@every_form
+def test_sources_with_axes_of_their_own_feed_nothing_back(name: str) -> None:
+    """What is there already stays for sites to come; the sum, along one set of axes, feeds back in any case."""
+    codec, x_RTE, before = a_codec(name, 2), values(3, 6, 24), 0.1 * values(4, 6, 24)
+    of_sum = replace(a_codec("site", 2), components=a_codec("site", 2).components.sources((0,)))
+    residue = before.clone()
+    hops = Feedback(num_sources=(3, 1)).hops(Hops((codec, of_sum)), residue)
+    named("two_shot").twin(x_RTE, hops, None)
+    assert torch.equal(residue[:3], before[:3]) == (codec.axes == "ranks")
+    assert not torch.equal(residue[3], before[3])
+
+
+def test_sites_of_a_chain_share_one_metric() -> None:
+    """Up to a factor: the mean of their own, times what a passing error costs of what a lasting one does."""
+    squares = {site: values(4, 4).mT @ values(4, 4) * factor for site, factor in (("a", 1.0), ("b", 5.0))}
+    squares["b"] += torch.ones(4).diag()
+    squares["alone"] = torch.ones(4).diag()
+    tried = {site: Sensitivity(lasting=torch.full((4,), 2.0), fed_back=torch.ones(4)) for site in squares}
+    found = in_common(squares, tried, Chains(chains=(("a", "b"),)))
+    assert torch.equal(found["alone"], squares["alone"])
+    ratio = found["a"] / found["b"]
+    assert torch.allclose(ratio, ratio[0, 0].expand(4, 4))
+    for site in ("a", "b"):  # with a tenth in all directions besides
+        assert found[site].diagonal().mean() == pytest.approx(1.1 / 2 * squares[site].diagonal().mean().item())
+        assert torch.equal(found[site], found[site].mT)
 
 
 def test_matrices_that_do_not_fit_are_refused() -> None:

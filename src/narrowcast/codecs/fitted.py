@@ -86,7 +86,7 @@ class AllocatedRecipe(FittedRecipe):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformRecipe(FittedRecipe):
-    """Makes `AllocatedCodec`s along other axes than the features, and the transforms between the two.
+    """Makes `TransformCodec`s: `allocated` along other axes than the features.
 
     `axes`: each rank's own, one set for all ranks of a site, or such a set within blocks of `block_size` features.
     """
