@@ -82,21 +82,24 @@ def rows(
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """KL against bits: a row of panels for each run, a panel for each algorithm."""
+    """KL against bits: a row of panels for each number of ranks, a panel for each algorithm."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.6 * len(runs)), layout="constrained")
-    panels = figure.subplots(len(runs), 2, sharex=True, sharey=True, squeeze=False)
+    rows_by_tp: dict[int, list[Row]] = {}
+    for run in runs:
+        rows_by_tp.setdefault(run["tp_size"], []).extend(run["rows"])
+    figure = Figure(figsize=(11, 4.6 * len(rows_by_tp)), layout="constrained")
+    panels = figure.subplots(len(rows_by_tp), 2, sharex=True, sharey=True, squeeze=False)
     colors = dict(zip(PEERS, ("tab:gray", "tab:brown", "tab:olive", "tab:purple"), strict=True))
     colors |= {OURS: "tab:blue", WITH_MATRIX: "tab:red"}
     markers = {"plain": "s", "feedback": "o", "own part": "*"}
-    for run, both in zip(runs, panels, strict=True):
+    for (tp_size, found_rows), both in zip(rows_by_tp.items(), panels, strict=True):
         for axes, algorithm in zip(both, ALGORITHMS, strict=True):
             for codec, color in colors.items():
                 for way, marker in markers.items():
                     found = [
                         (each["bits_per_value"], each["kl_nats"])
-                        for each in run["rows"]
+                        for each in found_rows
                         if (each["codec"], each["way"], each["algorithm"]) == (codec, way, algorithm)
                     ]
                     if found:
@@ -104,11 +107,11 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
                         line = "" if codec in PEERS else "-"
                         axes.plot(*zip(*sorted(found), strict=True), marker + line, color=color, label=label)
             paper = next(
-                each for each in run["rows"] if (each["codec"], each["algorithm"]) == ("int4-feature", algorithm)
+                each for each in found_rows if (each["codec"], each["algorithm"]) == ("int4-feature", algorithm)
             )
             axes.axhline(paper["kl_nats"], color="tab:gray", linewidth=1, linestyle=":")
             axes.set_yscale("log")
-            axes.set_title(f"{algorithm}, TP {run['tp_size']}")
+            axes.set_title(f"{algorithm}, TP {tp_size}")
             axes.grid(alpha=0.3, which="both")
     for axes in panels[-1]:
         axes.set_xlabel("bits a value")
