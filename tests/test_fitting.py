@@ -332,6 +332,15 @@ def test_a_target_is_met_with_the_fewest_bits(model: nn.Module, observed: Any, f
         assert of_same == pytest.approx(of_plan, rel=0.2 if form == "features" else 0.5)
 
 
+@pytest.mark.parametrize("form", ["features", "ranks"])
+def test_without_feedback_a_target_makes_the_plan_of_as_many_bits(observed: Any, form: str) -> None:
+    """Nothing was lost in the runs that the ranges are from."""
+    plan = observed.plan(replace(RECIPES[form], target_kl=1e-4), feedback=False)
+    same = observed.plan(replace(RECIPES[form], bits=plan.calibration["bits"]), feedback=False)
+    for name, site in same.sites.items():
+        assert site.error == plan.sites[name].error
+
+
 def test_impossible_targets_are_refused(observed: Any) -> None:
     with pytest.raises(InvalidInputError, match=r"target KL: expected .* nats or more, which 8 bits a value cost here"):
         observed.plan("allocated(target_kl=1e-12)")
@@ -368,9 +377,9 @@ def test_a_site_alone_makes_what_its_ranges_tell() -> None:
 def test_partial_sums_that_do_not_span_all_features(observed: Any, recipe: FittedRecipe) -> None:
     """70 columns a rank make 96 features: components that should be zero are not quite, and their scales know it."""
     assert int(torch.linalg.matrix_rank(observed.moments[SITE].partial[0].double(), rtol=1e-5)) <= 70
-    plan = observed.plan(replace(recipe, bits=8.0))
+    plan = observed.plan(replace(recipe, bits=8.0), feedback=False)
     for site in plan.sites.values():
-        assert site.error["one_shot"] < 0.1
+        assert max(site.error.values()) < 0.1
 
 
 def on_rank(folder: Path) -> None:

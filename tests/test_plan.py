@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from narrowcast import InvalidInputError, Plan, PlanError
 from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.plan import ModelFingerprint, Site
 from narrowcast.plan.split import Split
+from narrowcast.plan.summary import bits_by_site
 
 MODEL = ModelFingerprint(
     config={"model_type": "llama", "hidden_size": 70}, samples={"embedding": ["a", "b"], "o_proj": ["c", "d"]}
@@ -135,6 +137,14 @@ def rewrite(path: Path, edit: Callable[[dict[str, object], dict[str, torch.Tenso
     edit(header, tensors)
     metadata["narrowcast"] = json.dumps(header)
     safetensors.torch.save_file(tensors, path, metadata)
+
+
+@pytest.mark.parametrize("preset", ["int4-feature", "allocated"])
+def test_bits_are_of_the_features_that_a_codec_is_calibrated_for(preset: str) -> None:
+    """Whatever the hidden size of the model: logits and gathered columns have others."""
+    codecs = calibrated(preset, torch.ones(2, 3, 320))
+    wide = replace(plan(), sites={"lm_head": Site(kind="logits", codecs=codecs, error={})})
+    assert bits_by_site(wide) == {"lm_head": tuple(8 * codec.row_nbytes(320) / 320 for codec in codecs)}
 
 
 def test_another_format_version_is_refused(saved: Path) -> None:

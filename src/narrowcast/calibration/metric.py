@@ -29,6 +29,7 @@ def in_common(fishers: Mapping[str, Tensor], tried: Mapping[str, Sensitivity], c
         metric = torch.stack([fishers[site] / means[site] for site in own]).mean(dim=0)
         metric += ROUND * torch.eye(len(metric), dtype=metric.dtype, device=metric.device)
         for site in own:
-            until_next = tried[site].fed_back.mean() / tried[site].lasting.mean()
+            lasting = tried[site].lasting.mean().clamp(min=torch.finfo(torch.float32).tiny)  # nothing may matter
+            until_next = tried[site].fed_back.mean() / lasting
             found[site] = metric * means[site] * until_next.to(metric.device)
     return found

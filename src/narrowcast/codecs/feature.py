@@ -85,6 +85,10 @@ class FeatureCodec(Codec):
         return 1
 
     @property
+    def calibrated_features(self) -> int:
+        return self.scale.shape[1]
+
+    @property
     def _num_coded(self) -> int:
         return self.scale.shape[1] - len(self.outliers)
 
