@@ -55,7 +55,7 @@ def save_plan(path: Path, codec: str) -> Path:
     """A plan for the bundled model over two ranks."""
     engine = load_engine()
     text = sequences(engine.load_tokenizer(MODEL), MODEL / "calibration.txt", length=64, limit=4)
-    plan: Plan = calibrate(engine.load(MODEL), text, tp_size=2, codec=codec)
+    plan: Plan = calibrate(engine.load(MODEL, dtype="float32"), text, tp_size=2, codec=codec)
     plan.save(path)
     return path
 

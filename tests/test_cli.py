@@ -114,7 +114,7 @@ def test_help_fits_a_screen(command: str) -> None:
 
 @pytest.mark.parametrize("option", ["-tp", "--tensor-parallel-size"])
 def test_tp_is_spelt_as_users_of_vllm_know_it(tmp_path: Path, option: str) -> None:
-    narrowcast("calibrate", MODEL, option, 3, "--text", TEXT, "--num-samples", 1, "--output", tmp_path / "plan")
+    narrowcast("calibrate", MODEL, option, 3, "--codec", "int4-feature", *SHORT, "--output", tmp_path / "plan")
     assert Plan.load(tmp_path / "plan").tp_size == 3
 
 
@@ -231,7 +231,7 @@ def test_inspect_of_codecs_that_calibrate_nothing(tmp_path: Path) -> None:
 def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> None:
     """Components stand for 256 features: bits are of these, on average over stages those that were asked for."""
     path = tmp_path / "plan"
-    arguments = "-tp", 4, "--text", TEXT, "--num-samples", 2, "--max-seq-len", 32
+    arguments = "-tp", 4, "--text", TEXT, "--num-samples", 2, "--max-seq-len", 32, "--dtype", "float32"
     codec = f"transform(bits=2, axes={axes})" if axes else "allocated(bits=2)"
     done = narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", codec, check=False)
     assert done.returncode == ("verdict: unusable" in done.stdout)  # of so little text

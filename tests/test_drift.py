@@ -263,7 +263,7 @@ def test_drift_of_two_decades_stays_readable(
 def test_ordinary_text_is_no_worse_for_it(preset: str, unguarded: Callable[[], None]) -> None:
     """The bundled model: without a guard, KL is several times as large at 8 bits."""
     engine = load_engine()
-    model, tokenizer = engine.load(MODEL), engine.load_tokenizer(MODEL)
+    model, tokenizer = engine.load(MODEL, dtype="float32"), engine.load_tokenizer(MODEL)
     plan = narrowcast.calibrate(
         model, sequences(tokenizer, MODEL / "calibration.txt", length=128, limit=8), tp_size=4, codec=preset
     )

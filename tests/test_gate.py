@@ -93,7 +93,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 
 EVALUATE = "evaluate", MODEL, "--plan"
-SHORT = "--num-samples", 6, "--max-seq-len", 48
+SHORT = "--num-samples", 6, "--max-seq-len", 48, "--dtype", "float32"
 
 
 def test_a_plan_passes_against_itself_and_one_of_fewer_bits_fails(plans: dict[int, Path], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from commands import refused, run, save_plan
 from conftest import MODEL
 
-SHORT = "--num-samples", 3, "--max-seq-len", 32
+SHORT = "--num-samples", 3, "--max-seq-len", 32, "--dtype", "float32"
 
 
 class Page(HTMLParser):

@@ -7,9 +7,10 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import narrowcast
+from narrowcast import Plan
 from narrowcast.calibration.stream import chains_of
 from narrowcast.cli import demo
 from narrowcast.engines import load_engine
@@ -45,11 +46,19 @@ def test_all_its_sums_form_a_chain(model: nn.Module) -> None:
     assert (chain[0], chain[-1]) == ("model.layers.0.self_attn.o_proj", "model.layers.29.mlp.down_proj")
 
 
-@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
-def test_feedback_wins_back_most_of_what_is_lost(model: nn.Module, algorithm: str) -> None:
+@pytest.fixture(scope="module")
+def plan(model: nn.Module) -> Plan:
+    return narrowcast.calibrate(model, ids()[:-1], tp_size=3, codec="int4-group128")
+
+
+def ids() -> list[Tensor]:
     tokenizer = load_engine().load_tokenizer(FOLDER)
-    *seen, scored = (tokenizer(text, return_tensors="pt").input_ids for text in TEXTS)
-    plan = narrowcast.calibrate(model, seen, tp_size=3, codec="int4-group128")
+    return [tokenizer(text, return_tensors="pt").input_ids for text in TEXTS]
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_feedback_wins_back_most_of_what_is_lost(model: nn.Module, plan: Plan, algorithm: str) -> None:
+    scored = ids()[-1]
     reference, kl = log_probs(model, scored), {}
     for feedback in (True, False):
         with narrowcast.attach(model, plan, simulate=True, algorithm=algorithm, feedback=feedback):
@@ -57,12 +66,10 @@ def test_feedback_wins_back_most_of_what_is_lost(model: nn.Module, algorithm: st
     assert kl[True] < 0.6 * kl[False]
 
 
-def test_a_ranks_own_part_wins_back_more(model: nn.Module) -> None:
+def test_a_ranks_own_part_wins_back_more(model: nn.Module, plan: Plan) -> None:
     """Between three ranks, of the errors of three payloads one is gone."""
-    tokenizer = load_engine().load_tokenizer(FOLDER)
-    *seen, scored = (tokenizer(text, return_tensors="pt").input_ids for text in TEXTS)
-    plan = narrowcast.calibrate(model, seen, tp_size=3, codec="int4-group128")
     assert len(plan.feedback.readers) == 59
+    scored = ids()[-1]
     reference, kl = log_probs(model, scored), {}
     for readers in (plan.feedback.readers, {}):
         tried = replace(plan, feedback=replace(plan.feedback, readers=readers))

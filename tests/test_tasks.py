@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import narrowcast
+from commands import typed
 from conftest import MODEL
 from narrowcast import InvalidInputError, Plan
 from narrowcast.engines import load_engine
@@ -422,7 +423,7 @@ def test_evaluate_reports_tasks(harness: None, plan: Plan, folder: Path) -> None
     )
     assert found["by_task"]["lambada_openai"]["perplexity"] > 1
 
-    evaluate(*quick, *tasks, "--limit", 1, "--json", folder / "report.json")
+    typed("evaluate", MODEL, *quick, *tasks, "--limit", 1, "--json", folder / "report.json")
     report = json.loads((folder / "report.json").read_text(encoding="utf8"))
     assert report["tasks"]["by_task"]["arc_easy"]["num_items"] == 1
 
@@ -434,7 +435,7 @@ def test_evaluate_refuses_before_it_loads_a_model(harness: None, plan: Plan, fol
         (("--tasks", *of(folder, "arc_easy"), "--limit", 0), "limit: expected 1 item or more, found 0"),
         (("--limit", 5), "--limit: expected --tasks with it"),
     ):
-        done = evaluate("--plan", folder / "plan", *arguments)
+        done = typed("evaluate", MODEL, "--plan", folder / "plan", *arguments)
         assert done.returncode == 1
         assert done.stderr.startswith(f"narrowcast: error: {message}"), done.stderr
 

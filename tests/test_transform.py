@@ -233,7 +233,7 @@ def test_the_bundled_model_on_four_ranks(ranks: Pools, tmp_path: Path, form: str
     folder.symlink_to(MODEL, target_is_directory=True)
     ids = text()
     codec = "allocated(bits=2)" if form == "features" else f"transform(axes={form}, bits=2)"
-    plan = narrowcast.calibrate(transformers.load(MODEL), ids, tp_size=4, codec=codec)
+    plan = narrowcast.calibrate(transformers.load(MODEL, dtype="float32"), ids, tp_size=4, codec=codec)
     plan.save(tmp_path / "plan")
     expected = simulated_logits(plan, ids[0])
     for logits, bits in ranks(4).run(logits_on_rank, MODEL, tmp_path / "plan", ids[0]):
@@ -249,13 +249,13 @@ def text() -> list[Tensor]:
 
 
 def simulated_logits(plan: Plan, ids: Tensor) -> tuple[Tensor, float | None]:
-    model = transformers.load(MODEL)
+    model = transformers.load(MODEL, dtype="float32")
     with torch.no_grad(), narrowcast.attach(model, plan, simulate=True) as handle:
         return model(ids).logits, handle.report().bits_per_value
 
 
 def logits_on_rank(folder: Path, plan: Path, ids: Tensor) -> tuple[Tensor, float | None]:
-    model = transformers.load(folder, split=Split(tp_size=dist.get_world_size()))
+    model = transformers.load(folder, split=Split(tp_size=dist.get_world_size()), dtype="float32")
     with torch.no_grad(), narrowcast.attach(model, Plan.load(plan)) as handle:
         return model(ids).logits, handle.report().bits_per_value
 

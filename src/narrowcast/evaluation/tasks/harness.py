@@ -1,6 +1,7 @@
 """Letting lm-evaluation-harness ask a model: it forms the requests and scores them, narrowcast only reads them off."""
 
 import contextlib
+import functools
 import io
 import logging
 import sys
@@ -81,10 +82,9 @@ def _check_installed() -> None:
 
 def _loaded(names: list[str]) -> dict[str, Any]:
     from datasets.exceptions import DatasetsError
-    from lm_eval.tasks import TaskManager
 
     own = [name for name in names if not name.endswith(".yaml")]
-    manager = TaskManager(include_defaults=bool(own))
+    manager = _manager(include_defaults=bool(own))
     unknown = sorted(set(own) - set(manager.all_tasks))
     unknown += [name for name in names if name not in own and not Path(name).is_file()]
     if unknown:
@@ -103,6 +103,14 @@ def _loaded(names: list[str]) -> dict[str, Any]:
             found=str(error).strip().splitlines()[0].rstrip("."),
             remedy="Check the connection, or pass a YAML file whose data_files are on this machine.",
         ) from error
+
+
+@functools.cache
+def _manager(*, include_defaults: bool) -> Any:
+    """The manager of tasks, which reads some ten thousand files for the harness's own ones."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=include_defaults)
 
 
 def _check_scored_by_likelihood(name: str, task: Any) -> None:
