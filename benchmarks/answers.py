@@ -57,7 +57,7 @@ def page(model: nn.Module, tokenizer: Any, calibration: Sequence[Tensor], name: 
     said = {"uncompressed": continuations(model, prompts, MAX_NEW_TOKENS)}
     seen = observe(model, calibration, tp_size=tp_size, moments="diagonal")
     for contestant, (codec, feedback) in CODECS.items():
-        with attach(model, seen.plan(codec, feedback=feedback), simulate=True) as handle:
+        with attach(model, seen.plan(codec, feedback=feedback, measured=False), simulate=True) as handle:
             answers = continuations(model, prompts, MAX_NEW_TOKENS)
             said[f"{contestant}: {handle.report().bits_per_value:.2f} bits a value"] = answers
     yield HEAD.format(model=name, tp=tp_size)

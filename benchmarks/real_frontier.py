@@ -56,8 +56,8 @@ def row(texts: Texts, codec: str, way: str, plan: Plan, algorithm: str) -> Row:
 def ways(seen: Observations, codec: str, *, plain: bool) -> Iterator[tuple[str, Plan]]:
     """A codec's plans, as they are and with less."""
     if plain:
-        yield "plain", seen.plan(codec, feedback=False)
-    plan = seen.plan(codec)
+        yield "plain", seen.plan(codec, feedback=False, measured=False)
+    plan = seen.plan(codec, measured=False)
     yield "feedback", replace(plan, feedback=replace(plan.feedback, readers={}))
     if plan.feedback.read:
         yield "own part", plan
@@ -77,7 +77,7 @@ def rows(
                 yield row(texts, OURS, way, plan, algorithm)
     for bits in of_transforms:
         for algorithm in ALGORITHMS:
-            plan = seen.plan(f"{WITH_MATRIX}(bits={bits:g}, algorithm={algorithm})")
+            plan = seen.plan(f"{WITH_MATRIX}(bits={bits:g}, algorithm={algorithm})", measured=False)
             yield row(texts, WITH_MATRIX, "own part" if plan.feedback.read else "feedback", plan, algorithm)
 
 

@@ -47,7 +47,7 @@ def rows(plain: Mapping[str, TaskAnswers], coded: Mapping[str, TaskAnswers], **a
 
 def plans(seen: Observations) -> Iterator[tuple[str, Plan]]:
     for name, codec in CODECS.items():
-        yield name, seen.plan(codec, feedback=name not in WITHOUT_FEEDBACK)
+        yield name, seen.plan(codec, feedback=name not in WITHOUT_FEEDBACK, measured=False)
 
 
 def main() -> None:

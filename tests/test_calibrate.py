@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,20 @@ def test_expected_errors_are_those_of_the_plan(model: nn.Module) -> None:
         assert 0 < site.error["one_shot"] < site.error["two_shot"]
         # 127 / 7 times coarser steps; the sequence that set the ranges clips nothing.
         assert 8 < coarse.sites[name].error["one_shot"] / site.error["one_shot"] < 32
+
+
+@pytest.mark.parametrize("codec", ["int4-feature", "allocated(bits=3)"])
+def test_a_plan_that_is_not_measured_is_the_same_but_for_what_it_says_of_errors(model: nn.Module, codec: str) -> None:
+    seen = observe(model, sequences(), tp_size=2, moments="diagonal")
+    measured, plan = seen.plan(codec), seen.plan(codec, measured=False)
+    assert not any(site.error for site in plan.sites.values()) and "kl_nats" not in plan.calibration
+    same = replace(
+        plan,
+        calibration=measured.calibration,
+        sites={name: replace(site, error=measured.sites[name].error) for name, site in plan.sites.items()},
+    )
+    assert plan.calibration.items() < measured.calibration.items()
+    assert same.fingerprint == measured.fingerprint
 
 
 def test_wrong_input_is_refused(model: nn.Module) -> None:

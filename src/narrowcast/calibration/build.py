@@ -67,15 +67,20 @@ class Observations:
         *,
         within: str | Recipe = "bf16",
         feedback: bool = True,
+        measured: bool = True,
         track: Track = untold,
     ) -> Plan:
-        """The plan of these codecs, asked for as in `calibrate`; `within` serves in nodes."""
+        """The plan of these codecs, asked for as in `calibrate`; `within` serves in nodes.
+
+        Unless `measured` it says nothing of the errors it makes and of the KL divergence it costs, which take runs.
+        """
         recipes = recipes_by_kind(codec)
         self._check(recipes)
         chains = self.chains if feedback else self.chains.turned_off()
         moments = self._minded(chains, recipes.get("sum"))
         given = dataclasses.replace(self, chains=chains, moments=moments)
-        return Maker(given, recipes, recipe_of_one(within), self.judge, track).plan()
+        maker = Maker(given, recipes, recipe_of_one(within), self.judge, track)
+        return maker.measured(maker.plan()) if measured else maker.plan()
 
     def _minded(self, chains: Chains, of_sums: Recipe | None) -> dict[str, Moments]:
         """The moments of features, or of pairs of them, with what an error costs that lives as long as in `chains`."""
@@ -132,15 +137,24 @@ class Maker:
         self._fitted = of_sums if isinstance(of_sums, FittedRecipe) and given.moments else None
 
     def plan(self) -> Plan:
-        """The plan, which says how it was made and what it costs."""
+        """The plan, which says how it was made."""
         fitted, bits = self._fitted, None
         if fitted is not None:
             bits = fitted.bits or (FIRST_BITS if fitted.target_kl else fitted.default_bits)
         seen = self._seen_under(self._plan(self._sites(self._drafted(), bits), {}))
         if fitted is not None and fitted.target_kl is not None:
             bits = self._fewest_bits(seen, fitted.target_kl)
-        sites = self._with_errors(self._sites(seen, bits))
-        return self._judged(self._complete(sites, {} if bits is None else {"bits": bits}))
+        return self._complete(self._sites(seen, bits), {} if bits is None else {"bits": bits})
+
+    def measured(self, plan: Plan) -> Plan:
+        """The plan, which says what errors its codecs make and what KL divergence it costs on what was held out."""
+        own = {name: site for name, site in plan.sites.items() if name in self._kinds}
+        plan = self._complete(self._with_errors(own), plan.calibration)
+        kl = {"kl_nats": self._kl(plan)}
+        if any(plan.feedback.chains):
+            kl["kl_nats_without_feedback"] = self._kl(dataclasses.replace(plan, feedback=plan.feedback.turned_off()))
+        told = {name: float(f"{value:.4g}") for name, value in kl.items()}
+        return dataclasses.replace(plan, calibration={**plan.calibration, **told})
 
     def _drafted(self) -> Observations:
         """The observations for a draft, where what components lose may come back in all directions, as yet unseen."""
@@ -238,14 +252,6 @@ class Maker:
                 run(given.model, ids)
         errors = observer.errors()
         return {name: dataclasses.replace(site, error=errors.get(name, {})) for name, site in sites.items()}
-
-    def _judged(self, plan: Plan) -> Plan:
-        """The plan, which says what KL divergence it costs on the text that was held out."""
-        kl = {"kl_nats": self._kl(plan)}
-        if any(plan.feedback.chains):
-            kl["kl_nats_without_feedback"] = self._kl(dataclasses.replace(plan, feedback=plan.feedback.turned_off()))
-        told = {name: float(f"{value:.4g}") for name, value in kl.items()}
-        return dataclasses.replace(plan, calibration={**plan.calibration, **told})
 
     def _kl(self, plan: Plan) -> float:
         """The KL divergence of a plan, by the algorithm that its codecs were asked for, or that would be chosen."""

@@ -148,7 +148,7 @@ def _calibrate(
     whole = load_engine().load(folder, dtype=dtype)
     seen = observe(whole, text, tp_size=tp_size, moments=moments, track=tracked)
     for path, each in contestants.items():
-        seen.plan(each.codec, feedback=each.feedback, track=tracked).save(path)
+        seen.plan(each.codec, feedback=each.feedback, measured=False, track=tracked).save(path)
 
 
 def _row(name: str, outcome: Outcome) -> dict[str, Any]:
