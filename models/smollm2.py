@@ -2,8 +2,8 @@
 
 usage: python models/smollm2.py     (into models/smollm2-135m, unless it is there)
 
-Its weights are unpacked from 4 bits to BF16. calibration.txt and scoring.txt are sampled from it: its own answers to
-questions of ours, in chat format, top-p 0.9, documents split by form feeds. `make model` calls this.
+Its weights are unpacked from 4 bits to BF16. calibration.txt and scoring.txt are sampled from it, in FP32: its own
+answers to questions of ours, in chat format, top-p 0.9, documents split by form feeds. `make model` calls this.
 """
 
 import os
@@ -47,7 +47,7 @@ def main() -> None:
         engine.save(model, folder / "model")
         tokenizer.save_pretrained(folder / "model")
         texts = iter(
-            answers(model, tokenizer, [task.format(each) for each in chain(*SUBJECTS.values()) for task in TASKS])
+            answers(model.float(), tokenizer, [task.format(each) for each in chain(*SUBJECTS.values()) for task in TASKS])
         )
         for name, subjects in SUBJECTS.items():
             own = islice(texts, len(subjects) * len(TASKS))
