@@ -47,7 +47,9 @@ def main() -> None:
         engine.save(model, folder / "model")
         tokenizer.save_pretrained(folder / "model")
         texts = iter(
-            answers(model.float(), tokenizer, [task.format(each) for each in chain(*SUBJECTS.values()) for task in TASKS])
+            answers(
+                model.float(), tokenizer, [task.format(each) for each in chain(*SUBJECTS.values()) for task in TASKS]
+            )
         )
         for name, subjects in SUBJECTS.items():
             own = islice(texts, len(subjects) * len(TASKS))

@@ -74,7 +74,8 @@ Format make_minifloat(int num_bits, int mantissa_bits, int smallest_exponent, in
 Format make_allocated(size_t num_features, size_t num_blocks, size_t num_escapes, size_t row_nbytes,
                       bool same_order, uintptr_t scale, uintptr_t reciprocal, uintptr_t order, uintptr_t slots,
                       uintptr_t widths, uintptr_t token_scale, uintptr_t token_reciprocal, uintptr_t scale_edges,
-                      uintptr_t levels, uintptr_t by_subset, uintptr_t edges, uintptr_t up_to) {
+                      uintptr_t levels, uintptr_t by_subset, uintptr_t edges, uintptr_t bisected, uintptr_t nearest,
+                      uintptr_t up_to) {
   Format format = {};
   format.kind = Kind::allocated;
   format.num_features = num_features;
@@ -89,7 +90,7 @@ Format make_allocated(size_t num_features, size_t num_blocks, size_t num_escapes
   format.widths = at<const uint8_t>(widths);
   format.tables = {at<const float>(token_scale), at<const float>(token_reciprocal), at<const float>(scale_edges),
                    at<const float>(levels),      at<const float>(by_subset),        at<const float>(edges),
-                   at<const uint8_t>(up_to)};
+                   at<const float>(bisected),    at<const float>(nearest),          at<const uint16_t>(up_to)};
   return format;
 }
 

@@ -13,8 +13,8 @@ constexpr uint8_t kLargestScale = 253, kGuarded = 254, kNotFinite = 255;  // cod
 constexpr size_t kMostEscapes = 15, kEscapeNbytes = 4;
 constexpr uint16_t kNoFeature = 0xFFFF;
 constexpr float kReach = 8.0f, kLargestBf16 = 0x1.FEp127f;
-constexpr size_t kLevels = 512, kSubset = 128, kPlaces = 1024, kFirst = 8;  // rows of LevelTables
-constexpr float kBeyondEdges = 7.5f, kZero = 8.0f, kPlacesOfOne = 64.0f;  // all edges lie below the first; `up_to`
+constexpr size_t kLevels = 512, kSubset = 128, kPlaces = 2048, kFirst = 8;  // rows of LevelTables
+constexpr float kBeyondEdges = 7.5f, kZero = 8.0f, kPlacesOfOne = 128.0f;  // all edges lie below the first; `up_to`
 constexpr size_t kTrellisLanes = 16, kSubsets = 4, kStates = 4, kSets = kTrellisLanes / kLanes;  // codecs/trellis.py
 
 constexpr size_t block_nbytes(int width) { return kBlock / 8 * size_t(width); }
@@ -200,35 +200,88 @@ NARROWCAST_INLINE uint8_t scale_code(const LevelTables& tables, float mean_squar
   return uint8_t(1 + sum(num_edges));
 }
 
-// How many edges are not above each value, by bisection.
+// The nearest levels to some values in each subset, and their places there: a byte each, subset 0 in the lowest.
+struct Nearest {
+  F32 level[kSubsets];
+  I32 places;
+};
+
+// Each subset has a level or two.
 template <int width>
-NARROWCAST_INLINE I32 count_edges(const float* edges, F32 value) {
-  if (width == 1) return I32{};
-  constexpr int kHalf = 1 << width >> 2;
-  I32 count = (value >= splat(edges[kHalf - 1])) & kHalf;
-#pragma GCC unroll 5
-  for (int step = kHalf / 2; step; step /= 2) {
-    count |= (value >= look_up<width - 1>(edges, count + (step - 1))) & step;
+NARROWCAST_INLINE Nearest compare(const LevelTables& tables, size_t row, F32 value) {
+  const float *edges = tables.edges + row * kLevels, *levels = tables.by_subset + row * kSubsets * kSubset;
+  Nearest found = {};
+#pragma GCC unroll 4
+  for (size_t subset = 0; subset < kSubsets; ++subset) {
+    found.level[subset] = splat(levels[subset * kSubset]);
+    if (width == 1) continue;
+    const I32 is_above = value >= splat(edges[subset]);
+    found.level[subset] = select(is_above, splat(levels[subset * kSubset + 1]), found.level[subset]);
+    found.places |= is_above & int32_t(1u << 8 * subset);
   }
-  return count;
+  return found;
 }
 
-// The place and the level of each value's nearest in one subset; values are limited to where the edges end.
+// By bisection, the look-ups within registers. Subset s has (count + 3 - s) / 4 of `count` edges.
 template <int width>
-NARROWCAST_INLINE void find_nearest(const LevelTables& tables, size_t row, F32 limited, I32 places, I32& index,
-                                    F32& level) {
-  const float *edges = tables.edges + row * kSubset, *levels = tables.by_subset + row * kSubset;
-  if (width <= 2 || width - 1 <= kRegisterBits) {
-    index = count_edges<width>(edges, limited);
-    level = width == 1 ? splat(levels[0]) : look_up<width - 1>(levels, index);
-    return;
+NARROWCAST_INLINE Nearest bisect(const LevelTables& tables, size_t row, F32 value) {
+  const float* edges = tables.bisected + row * kLevels;
+  I32 count = {};
+#pragma GCC unroll 8
+  for (int depth = 0; depth <= width; ++depth) {
+    F32 edge;  // the first 2**depth - 1 are of depths before
+    switch (depth) {
+      case 0: edge = splat(edges[0]); break;
+      case 1: edge = look_up<1>(edges + 1, count); break;
+      case 2: edge = look_up<2>(edges + 3, count); break;
+      case 3: edge = look_up<3>(edges + 7, count); break;
+      case 4: edge = look_up<4>(edges + 15, count); break;
+      case 5: edge = look_up<5>(edges + 31, count); break;
+      default: edge = look_up<6>(edges + 63, count); break;
+    }
+    count = count + count - (value >= edge);
   }
-  const uint8_t* up_to = tables.up_to + row * kPlaces;
+  count |= count << 8;
+  count |= count << 16;
+  Nearest found;
+  found.places = ((count + 0x00010203) >> 2) & 0x3F3F3F3F;
+#pragma GCC unroll 4
+  for (size_t subset = 0; subset < kSubsets; ++subset) {
+    const I32 place = bits_as<I32>(bits_as<U32>(found.places) >> int(8 * subset));
+    found.level[subset] = look_up<width - 1>(tables.by_subset + (row * kSubsets + subset) * kSubset, place);
+  }
+  return found;
+}
+
+// Lane by lane, from the place of each value on a grid.
+template <int width>
+NARROWCAST_INLINE Nearest look_around(const LevelTables& tables, size_t row, F32 value) {
+  constexpr float kUnit = float(1 << width), kLimit = kBeyondEdges * kUnit;
+  const F32 limited = min(max(value, splat(-kLimit)), splat(kLimit));
+  const I32 places = __builtin_convertvector((limited + kZero * kUnit) * (kPlacesOfOne / kUnit), I32);
+  const float* edges = tables.edges + row * kLevels;
+  const uint16_t* up_to = tables.up_to + row * kPlaces;
+  Nearest found;
   for (size_t lane = 0; lane < kLanes; ++lane) {
-    const uint8_t below = up_to[places[lane]];  // at most one edge more is not above the value
-    index[lane] = below + (limited[lane] >= edges[below]);
-    level[lane] = levels[index[lane]];
+    int32_t count = up_to[places[lane]];  // at most two edges more are not above the value
+    count += limited[lane] >= edges[count];
+    count += limited[lane] >= edges[count];
+    const float* nearest = tables.nearest + (row * kLevels + size_t(count)) * kSubsets;
+    uint32_t packed = 0;
+    for (size_t subset = 0; subset < kSubsets; ++subset) {
+      found.level[subset][lane] = nearest[subset];
+      packed |= uint32_t(count + 3 - int(subset)) >> 2 << (8 * subset);
+    }
+    found.places[lane] = int32_t(packed);
   }
+  return found;
+}
+
+template <int width>
+NARROWCAST_INLINE Nearest find_nearest(const LevelTables& tables, size_t row, F32 value) {
+  if constexpr (width <= 2) return compare<width>(tables, row, value);
+  else if constexpr (width <= kRegisterBits) return bisect<width>(tables, row, value);
+  else return look_around<width>(tables, row, value);
 }
 
 // What the best paths to each state cost, by lane.
@@ -247,24 +300,18 @@ struct Paths {
 template <int width>
 NARROWCAST_INLINE void extend_paths(const LevelTables& tables, size_t first_row, F32 reciprocal, float* slots,
                                     size_t count, Paths& paths) {
-  const size_t row = (first_row + size_t(width - 1)) * kSubsets;
-  constexpr float kWeight = float(1 << 2 * width);
+  const size_t row = first_row + size_t(width - 1);
+  reciprocal *= float(1 << width);  // of what is left at this width, the unit of errors
   for (size_t set = 0; set < kSets; ++set) {
     F32 cost[kStates];
     for (size_t state = 0; state < kStates; ++state) cost[state] = paths.cost[set][state];
     for (size_t slot = set * kLanes; slot < count; slot += kTrellisLanes) {
       const F32 value = load(slots + slot) * reciprocal;
-      const F32 limited = min(max(value, splat(-kBeyondEdges)), splat(kBeyondEdges));
-      const I32 places = __builtin_convertvector((limited + kZero) * kPlacesOfOne, I32);
-      I32 word = {};
+      const Nearest found = find_nearest<width>(tables, row, value);
+      I32 word = found.places;
       F32 missed[kSubsets], next[kStates];
-#pragma GCC unroll 4
       for (size_t subset = 0; subset < kSubsets; ++subset) {
-        I32 index;
-        F32 level;
-        find_nearest<width>(tables, row + subset, limited, places, index, level);
-        word |= index << int(8 * subset);
-        missed[subset] = (value - level) * (value - level) * kWeight;
+        missed[subset] = (value - found.level[subset]) * (value - found.level[subset]);
       }
 #pragma GCC unroll 4
       for (size_t state = 0; state < kStates; ++state) {

@@ -142,8 +142,8 @@ const T* filled(std::vector<Buffer<T>>& kept, size_t size, Value value) {
 
 // Tables as Python makes them, but for what the numbers are.
 LevelTables level_tables(Case& made) {
-  constexpr float kSpacing = 0.03f;
-  auto num_edges = [](size_t width) { return (size_t{1} << width) - 1; };  // counted from 0
+  constexpr float kSpacing = 0.0078f;
+  auto num_edges = [](size_t width) { return (size_t{4} << width) - 4; };  // counted from 0
   auto edge = [](size_t i, size_t count) { return kSpacing * (float(i) - float(count) / 2); };
   auto scale = [](size_t code) { return code > 0 && code < 254 ? std::exp2((float(code) - 127) / 8) : 0.0f; };
   LevelTables tables;
@@ -152,14 +152,16 @@ LevelTables level_tables(Case& made) {
   tables.scale_edges = filled(made.floats, 256, [&](size_t i) { return i < 252 ? scale(i + 1) * scale(i + 2) : NAN; });
   tables.levels = filled(made.floats, 16 * 512, [](size_t i) { return float(i % 512); });
   tables.by_subset = filled(made.floats, 16 * 4 * 128, [](size_t i) { return float(i % 128); });
-  tables.edges = filled(made.floats, 16 * 4 * 128, [&](size_t i) {
-    const size_t count = num_edges(i / 512 % 8);
-    return i % 128 < count ? edge(i % 128, count) : INFINITY;
+  tables.edges = filled(made.floats, 16 * 512, [&](size_t i) {
+    const size_t width = i / 512 % 8, count = num_edges(width);
+    return i % 512 < count ? edge(i % 512, count) * float(2 << width) : INFINITY;
   });
-  tables.up_to = filled(made.bytes, 16 * 4 * 1024, [&](size_t i) {
-    const size_t count = num_edges(i / 4096 % 8);
+  tables.bisected = filled(made.floats, 16 * 512, [](size_t i) { return i % 7 ? float(i % 16) - 8 : NAN; });
+  tables.nearest = filled(made.floats, 16 * 512 * 4, [](size_t i) { return float(i % 4); });
+  tables.up_to = filled(made.places, 16 * 2048, [&](size_t i) {
+    const size_t count = num_edges(i / 2048 % 8);
     size_t below = 0;
-    while (below < count && edge(below, count) < float(i % 1024) / 64 - 8) ++below;
+    while (below < count && edge(below, count) < float(i % 2048) / 128 - 8) ++below;
     return below;
   });
   return tables;

@@ -89,9 +89,11 @@ struct LevelTables {
   const float *token_scale, *token_reciprocal;  // [256], by code; zero where a code stands for no number
   const float* scale_edges;                     // [256]: mean squares at which the next code begins, then NaN
   const float* levels;                          // [16, 512], ascending: those of four subsets in turn
-  const float* by_subset;                       // [16, 4, 128]
-  const float* edges;                           // [16, 4, 128]: between them, infinity behind them
-  const uint8_t* up_to;                         // [16, 4, 1024]: how many edges lie below place / 64 - 8
+  // For encoders, in units of 2**-width (codecs/kernels/cpu.py):
+  const float* by_subset;                       // [16, 4, 128]: levels
+  const float *edges, *bisected;                // [16, 512]: ascending, then infinity; by bisection, then NaN
+  const float* nearest;                         // [16, 512, 4]: levels by how many edges are not above a value
+  const uint16_t* up_to;                        // [16, 2048]: how many edges lie below place / 128 - 8
 };
 
 // A codec with its parameters, which belong to the Python codec.

@@ -309,35 +309,34 @@ NARROWCAST_INLINE F32 gather(const float* from, const uint16_t* places) {
 }
 
 // Codes of so many bits `look_up` finds without going to memory.
-#if defined(__AVX512BW__)
-constexpr int kRegisterBits = 5;
-#elif defined(__AVX2__)
-constexpr int kRegisterBits = 4;
+#if defined(__AVX2__)
+constexpr int kRegisterBits = 6;
 #else
 constexpr int kRegisterBits = 0;
 #endif
 
-// table[code] of codes below 2**width; 16 entries of the table may be read though it is shorter.
+// table[code], of the lowest `width` bits of each code; 16 entries of the table may be read though it is shorter.
 template <int width>
 NARROWCAST_INLINE F32 look_up(const float* table, I32 codes) {
 #if defined(__AVX512BW__)
   const __m512i code = bits_as<__m512i>(codes);
-  if (width <= 4) return bits_as<F32>(_mm512_permutexvar_ps(code, _mm512_loadu_ps(table)));
-  if (width == 5) {
+  if constexpr (width <= 4) return bits_as<F32>(_mm512_permutexvar_ps(code, _mm512_loadu_ps(table)));
+  if constexpr (width == 5) {
     return bits_as<F32>(_mm512_permutex2var_ps(_mm512_loadu_ps(table), code, _mm512_loadu_ps(table + 16)));
   }
 #elif defined(__AVX2__)
-  const __m256i code = bits_as<__m256i>(codes);
-  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);  // reads 3 bits
-  if (width <= 3) return bits_as<F32>(low);
-  if (width == 4) {
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
-    return bits_as<F32>(_mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28))));
+  if constexpr (width <= 3) {
+    return bits_as<F32>(_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), bits_as<__m256i>(codes)));
   }
 #endif
-  F32 values;
-  for (size_t lane = 0; lane < kLanes; ++lane) values[lane] = table[codes[lane]];
-  return values;
+  if constexpr (0 < width && width <= kRegisterBits) {
+    const F32 low = look_up<width - 1>(table, codes), high = look_up<width - 1>(table + (1 << width >> 1), codes);
+    return select((codes << (32 - width)) < 0, high, low);  // blending looks at the highest bit
+  } else {
+    F32 values;
+    for (size_t lane = 0; lane < kLanes; ++lane) values[lane] = table[codes[lane] & ((1 << width) - 1)];
+    return values;
+  }
 }
 
 }  // namespace NARROWCAST_PATH

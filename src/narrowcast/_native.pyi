@@ -41,8 +41,11 @@ def allocated(
     token_reciprocal: int,
     scale_edges: int,
     levels: int,
+    by_subset: int,
     edges: int,
-    first_edge: int,
+    bisected: int,
+    nearest: int,
+    up_to: int,
 ) -> Format: ...
 def encode(
     format: Format,

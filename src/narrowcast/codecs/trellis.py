@@ -31,7 +31,6 @@ UNIT = 4096  # levels are whole multiples of 1 / UNIT, hence edges of 1 / (2 * U
 MAX_BITS = 8
 LANES = 16
 SUBSETS = STATES = 4
-PLACES_PER_UNIT, PLACES, ZERO_PLACE = 64, 1024, 512  # of `TrellisTables.up_to`
 
 # Mean square error of a standard normal value in 0 to 8 bits, over sequences of 64 (benchmarks/codebooks.py).
 DISTORTION = 1.0, 0.32035, 0.089624, 0.024526, 0.0064857, 0.0016887, 0.00043057, 0.00010834, 0.000027236
@@ -67,16 +66,15 @@ def subsets(levels_M: Tensor) -> Tensor:
 
 
 class TrellisTables(NamedTuple):
-    """Look-ups of kernels, a row for each width, and again one for each of first values.
+    """Look-ups, a row for each width, and again one for each of first values; fp32 [16, 512], both ascending.
 
-    `levels`: fp32 [16, 512]. `by_subset`: fp32 [16, 4, 128]. `edges` between them: infinity behind them, fp32
-    [16, 4, 128]. `up_to`: how many edges lie below place / 64 - 8, uint8 [16, 4, 1024]: edges lie farther apart.
+    `levels`, zeros behind them. `edges`: halfway between a level and the next one of its subset, infinity behind them.
+    Subsets take turns in both, so that n edges not above a value tell its nearest level in all four: of subset s it is
+    number (n + 3 - s) // 4.
     """
 
     levels: Tensor
-    by_subset: Tensor
     edges: Tensor
-    up_to: Tensor
 
 
 @cache
@@ -88,17 +86,11 @@ def tables() -> PerDevice[TrellisTables]:
 def tables_of(levels_by_width: Sequence[Tensor]) -> TrellisTables:
     """The tables of other levels, by width from one bit on."""
     levels_by_width = [*levels_by_width, *(first_levels(each) for each in _WIDTHS)]
-    pad, by_subset = torch.nn.functional.pad, [subsets(each) for each in levels_by_width]
-    edges = [(each[:, 1:] + each[:, :-1]) / 2 for each in by_subset]
-    places = (torch.arange(PLACES) - ZERO_PLACE) / PLACES_PER_UNIT
-    size = 2 ** (MAX_BITS - 1)
+    edges_by_width = [(each[SUBSETS:] + each[:-SUBSETS]) / 2 for each in levels_by_width]
+    pad, size = torch.nn.functional.pad, 2 ** (MAX_BITS + 1)
     return TrellisTables(
-        levels=torch.stack([pad(each, (0, SUBSETS * size - len(each))) for each in levels_by_width]),
-        by_subset=torch.stack([pad(each, (0, size - each.shape[1])) for each in by_subset]),
-        edges=torch.stack([pad(each, (0, size - each.shape[1]), value=math.inf) for each in edges]),
-        up_to=torch.stack([torch.stack([torch.bucketize(places, row) for row in each]) for each in edges]).to(
-            torch.uint8
-        ),
+        levels=torch.stack([pad(each, (0, size - len(each))) for each in levels_by_width]),
+        edges=torch.stack([pad(each, (0, size - len(each)), value=math.inf) for each in edges_by_width]),
     )
 
 
@@ -113,11 +105,9 @@ def encode(q_TS: Tensor, widths: Sequence[int], found: TrellisTables | None = No
     metric[0] = 0.0
     places, decisions = [], []
     for x_TL, width, row in zip(steps, widths, _rows(widths), strict=True):
-        nearest = [
-            torch.bucketize(x_TL.contiguous(), edges, right=True)
-            for edges in found.edges[row, :, : 2 ** (width - 1) - 1].contiguous()
-        ]
-        missed = [x_TL - subset[place] for subset, place in zip(found.by_subset[row], nearest, strict=True)]
+        count = torch.bucketize(x_TL.contiguous(), found.edges[row, : 2 ** (width + 1) - SUBSETS], right=True)
+        nearest = [count + 3 - subset >> 2 for subset in range(SUBSETS)]
+        missed = [x_TL - found.levels[row, (place << 2) + subset] for subset, place in enumerate(nearest)]
         cost = [each * each * 4.0**width for each in missed]
         # State 2 b + a has the path bits a, b behind it; it comes from states 2 a and 2 a + 1.
         ways = [

@@ -3,6 +3,8 @@
 A codec's parameters become one C++ object, its form, the first time that a kernel is asked for it.
 """
 
+import functools
+import math
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -32,6 +34,7 @@ except ImportError:  # there was no compiler at the install
 
 _DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SCALES = {"bf16": 0, "e8m0": 1, "e4m3": 2}
+_PLACES, _PLACES_PER_UNIT, _BEYOND_EDGES = 2048, 128, 8.0  # of `up_to` in `_quantizers`
 _LARGE = 1 << 19  # values from which on several threads may share a tensor
 
 
@@ -189,7 +192,6 @@ def _allocated(codec: "AllocatedCodec") -> tuple[object, ...]:
     as_bf16_RE = widths_RN.repeat_interleave(BLOCK, dim=1)[:, :num_features] == AS_BF16
     is_bf16_RE = torch.zeros_like(as_bf16_RE).scatter(1, order_RE.long(), as_bf16_RE)
     token = TOKEN_SCALES.on(torch.device("cpu"))
-    quantizers = trellis.tables().on(torch.device("cpu"))
     tensors = [
         pad(tables.scale.float().gather(1, order_RE.long()), missing),
         tables.reciprocal.masked_fill(is_bf16_RE, 0.0),
@@ -199,13 +201,41 @@ def _allocated(codec: "AllocatedCodec") -> tuple[object, ...]:
         token.scales,
         token.reciprocals,
         pad(token.edges, (0, 256 - len(token.edges)), value=torch.nan),
-        *quantizers,
+        *_quantizers(),
     ]
     tensors = [each.contiguous() for each in tensors]
     sizes = num_features, num_blocks, codec.num_escapes, codec.row_nbytes(num_features)
     same_order = torch.equal(order_RE, order_RE[:1].expand_as(order_RE))
     form = native.allocated(*sizes, same_order, *(each.data_ptr() for each in tensors))
     return form, *tensors
+
+
+@functools.cache
+def _quantizers() -> tuple[Tensor, ...]:
+    """The trellis's levels, then what encoders look up, in units of 2**-width. All have a row for each of its tables.
+
+    `by_subset`: levels of each subset, [16, 4, 128]. `edges`, [16, 512], and these in the order in which bisection
+    takes them, the middle one first, then those of the two halves. `nearest`: the nearest level in each subset by how
+    many edges are not above a value, [16, 512, 4]. `up_to`: how many lie below place / 128 - 8, int16 [16, 2048]: at
+    most two lie between two places.
+    """
+    levels, edges = trellis.tables().on(torch.device("cpu"))
+    unit = 2.0 ** torch.arange(1, trellis.MAX_BITS + 1).repeat(2)[:, None]
+    by_subset = (levels * unit).unflatten(1, (-1, trellis.SUBSETS)).mT
+    count, subset = torch.arange(edges.shape[1])[:, None], torch.arange(trellis.SUBSETS)
+    last = torch.arange(2, trellis.MAX_BITS + 2).exp2().repeat(2).long()[:, None, None] - trellis.SUBSETS
+    of_count = torch.minimum(count, last) + 3 - subset >> 2
+    nearest = (levels * unit).gather(1, ((of_count << 2) + subset).flatten(1)).unflatten(1, (-1, trellis.SUBSETS))
+    finite = edges.masked_fill(edges.isinf(), math.nan)  # infinity itself is not above what stands behind them
+    bisected = torch.full_like(edges, math.nan)
+    for row, num_bits in enumerate([*range(1, trellis.MAX_BITS + 1)] * 2):
+        for depth in range(num_bits + 1):
+            step = 2 ** (num_bits - depth)
+            taken = finite[row, step - 1 : 2 ** (num_bits + 1) - 1 : 2 * step]
+            bisected[row, 2**depth - 1 : 2 ** (depth + 1) - 1] = taken
+    places = torch.arange(_PLACES) / _PLACES_PER_UNIT - _BEYOND_EDGES
+    up_to = torch.stack([torch.bucketize(places, row) for row in edges]).to(torch.int16)
+    return levels, by_subset.contiguous(), edges * unit, bisected * unit, nearest.contiguous(), up_to
 
 
 # How a codec of each format becomes a form, with the tensors that the form points to.
