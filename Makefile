@@ -16,7 +16,7 @@ test: .venv/ready
 	.venv/bin/pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 test-slow: .venv/ready
-	.venv/bin/pytest -m slow $(ARGS)
+	.venv/bin/pytest -m slow --numprocesses 2 --dist loadgroup $(ARGS)
 
 lint: .venv/ready
 	.venv/bin/ruff check
