@@ -1,13 +1,14 @@
 """Zero-shot tasks on a real model: accuracy kept and answers changed, by codec.
 
-usage: python benchmarks/tasks.py --model FOLDER --calibrate TEXT --data FOLDER [--limit N] [--tp N] [--json FILE]
+usage: python benchmarks/tasks.py --model FOLDER --calibrate TEXT --data FOLDER [--codecs NAME ...] [--limit N] [--tp N]
+                                  [--json FILE]
 
 TEXT: as frontier.py has it. --data: the JSON lines that examples/tasks reads, hellaswag.jsonl among them. Simulated, in
 FP32, by `auto`, which is two_shot among 3 ranks. "BF16": plain BF16 sums; the paper as published is without feedback.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,9 @@ def rows(plain: Mapping[str, TaskAnswers], coded: Mapping[str, TaskAnswers], **a
     yield {**about, "task": "mean of the paper's five", **asdict(compare(*paper).mean)}
 
 
-def plans(seen: Observations) -> Iterator[tuple[str, Plan]]:
-    for name, codec in CODECS.items():
-        yield name, seen.plan(codec, feedback=name not in WITHOUT_FEEDBACK, measured=False)
+def plans(seen: Observations, names: Sequence[str]) -> Iterator[tuple[str, Plan]]:
+    for name in names:
+        yield name, seen.plan(CODECS[name], feedback=name not in WITHOUT_FEEDBACK, measured=False)
 
 
 def main() -> None:
@@ -56,6 +57,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, required=True, metavar="TEXT")
     parser.add_argument("--calibration-sequences", type=int, default=16)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--codecs", nargs="*", default=list(CODECS), choices=list(CODECS), metavar="NAME")
     parser.add_argument("--limit", type=int, help="items of each task at most")
     parser.add_argument("--tp", type=int, default=3)
     asked = parser.parse_args()
@@ -66,7 +68,7 @@ def main() -> None:
     os.chdir(asked.data)  # where the tasks look for their data
     tasks = TaskSet(names=[str(EXAMPLES / f"{name}.yaml") for name in TASKS], limit=asked.limit)
     plain, table = answer(model, tokenizer, tasks), []
-    for name, plan in plans(observe(model, text, tp_size=asked.tp, moments="diagonal")):
+    for name, plan in plans(observe(model, text, tp_size=asked.tp, moments="diagonal"), asked.codecs):
         with attach(model, plan, simulate=True) as handle:
             coded = answer(model, tokenizer, tasks)
             bits = handle.report().bits_per_value
