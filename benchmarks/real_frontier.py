@@ -2,7 +2,7 @@
 
 usage: python benchmarks/real_frontier.py [--json FILE] [--model FOLDER] [--calibrate TEXT] [--score TEXT] [--tp N]
                                           [--peers CODEC ...] [--bits N ...] [--transforms N ...]
-       python benchmarks/real_frontier.py --draw FILE.png --json FILE     (draws the runs of a result, by tp)
+       python benchmarks/real_frontier.py --draw FILE.png --json FILE   (the runs on the texts of the first one, by tp)
 
 TEXT: as frontier.py has it; `make model` gets a real model. In FP32. A row gives bits a value (of two_shot: the mean of
 what ranks put in and of the sum, which travels again, the last sum's included), KL in nats from the uncompressed model
@@ -86,7 +86,10 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     rows_by_tp: dict[int, list[Row]] = {}
-    for run in runs:
+    texts = "calibrated_on", "scored_on"
+    for run in sorted(runs, key=lambda run: -run["tp_size"]):
+        if any(run[name] != runs[0][name] for name in texts):
+            continue
         rows_by_tp.setdefault(run["tp_size"], []).extend(run["rows"])
     figure = Figure(figsize=(11, 4.6 * len(rows_by_tp)), layout="constrained")
     panels = figure.subplots(len(rows_by_tp), 2, sharex=True, sharey=True, squeeze=False)
