@@ -176,6 +176,14 @@ def test_sites_of_a_chain_share_one_metric() -> None:
         assert torch.equal(found[site], found[site].mT)
 
 
+def test_a_site_that_costs_nothing_leaves_the_metric_of_others_whole() -> None:
+    """A layer whose weights are zero, say."""
+    squares = {"a": torch.eye(4), "b": torch.zeros(4, 4)}
+    tried = {site: Sensitivity(*[each.diagonal()] * 2) for site, each in squares.items()}
+    found = in_common(squares, tried, Chains(chains=(("a", "b"),)))
+    assert torch.allclose(found["a"], torch.eye(4) * (0.5 + 0.1)) and torch.equal(found["b"], squares["b"])
+
+
 def test_matrices_that_do_not_fit_are_refused() -> None:
     config, tensors = a_codec("blocks").state()
     for wrong in (
