@@ -18,7 +18,7 @@ from ranks import Ranks
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 SHARED = Path(__file__).parents[2] / "shared"
 
-# Files whose tests start processes of their own, besides all tests that take the fixture `ranks`.
+# Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
 STARTING_PROCESSES = "bench", "cli", "failure", "handshake", "launch", "tcp", "wire_bytes"
 
 torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores
@@ -26,11 +26,14 @@ torch.set_num_threads(1)  # as the ranks compute, and so that results do not dep
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One of two workers has all tests that start ranks, which would take each other's cores; a file stays together."""
+    """A file stays together; one worker has the pools of ranks, and one what starts processes, which mostly waits."""
     for item in items:
-        name = item.path.stem.removeprefix("test_")
-        starts = name in STARTING_PROCESSES or "ranks" in getattr(item, "fixturenames", ())
-        item.add_marker(pytest.mark.xdist_group("ranks" if starts else name))
+        group = item.path.stem.removeprefix("test_")
+        if group in STARTING_PROCESSES:
+            group = "processes"
+        elif "ranks" in getattr(item, "fixturenames", ()):
+            group = "ranks"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
