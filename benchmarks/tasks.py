@@ -4,37 +4,49 @@ usage: python benchmarks/tasks.py --model FOLDER --calibrate TEXT --data FOLDER 
                                   [--json FILE]
 
 TEXT: as frontier.py has it. --data: the JSON lines that examples/tasks reads, hellaswag.jsonl among them. Simulated, in
-FP32, by `auto`, which is two_shot among 3 ranks. "BF16": plain BF16 sums; the paper as published is without feedback.
+FP32, by `auto`, which is two_shot among 3 ranks, unless a name says one_shot. "BF16": plain BF16 sums; the paper as
+published is without feedback.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import reporting
 from scoring import places
 
-from narrowcast import Plan, attach
-from narrowcast.calibration import DEFAULT_CODEC, Observations, observe
+from narrowcast import attach
+from narrowcast.calibration import DEFAULT_CODEC, observe
+from narrowcast.codecs import Recipe
 from narrowcast.engines import load_engine
 from narrowcast.evaluation.tasks import TaskAnswers, TaskSet, answer, compare
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "tasks"
 PAPER = "arc_easy", "arc_challenge", "winogrande", "hellaswag", "boolq"
 TASKS = *PAPER, "lambada_openai", "piqa"
-CODECS = {
-    "BF16": "bf16",
-    "the paper, as published": "int4-feature",
-    "the default": DEFAULT_CODEC,
-    "3.4 bits": "allocated(bits=3.4)",
-    "2.5 bits": "allocated(bits=2.5)",
-    "2 bits": "allocated(bits=2)",
-}
-WITHOUT_FEEDBACK = "BF16", "the paper, as published"
 
 Row = dict[str, Any]
+
+
+class Contestant(NamedTuple):
+    """A codec, and how it is used."""
+
+    codec: str | Recipe
+    feedback: bool = True
+    algorithm: str = "auto"
+
+
+CONTESTANTS = {
+    "BF16": Contestant("bf16", feedback=False),
+    "the paper, as published": Contestant("int4-feature", feedback=False),
+    "the default": Contestant(DEFAULT_CODEC),
+    "4.19 bits, one_shot": Contestant("allocated(bits=4.19, algorithm=one_shot)", algorithm="one_shot"),
+    "3.4 bits": Contestant("allocated(bits=3.4)"),
+    "2.5 bits": Contestant("allocated(bits=2.5)"),
+    "2 bits": Contestant("allocated(bits=2)"),
+}
 
 
 def rows(plain: Mapping[str, TaskAnswers], coded: Mapping[str, TaskAnswers], **about: Any) -> Iterator[Row]:
@@ -46,18 +58,13 @@ def rows(plain: Mapping[str, TaskAnswers], coded: Mapping[str, TaskAnswers], **a
     yield {**about, "task": "mean of the paper's five", **asdict(compare(*paper).mean)}
 
 
-def plans(seen: Observations, names: Sequence[str]) -> Iterator[tuple[str, Plan]]:
-    for name in names:
-        yield name, seen.plan(CODECS[name], feedback=name not in WITHOUT_FEEDBACK, measured=False)
-
-
 def main() -> None:
     parser = reporting.parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--calibrate", type=Path, required=True, metavar="TEXT")
     parser.add_argument("--calibration-sequences", type=int, default=16)
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--codecs", nargs="*", default=list(CODECS), choices=list(CODECS), metavar="NAME")
+    parser.add_argument("--codecs", nargs="*", default=list(CONTESTANTS), choices=list(CONTESTANTS), metavar="NAME")
     parser.add_argument("--limit", type=int, help="items of each task at most")
     parser.add_argument("--tp", type=int, default=3)
     asked = parser.parse_args()
@@ -68,8 +75,11 @@ def main() -> None:
     os.chdir(asked.data)  # where the tasks look for their data
     tasks = TaskSet(names=[str(EXAMPLES / f"{name}.yaml") for name in TASKS], limit=asked.limit)
     plain, table = answer(model, tokenizer, tasks), []
-    for name, plan in plans(observe(model, text, tp_size=asked.tp, moments="diagonal"), asked.codecs):
-        with attach(model, plan, simulate=True) as handle:
+    seen = observe(model, text, tp_size=asked.tp, moments="diagonal")
+    for name in asked.codecs:
+        codec, feedback, algorithm = CONTESTANTS[name]
+        plan = seen.plan(codec, feedback=feedback, measured=False)
+        with attach(model, plan, simulate=True, algorithm=algorithm) as handle:
             coded = answer(model, tokenizer, tasks)
             bits = handle.report().bits_per_value
         for row in rows(plain, coded, codec=name, bits_per_value=bits):

@@ -20,7 +20,7 @@ ROWS = {
         "transport", "codec", "algorithm", "world_size", "nbytes", "link", "median_us", "p99_us", "wire_bytes",
         "limit_us",
     },
-    "model": {"link", "codec", "transport", "prefill_tokens", "ttft_ms", "decode_ms_per_token"},
+    "model": {"link", "codec", "transport", "prompt_chunks", "prefill_tokens", "ttft_ms", "decode_ms_per_token"},
 }  # fmt: skip
 LINK = "1Gbps,0.1ms"
 DRAW = Path(__file__).parents[1] / "benchmarks" / "pictures.py"
@@ -50,7 +50,7 @@ def test_p99_and_spread() -> None:
 OPTIONS: dict[str, list[object]] = {
     "codec": ["--codec", "int4-feature", "--codec", "bf16", "--size", "2K"],
     "collective": ["--size", "4K..16K", "--codec", "int4-feature"],
-    "model": [],
+    "model": ["--prompt-chunks", "1", "--prompt-chunks", "2"],
 }
 
 

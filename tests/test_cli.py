@@ -70,13 +70,13 @@ COMMANDS = {
     ),
     "evaluate": (
         "--algorithm --baseline --device --dtype --json --limit --max-seq-len --no-feedback --num-samples --plan "
-        "--real --report --sites --tasks --text --timeout"
+        "--prompt-chunks --real --report --sites --tasks --text --timeout"
     ),
     "inspect": "--overwrite --plot",
     "tune": "--output --overwrite --timeout --transport",
-    "generate": "--dtype --max-new-tokens --no-feedback --plan --prompt --timeout --transport",
+    "generate": "--dtype --max-new-tokens --no-feedback --plan --prompt --prompt-chunks --timeout --transport",
     "rotate": "--axes --device --max-seq-len --num-samples --overwrite --tensor-parallel-size --text",
-    "bench": "--codec --json --link --size --tensor-parallel-size --transport",
+    "bench": "--codec --json --link --prompt-chunks --size --tensor-parallel-size --transport",
     "codecs": "",
     "doctor": "",
 }
@@ -92,9 +92,9 @@ def options() -> dict[str, dict[str, Any]]:
 
 
 def test_commands_and_options_are_pinned() -> None:
-    """Eleven commands, 71 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
+    """Eleven commands, 74 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
     assert {command: " ".join(sorted(found)) for command, found in options().items()} == COMMANDS
-    assert sum(map(len, options().values())) == 71
+    assert sum(map(len, options().values())) == 74
 
 
 def test_an_option_has_one_default() -> None:
@@ -104,7 +104,7 @@ def test_an_option_has_one_default() -> None:
         for name, default in found.items():
             defaults.setdefault(name, set()).add(str(default))
     several = {name: values for name, values in defaults.items() if len(values) > 1}
-    assert several.keys() <= {"--codec", "--link", "--transport", "--tensor-parallel-size"}, several
+    assert several.keys() <= {"--codec", "--link", "--prompt-chunks", "--transport", "--tensor-parallel-size"}, several
 
 
 @pytest.mark.parametrize("command", COMMANDS)

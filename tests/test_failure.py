@@ -251,14 +251,16 @@ def test_a_rank_that_does_not_agree_is_named_as_in_the_world(ranks: Callable[[in
     assert ranks(3).run(share_in_a_group) == [(), (2,), ()]
 
 
-def generate_until_lost(folder: Path, plan: Path, marks: Path) -> tuple[int, ...]:
+def generate_until_lost(
+    folder: Path, plan: Path, marks: Path, length: int = 5, max_new_tokens: int = 100
+) -> tuple[int, ...]:
     loaded = Plan.load(plan)
     model = load_engine().load(folder, split=loaded.split)
-    with narrowcast.attach(model, loaded, timeout_s=20.0):
+    with narrowcast.attach(model, loaded, timeout_s=20.0, prompt_chunks=2):
         while True:
             (marks / f"{dist.get_rank()}").touch()
             try:
-                model.generate(random_ids(1, 5), max_new_tokens=100, do_sample=False)
+                model.generate(random_ids(1, length), max_new_tokens=max_new_tokens, do_sample=False)
             except PeerLostError as error:
                 return error.ranks
 
@@ -283,10 +285,13 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder, plan
 
 
-def test_a_rank_killed_while_a_model_generates(served: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("length", "max_new_tokens"), [(5, 100), (100, 1)], ids=["decoding", "prompts in turns"])
+def test_a_rank_killed_while_a_model_generates(
+    served: tuple[Path, Path], tmp_path: Path, length: int, max_new_tokens: int
+) -> None:
     pool = Ranks(2)
     try:
-        pool.start(generate_until_lost, *served, tmp_path)
+        pool.start(generate_until_lost, *served, tmp_path, length, max_new_tokens)
         wait_for_all(tmp_path, 2)
         time.sleep(0.3)
         os.kill(pool.processes[1].pid, signal.SIGKILL)

@@ -176,7 +176,7 @@ def test_nothing_leaks_from_one_forward_into_the_next() -> None:
             simulator.partial_sums(name)(x)
         for mine, fresh in zip(forward(simulator, given), expected, strict=True):
             assert torch.equal(mine, fresh)
-    assert simulator.feedback._residue is None, "nothing is kept after the last site"
+    assert simulator.feedback._loss.residue is None, "nothing is kept after the last site"
 
 
 @pytest.mark.parametrize("interrupted", ["another site in between was left out", "another number of tokens"])

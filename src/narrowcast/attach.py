@@ -3,22 +3,26 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Self
 
+import torch
 from torch import nn
 
 from narrowcast.collectives import check_algorithm, check_name
 from narrowcast.engines import Engine, device_of, engine_of
 from narrowcast.engines.forwards import Forwards
-from narrowcast.errors import InvalidInputError, PlanMismatchError
+from narrowcast.errors import InvalidInputError, NarrowcastError, PlanMismatchError
 from narrowcast.plan import Plan
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import SUMS, Split
 from narrowcast.plan.summary import feedback_in_words
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.counters import Report
+from narrowcast.runtime.prompts import MIN_TOKENS, Chunks, Prompts
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
+from narrowcast.runtime.turns import import_greenlet
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, transports_of
 
 logger = logging.getLogger(__name__)
@@ -32,14 +36,14 @@ class Handle:
     Several suspended handles may stand by on one model; one at most is at work.
     """
 
-    def __init__(self, model: nn.Module, forwards: Forwards, sites: Sites) -> None:
-        self._model, self._sites = model, sites
+    def __init__(self, model: nn.Module, forwards: Forwards, sites: Sites, prompts: Prompts | None = None) -> None:
+        self._model, self._sites, self._prompts = model, sites, prompts
         self._forwards: Forwards | None = forwards
         setattr(model, _ATTACHED, self)
 
     def report(self) -> Report:
         """The figures of what this rank has sent since `attach`."""
-        return self._sites.report()
+        return replace(self._sites.report(), prompts={} if self._prompts is None else dict(self._prompts.counted))
 
     def suspend(self) -> None:
         """Give the model back the forwards that it had until `resume`; a second call does nothing."""
@@ -85,6 +89,7 @@ def attach(
     deterministic: bool = False,
     feedback: bool = True,
     timed: bool = False,
+    prompt_chunks: Chunks = "auto",
     transport: str = "auto",
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Handle:
@@ -99,6 +104,8 @@ def attach(
     `feedback=False`: what a payload loses is lost for good, and not made good by the next sum where the plan says that
     it can be.
     `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.
+    `prompt_chunks=2`: the halves of a long prompt take turns, one computing while sums of the other travel (needs
+    greenlet); simulated, one runs after the other, which is the same arithmetic. 1: one forward. "auto": 1.
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
     `timeout_s`: how long to wait for a rank before it counts as lost.
@@ -106,7 +113,8 @@ def attach(
     model or not the same on every rank, PeerLostError when a rank does not come.
     """
     engine, device = engine_of(model), device_of(model)
-    _check_arguments(plan, algorithm, transport)
+    _check_arguments(plan, algorithm, transport, prompt_chunks, deterministic)
+    prompts = Prompts() if prompt_chunks == 2 else None
     codecs = {name: site.codecs for name, site in plan.sites.items()}
     sites = Sites(
         codecs,
@@ -125,13 +133,25 @@ def attach(
     else:
         _check_split(engine, model, plan)
         tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
-        options = f"{count_only=}, {deterministic=}, {feedback=}"
+        options = f"{count_only=}, {deterministic=}, {feedback=}, {prompt_chunks=}"
         mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": options}
-        _check_on_all_ranks(engine, model, plan, [each for each in (tp, pp) if each is not None], mine)
+        connected = [each for each in (tp, pp) if each is not None]
+        _check_on_all_ranks(engine, model, plan, connected, mine, in_turns=prompts is not None)
         _tell(plan, algorithm, sites, tp, pp)
         wires = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
     _tell_of_feedback(plan, feedback)
-    return Handle(model, engine.take_over(model, plan.split, wires), sites)
+    forwards = engine.take_over(model, plan.split, wires)
+    if prompts is not None:
+        engine.halve_prompts(model, plan.split, wires, prompts, forwards)
+        if isinstance(wires, Communicator):
+            try:
+                _check_turns(engine, model, wires)
+            except BaseException:
+                forwards.restore()
+                raise
+            sites.forget()
+            prompts.counted.clear()
+    return Handle(model, forwards, sites, prompts)
 
 
 def check_detached(model: nn.Module) -> None:
@@ -145,11 +165,22 @@ def check_detached(model: nn.Module) -> None:
         )
 
 
-def _check_arguments(plan: Plan, algorithm: str, transport: str) -> None:
+def _check_arguments(plan: Plan, algorithm: str, transport: str, prompt_chunks: object, deterministic: bool) -> None:
     if not isinstance(plan, Plan):
         raise InvalidInputError("attach", expected="a Plan", found=repr(plan), remedy="Load it with Plan.load(path).")
     check_name(algorithm)
     check_transport(transport)
+    if prompt_chunks not in ("auto", 1, 2):
+        raise InvalidInputError(
+            "prompt_chunks", expected="auto, 1 or 2", found=repr(prompt_chunks), remedy="More than two never paid."
+        )
+    if deterministic and prompt_chunks == 2:
+        raise InvalidInputError(
+            "deterministic",
+            expected="one forward for a prompt",
+            found="prompt_chunks=2, which rounds otherwise than one",
+            remedy="Leave out one of the two.",
+        )
     for site in plan.sites.values():
         if site.kind in SUMS:
             check_algorithm(algorithm, site.codecs, plan.groups)
@@ -187,18 +218,42 @@ def _tell_of_feedback(plan: Plan, feedback: bool) -> None:
 
 
 def _check_on_all_ranks(
-    engine: Engine, model: nn.Module, plan: Plan, connected: Sequence[Transport], mine: Mapping[str, str]
+    engine: Engine,
+    model: nn.Module,
+    plan: Plan,
+    connected: Sequence[Transport],
+    mine: Mapping[str, str],
+    *,
+    in_turns: bool,
 ) -> None:
     """Refuse on all ranks what any of them refuses, and other plans or options than those of the rest."""
     refusal = None
     try:
         _check_attachable(engine, model, plan, whole=False)
-    except InvalidInputError as error:
+        if in_turns:
+            import_greenlet()
+    except NarrowcastError as error:
         refusal = error
     for each in connected:
         refusal = _agree(each, mine, refusal)
     if refusal is not None:
         raise refusal
+
+
+def _check_turns(engine: Engine, model: nn.Module, wires: Communicator) -> None:
+    """InvalidInputError on every rank unless a prompt in turns is what it is with one half after the other."""
+    in_turns = engine.short_prompt(model, MIN_TOKENS)
+    wires.takes_turns = False
+    in_sequence = engine.short_prompt(model, MIN_TOKENS)
+    wires.takes_turns = True
+    differing = wires.tp.share("" if torch.equal(in_turns, in_sequence) else "differs", "comparing turns")
+    if any(differing):
+        raise InvalidInputError(
+            type(model).__name__,
+            expected="a prompt that is the same in turns and with one half after the other",
+            found=f"another one on ranks {[rank for rank, each in enumerate(differing) if each]}",
+            remedy="Attach with prompt_chunks=1, and report this model.",
+        )
 
 
 def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bool) -> None:
@@ -224,9 +279,7 @@ def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bo
         )
 
 
-def _agree(
-    transport: Transport, mine: Mapping[str, str], refusal: InvalidInputError | None
-) -> InvalidInputError | None:
+def _agree(transport: Transport, mine: Mapping[str, str], refusal: NarrowcastError | None) -> NarrowcastError | None:
     """The refusal of any rank of the group, this one's first, or of a plan that they do not share."""
     refused = {"refusal": None if refusal is None else str(refusal)}
     texts = transport.share(json.dumps({**mine, **refused}), "comparing plans")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from narrowcast.cli import options
 from narrowcast.cli.options import DEFAULT_TP, JsonOption, TensorParallel
 from narrowcast.cli.tables import table
 from narrowcast.codecs import PRESETS, recipe
@@ -20,6 +21,7 @@ from narrowcast.perf import collective as collectives
 from narrowcast.perf import model as models
 from narrowcast.perf.machine import machine
 from narrowcast.perf.sizes import parse_sizes, written
+from narrowcast.runtime.prompts import Chunks
 from narrowcast.transport.tcp import COMPILED
 
 Rows = list[dict[str, Any]]
@@ -34,7 +36,7 @@ COLUMNS: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {  # of words, and
         {"wire_bytes": "sent", "median_us": "median, us", "p99_us": "p99", "limit_us": "limit"},
     ),
     "model": (
-        ("codec", "transport"),
+        ("codec", "transport", "prompt_chunks"),
         {"ttft_ms": "first token, ms", "decode_ms_per_token": "then, ms a token"},
     ),
 }
@@ -57,6 +59,9 @@ def bench(
     transport: Annotated[
         list[str] | None, typer.Option(help=f"Of {', '.join(collectives.TRANSPORTS)}, one after the other.")
     ] = None,
+    prompt_chunks: Annotated[
+        list[str] | None, typer.Option(metavar="1|2", help="2: halves of the prompt in turns; again for both.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Measure kernels of codecs, sums over ranks, or a split model, each against a yardstick in the same run.
@@ -66,7 +71,15 @@ def bench(
     Everything that is timed must first give the right bits.
     """
     check_report(json)
-    _check_options(subject, {"--size": (size, "model"), "--link": (link, "codec"), "--transport": (transport, "codec")})
+    _check_options(
+        subject,
+        {
+            "--size": (size, ["model"]),
+            "--link": (link, ["codec"]),
+            "--transport": (transport, ["codec"]),
+            "--prompt-chunks": (prompt_chunks, ["codec", "collective"]),
+        },
+    )
     if tp < 2:
         raise InvalidInputError("-tp", expected="2 or more", found=tp, remedy="One rank has nobody to send to.")
     links: Sequence[Link | None] = list(dict.fromkeys(map(Link.parse, link or ()))) or [None]
@@ -76,7 +89,7 @@ def bench(
     elif subject == "collective":
         parts = _collectives(codec, size, tp, links, transports)
     else:
-        parts = _models(codec, tp, links, transports)
+        parts = _models(codec, tp, links, transports, [options.prompt_chunks(each) for each in prompt_chunks or "1"])
     rows = _measured(parts)
     if json is not None:
         write_report(json, {"command": shlex.join(["narrowcast", *sys.argv[1:]]), "machine": machine(), "rows": rows})
@@ -101,8 +114,12 @@ def _collectives(
         yield f"{tp} ranks on {link or NO_LINK}", collectives.rows(sweep, tp, link)
 
 
-def _models(codec: Sequence[str] | None, tp: int, links: Sequence[Link | None], over: Sequence[str]) -> Iterator[Part]:
-    job = replace(models.DEFAULT, codecs=_recipes(codec, models.DEFAULT.codecs), transports=over, tp_size=tp)
+def _models(
+    codec: Sequence[str] | None, tp: int, links: Sequence[Link | None], over: Sequence[str], chunks: Sequence[Chunks]
+) -> Iterator[Part]:
+    usual = models.DEFAULT
+    codecs = _recipes(codec, usual.codecs)
+    job = replace(usual, codecs=codecs, transports=over, tp_size=tp, prompt_chunks=chunks)
     with models.prepared(job) as folder:
         for link in links:
             yield f"{job.shape}, {tp} ranks on {link or NO_LINK}", models.rows(job, folder, link)
@@ -133,10 +150,10 @@ def _cell(column: str, value: str | float | None) -> str:
     return "" if value is None else str(value)
 
 
-def _check_options(subject: str, given: Mapping[str, tuple[Sequence[str] | None, str]]) -> None:
+def _check_options(subject: str, given: Mapping[str, tuple[Sequence[str] | None, Sequence[str]]]) -> None:
     """InvalidInputError for an option that means nothing to this subject."""
     for option, (value, meaningless) in given.items():
-        if value and subject == meaningless:
+        if value and subject in meaningless:
             raise InvalidInputError(
                 option, expected=f"none with {subject}", found=", ".join(value), remedy="Leave it out."
             )

@@ -40,6 +40,7 @@ def evaluate(
     limit: Annotated[int | None, option(TEXT, "N", "Items of each task at most.")] = None,
     algorithm: options.AlgorithmOption = "auto",
     no_feedback: options.NoFeedback = False,
+    prompt_chunks: options.PromptChunks = "auto",
     device: options.Device = "cpu",
     dtype: options.DtypeOption = "auto",
     real: options.Real = False,
@@ -57,6 +58,7 @@ def evaluate(
     if real and sites:
         raise InvalidInputError("--sites", expected="without --real", found="both", remedy="Leave one of them out.")
     asked: dict[str, Any] = {"algorithm": algorithm, "feedback": not no_feedback}
+    asked |= {"prompt_chunks": options.prompt_chunks(prompt_chunks)}
     asked |= {"tasks": _tasks(tasks, limit), "track": tracked}
     text = text or Path(model) / "scoring.txt"
     loaded, tokenizer = Plan.load(plan), load_engine().load_tokenizer(model)

@@ -23,6 +23,7 @@ def generate(
     max_new_tokens: Annotated[int, option(TEXT, "N", "Tokens to add at most.", min=1)] = 64,
     transport: options.TransportOption = "auto",
     no_feedback: options.NoFeedback = False,
+    prompt_chunks: options.PromptChunks = "auto",
     dtype: options.DtypeOption = "auto",
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -38,6 +39,7 @@ def generate(
         plans=[plan],
         transport=transport,
         feedback=not no_feedback,
+        prompt_chunks=options.prompt_chunks(prompt_chunks),
         dtype=dtype,
         timeout_s=timeout,
         prompts=prompts,
@@ -56,9 +58,11 @@ def summary(report: Report, split: Split) -> str:
     each = "a token and rank" if split.pp_size == 1 else "a token, the first ranks of all stages together"
     bits = "nothing" if report.bits_per_value is None else f"{report.bits_per_value:.4f} bits a value"
     uncompressed = ", ".join(f"{name} {nbytes:.0f}" for name, nbytes in report.uncompressed_bytes_per_token.items())
+    prompts = ", ".join(f"{how} ({count})" for how, count in report.prompts.items())
     return (
         f"sent {bits}, {report.wire_bytes_per_token:.0f} bytes {each}"
         + (f"; uncompressed besides, bytes {each}: {uncompressed}" if uncompressed else "")
+        + (f"; long prompts {prompts}" if prompts else "")
         + (f"; {report.num_saturated} values clipped on all ranks" if report.num_saturated else "")
         + (f"; {report.num_non_finite} values not finite" if report.num_non_finite else "")
         + (f"; {report.num_guarded} tokens coded by the guard (far out of range)" if report.num_guarded else "")

@@ -10,6 +10,7 @@ from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.engines import Dtype
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
+from narrowcast.runtime.prompts import Chunks
 from narrowcast.transport import TRANSPORTS
 
 # Groups of options in a command's help, and defaults.
@@ -43,9 +44,18 @@ DtypeOption = Annotated[Dtype, option(RUN, "NAME", f"{', '.join(get_args(Dtype))
 Real = Annotated[bool, option(RUN, None, "On real ranks, not simulated.", "--real")]
 TransportOption = Annotated[str, option(RUN, "NAME", f"{', '.join(TRANSPORTS)}.")]
 NoFeedback = Annotated[bool, option(RUN, None, "What a sum loses is lost for good.", "--no-feedback")]
+PromptChunks = Annotated[str, option(RUN, "N", "auto, 1, or 2: halves in turns.", "--prompt-chunks")]
 Timeout = Annotated[float, option(RUN, "SECONDS", "Until a rank is lost.", min=0.1)]
 JsonOption = Annotated[Path | None, option(OUTPUT, "FILE", "Figures; replaces an earlier report.")]
 Overwrite = Annotated[bool, option(OUTPUT, None, "Replace what an earlier run wrote.", "--overwrite")]
+
+
+def prompt_chunks(given: str) -> Chunks:
+    """The number that `attach` takes, or auto; InvalidInputError for anything else."""
+    chunks: dict[str, Chunks] = {"auto": "auto", "1": 1, "2": 2}
+    if given not in chunks:
+        raise InvalidInputError("--prompt-chunks", expected=", ".join(chunks), found=given, remedy="Pass 2, say.")
+    return chunks[given]
 
 
 def checked_split(tp_size: int, pp_size: int, experts: Experts) -> Split:

@@ -63,13 +63,18 @@ class Pending:
         if self._under_way.get(self._number) is self:
             del self._under_way[self._number]
 
-    def wait(self) -> Tensor:
-        """The result; PeerLostError if a rank is lost."""
-        for number in self._before:
-            if number in self._under_way:
-                self._under_way[number].wait()
+    def wait(self, meanwhile: Callable[[], None] | None = None) -> Tensor:
+        """The result; PeerLostError if a rank is lost.
+
+        `meanwhile` is called before each wait, for something else to be computed, and must do that in the same order
+        on every rank: no earlier collective is then waited for. If it raises, what travels is waited for, no more.
+        """
+        if meanwhile is None:
+            self._wait_for_those_before()
         try:
             while self._work is not None:
+                if meanwhile is not None and not self._spent_on(meanwhile):
+                    break
                 self._work.wait()
                 self._work = self._follow(next(self._steps))
         except StopIteration as end:
@@ -78,6 +83,21 @@ class Pending:
             self._end()
         assert self._result is not None
         return self._result
+
+    def _wait_for_those_before(self) -> None:
+        for number in self._before:
+            if number in self._under_way:
+                self._under_way[number].wait()
+
+    def _spent_on(self, meanwhile: Callable[[], None]) -> bool:
+        """Call `meanwhile`; False if this collective was waited for in it."""
+        try:
+            meanwhile()
+        except Exception:
+            if self._work is not None:
+                self._work.wait()
+            raise
+        return self._work is not None
 
 
 def _number(collectives: Collectives, pair: tuple[int, int] | None) -> tuple[int, Iterator[int]]:

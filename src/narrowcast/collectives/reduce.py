@@ -105,11 +105,22 @@ def all_reduce_steps(
 
 
 def deferred_all_reduce_steps(
-    x: Deferred, y_TE: Tensor, hops: Hops, transport: Transport, algorithm: str, stats: Tensor | None = None
+    x: Deferred,
+    y_TE: Tensor,
+    hops: Hops,
+    transport: Transport,
+    algorithm: str,
+    stats: Tensor | None = None,
+    *,
+    in_chunks: bool = True,
 ) -> Steps:
-    """The same of tokens that are yet to be computed: all at once, or chunks that take turns, computing and sending."""
+    """The same of tokens that are yet to be computed: all at once, or chunks that take turns, computing and sending.
+
+    `in_chunks=False`: all at once, whatever the transport gains by chunks, as the caller has something else to compute.
+    """
     steps, rank, world_size = named(algorithm).steps, transport.rank, transport.world_size
-    chunks = chunks_of(hops, x.num_tokens, x.num_features, world_size, transport.chunk_values)
+    chunk_values = transport.chunk_values if in_chunks else None
+    chunks = chunks_of(hops, x.num_tokens, x.num_features, world_size, chunk_values)
     if len(chunks) == 1:
         yield from steps(x.tokens(chunks[0]), y_TE, hops, rank, world_size, stats)
     else:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from narrowcast.engines.forwards import Forwards
 from narrowcast.plan import ModelFingerprint
 from narrowcast.plan.split import Split
+from narrowcast.runtime.prompts import Prompts
 from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
 
@@ -50,6 +51,17 @@ class Seam(Protocol):
 
         What is returned gives the engine its forwards back.
         """
+        ...
+
+    def halve_prompts(self, model: nn.Module, split: Split, wires: Wires, prompts: Prompts, forwards: Forwards) -> None:
+        """Let a model that was taken over run long prompts in halves over `wires`, where what it is given allows that.
+
+        The last half's output is the whole one's. `prompts` says where to cut, and counts; `forwards` gives all back.
+        """
+        ...
+
+    def short_prompt(self, model: nn.Module, num_tokens: int) -> Tensor:
+        """The logits [T, V] of some prompt of that length, as the model is now."""
         ...
 
 

@@ -21,6 +21,7 @@ from narrowcast.plan import Plan
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.split import Split
 from narrowcast.runtime.counters import Report, SiteReport
+from narrowcast.runtime.prompts import Chunks
 from narrowcast.scores import Score
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, transports_of
 
@@ -39,6 +40,7 @@ class Job:
     algorithm: str = "auto"
     transport: str = "auto"
     feedback: bool = True
+    prompt_chunks: Chunks = "auto"
     dtype: Dtype = "auto"
     timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
@@ -76,6 +78,7 @@ def evaluate_on_ranks(
     *,
     algorithm: str = "auto",
     feedback: bool = True,
+    prompt_chunks: Chunks = "auto",
     dtype: Dtype = "auto",
     tasks: TaskSet | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -91,6 +94,7 @@ def evaluate_on_ranks(
         plans=[path],
         algorithm=algorithm,
         feedback=feedback,
+        prompt_chunks=prompt_chunks,
         dtype=dtype,
         timeout_s=timeout_s,
         batches=batches,
@@ -123,7 +127,7 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
     plans = [Plan.load(path) for path in job.plans]
     if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
         plans = [replace(plan, decisions=Decisions()) for plan in plans]
-    names = "algorithm", "transport", "feedback", "timeout_s"
+    names = "algorithm", "transport", "feedback", "prompt_chunks", "timeout_s"
     options = {name: getattr(job, name) for name in names}
     with standing_by(model, plans, **options) as handles:
         outcomes = _compared(job, model, handles) if job.batches else []

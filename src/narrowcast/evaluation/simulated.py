@@ -15,6 +15,7 @@ from narrowcast.evaluation.sites import SiteError, site_errors
 from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
 from narrowcast.plan import Plan
 from narrowcast.plan.decisions import Decisions
+from narrowcast.runtime.prompts import Chunks
 from narrowcast.scores import log_probs
 
 NUM_SITE_BATCHES = 4
@@ -27,6 +28,7 @@ def evaluate(
     *,
     algorithm: str = "auto",
     feedback: bool = True,
+    prompt_chunks: Chunks = "auto",
     reference: Sequence[Tensor] | None = None,
     sites: bool = False,
     tasks: TaskSet | None = None,
@@ -37,8 +39,8 @@ def evaluate(
 
     Each batch goes through `model`, whole and uncompressed, then through the same with the plan attached; nothing but
     figures is kept of it. `reference`: log-probabilities [B, T, V] of the uncompressed model for each batch, where they
-    are at hand. `feedback`: as `attach` has it. Of a tuned plan, too, every sum is coded: what it leaves uncoded for
-    speed makes answers only better.
+    are at hand. `feedback`, `prompt_chunks`: as `attach` has them. Of a tuned plan, too, every sum is coded: what it
+    leaves uncoded for speed makes answers only better.
     `sites`: measure too what each site alone adds to the KL divergence, on the first batches.
     `tasks`: let lm-evaluation-harness ask both models, too, which takes the `tokenizer`.
     Raises InvalidInputError for what `attach` refuses, and for no batches.
@@ -51,7 +53,8 @@ def evaluate(
         return (log_probs(model, ids) for ids in some) if reference is None else reference[:num_batches]
 
     coded, prompts = replace(plan, decisions=Decisions()), [beginning(batches)]
-    with standing_by(model, [coded], simulate=True, algorithm=algorithm, feedback=feedback) as (handle,):
+    options: dict[str, Any] = {"algorithm": algorithm, "feedback": feedback, "prompt_chunks": prompt_chunks}
+    with standing_by(model, [coded], simulate=True, **options) as (handle,):
         (score,) = scored(model, [handle], track(batches, "scoring"), uncompressed(len(batches)))
         report = handle.report()
         before = continuations(model, prompts, NUM_SHOWN)
@@ -66,7 +69,7 @@ def evaluate(
     if sites:
         first = batches[:NUM_SITE_BATCHES]
         seen = track(first, "sites")
-        errors = site_errors(model, coded, seen, uncompressed(len(first)), algorithm=algorithm, feedback=feedback)
+        errors = site_errors(model, coded, seen, uncompressed(len(first)), **options)
     return Evaluation(
         plan=plan,
         conditions=conditions(plan, batches, algorithm),

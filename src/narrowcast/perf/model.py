@@ -1,5 +1,6 @@
 """The speed at which a split model answers, by codec and link, against the same model as its engine splits it."""
 
+import itertools
 import statistics
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -20,8 +21,8 @@ from narrowcast.launch import Link, run
 from narrowcast.perf.timing import Case, Span, over_ranks
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
+from narrowcast.runtime.prompts import Chunks
 
-NATIVE = "native", "torch"  # the engine's own sums, over the group that it makes
 VOCAB_SIZE, HEAD_SIZE = 32_000, 128
 NUM_CALIBRATION_TOKENS = 64
 WEIGHTS = "weights"
@@ -49,6 +50,7 @@ class Job:
     shape: Shape = Shape()
     codecs: Sequence[str] = ("int4-feature",)
     transports: Sequence[str] = ("auto",)
+    prompt_chunks: Sequence[Chunks] = (1,)
     tp_size: int = 2
     prefill: int = 512
     decode: int = 24
@@ -57,7 +59,17 @@ class Job:
 
 
 DEFAULT = Job()
-Way = tuple[str, str]  # a codec over a transport
+
+
+class Way(NamedTuple):
+    """A codec over a transport, and how a prompt runs."""
+
+    codec: str
+    transport: str
+    prompt_chunks: Chunks
+
+
+NATIVE = Way("native", "torch", 1)  # the engine's own sums, over the group that it makes
 
 
 class Spans(NamedTuple):
@@ -85,14 +97,13 @@ def prepared(job: Job) -> Iterator[Path]:
 def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for the engine's own sums in BF16, then one for each codec: medians of interleaved rounds."""
     by_rank = run(_on_rank, job.tp_size, job, folder, link=link)
-    for codec, transport in by_rank[0]:
-        answers = [measured[codec, transport] for measured in by_rank]
+    for way in by_rank[0]:
+        answers = [measured[way] for measured in by_rank]
         prefill = over_ranks([[each.prefill for each in own] for own in answers])
         decode = over_ranks([[each.decode for each in own] for own in answers])
         yield {
             "link": None if link is None else str(link),
-            "codec": codec,
-            "transport": transport,
+            **way._asdict(),
             "prefill_tokens": job.prefill,
             "ttft_ms": statistics.median(prefill) * 1e3,
             "decode_ms_per_token": statistics.median(decode) * 1e3 / job.decode,
@@ -103,18 +114,22 @@ def _on_rank(job: Job, folder: Path) -> dict[Way, list[Spans]]:
     split = Split(tp_size=job.tp_size)
     model = load_engine().load(folder / WEIGHTS, split=split, replicate_vocabulary=job.replicate_vocabulary)
     plans = {codec: Plan.load(folder / codec) for codec in job.codecs}
-    ways = [NATIVE, *((codec, transport) for codec in plans for transport in job.transports)]
+    ways = [NATIVE, *map(Way._make, itertools.product(plans, job.transports, job.prompt_chunks))]
     measured: dict[Way, list[Spans]] = {way: [] for way in ways}
     for round in range(-1, job.rounds):
-        for codec, transport in ways:
-            plan = plans.get(codec)
-            with nullcontext() if plan is None else attach(model, plan, transport=transport):
+        for way in ways:
+            plan = plans.get(way.codec)
+            with nullcontext() if plan is None else attach(model, plan, **_options(way)):
                 if round < 0:  # warms up besides
-                    _check_agreement(model, codec, job.prefill)
+                    _check_agreement(model, way.codec, job.prefill)
                 spans = _answer(model, job)
             if round >= 0:
-                measured[codec, transport].append(spans)
+                measured[way].append(spans)
     return measured
+
+
+def _options(way: Way) -> dict[str, Any]:
+    return {"transport": way.transport, "prompt_chunks": way.prompt_chunks}
 
 
 @torch.no_grad()

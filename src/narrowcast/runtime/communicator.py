@@ -1,7 +1,8 @@
 """The communicator: a plan at work on one rank of a split model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from narrowcast.collectives.base import Deferred, Traffic
 from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.planned import PlannedWires, payload
 from narrowcast.runtime.sites import Sites
+from narrowcast.runtime.turns import Turns
 from narrowcast.transport import Transport
+
+T = TypeVar("T")
 
 
 class Communicator(PlannedWires):
@@ -32,6 +36,7 @@ class Communicator(PlannedWires):
         rank, tp_size = (0, 1) if tp is None else (tp.rank, tp.world_size)
         super().__init__(sites, rank, tp_size, count_only=count_only)
         self._tp, self.pp = tp, pp
+        self._turns, self.takes_turns = Turns(self.feedback.enter), True
 
     @property
     def tp(self) -> Transport:
@@ -39,16 +44,28 @@ class Communicator(PlannedWires):
         assert self._tp is not None, "only a model with shared layers asks"
         return self._tp
 
+    def run_parts(self, parts: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of parts of a forward, which take turns: while the sums of one travel, another computes."""
+        return self._turns.take(parts) if self.takes_turns else super().run_parts(parts)
+
     def _add_up(
         self, partials: Sequence[Deferred], y_TE: Tensor, hops: Hops, algorithm: str, counters: SiteCounters
     ) -> None:
-        (partial,), tp = partials, counters.transport(self.tp)
-        steps = deferred_all_reduce_steps(partial, y_TE, counters.hops(hops), tp, algorithm, counters.stats)
-        Pending(steps, tp).wait()
+        (partial,), tp, turns = partials, counters.transport(self.tp), self._turns
+        steps = deferred_all_reduce_steps(
+            partial, y_TE, counters.hops(hops), tp, algorithm, counters.stats, in_chunks=not turns.taken
+        )
+        pending = Pending(steps, tp)
+        turns.begin_sum()
+        pending.wait(turns.pass_on if turns.taken else None)
+        turns.catch_up()
 
     def _add_up_natively(self, partials: Sequence[Deferred]) -> Tensor:
         (partial,) = partials
-        return self.tp.native_all_reduce(partial.tokens(slice(None)))
+        self._turns.begin_sum()
+        y_TE = self.tp.native_all_reduce(partial.tokens(slice(None)))
+        self._turns.catch_up()
+        return y_TE
 
     def _gather_features(
         self, parts: Sequence[Tensor], codec: Codec, num_features: Sequence[int], counters: SiteCounters

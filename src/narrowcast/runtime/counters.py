@@ -103,9 +103,13 @@ class SiteReport:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """The figures of one rank, or, simulated, of the first rank of every pipeline stage; sites not coded kept apart."""
+    """The figures of one rank, or, simulated, of the first rank of every pipeline stage; sites not coded kept apart.
+
+    `prompts`: long prompts by how they ran, in turns or why not, where they were to.
+    """
 
     sites: Mapping[str, SiteReport]
+    prompts: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_saturated(self) -> int:
@@ -156,7 +160,8 @@ class Report:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Report":
         """The report that `to_json` gave."""
-        return cls(sites={name: SiteReport(**site) for name, site in values["sites"].items()})
+        sites = {name: SiteReport(**site) for name, site in values["sites"].items()}
+        return cls(sites=sites, prompts=values["prompts"])
 
 
 @dataclass

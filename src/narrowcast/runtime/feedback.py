@@ -11,6 +11,7 @@ Shapes: T tokens, E features, S sources of a hop that code here.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -74,6 +75,18 @@ class Place:
     last: bool
 
 
+@dataclass
+class Loss:
+    """The loss of a forward so far. `following`: the place of the site that may take it, chain and index.
+
+    `inputs`: what a norm made of the stream on each rank that computes here.
+    """
+
+    residue: Tensor | None = None
+    following: tuple[int, int] = (0, 0)
+    inputs: Sequence[Tensor] = ()
+
+
 class Feedback:
     """The loss of a forward so far, of the ranks that compute here: zero before a chain's first site, dropped after its
     last.
@@ -91,9 +104,12 @@ class Feedback:
         self.readers = {} if chains.unread else chains.readers
         self._fed = {module for reader in self.readers.values() for module in reader.modules}
         self._num_sources = list(num_sources)
-        self._residue: Tensor | None = None
-        self._next: tuple[int, int] = (0, 0)
-        self._inputs: Sequence[Tensor] = ()
+        self._losses = defaultdict[int, Loss](Loss)
+        self._loss = self._losses[0]
+
+    def enter(self, part: int) -> None:
+        """Go on with that part of a forward, where parts take turns: each loses for itself."""
+        self._loss = self._losses[part]
 
     @property
     def any(self) -> bool:
@@ -108,12 +124,13 @@ class Feedback:
         place = self._places.get(site)
         if place is None:
             return None
-        residue, shape = self._residue, (sum(self._num_sources), num_tokens, num_features)
-        if residue is None or self._next != (place.chain, place.index) or residue.shape != shape or place.index == 0:
+        loss, shape = self._loss, (sum(self._num_sources), num_tokens, num_features)
+        residue, here = loss.residue, (place.chain, place.index)
+        if residue is None or loss.following != here or residue.shape != shape or place.index == 0:
             residue = torch.zeros(shape, dtype=DTYPE, device=device)
-        self._residue, self._next = None if place.last else residue, (place.chain, place.index + 1)
+        loss.residue, loss.following = None if place.last else residue, (place.chain, place.index + 1)
         if place.last:
-            self._inputs = ()
+            loss.inputs = ()
         return residue
 
     def read(self, norm: str, stream: Tensor, forward: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Tensor:
@@ -121,18 +138,19 @@ class Feedback:
 
         Kept for its modules is what it makes of it on each of `ranks`, with the loss of that rank's last payload.
         """
-        residue, num_tokens, self._inputs = self._residue, math.prod(stream.shape[:-1]), ()
+        loss, num_tokens = self._loss, math.prod(stream.shape[:-1])
+        residue, loss.inputs = loss.residue, ()
         if residue is not None and residue.shape[1:] == (num_tokens, stream.shape[-1]):
             scale, many = self.readers[norm].scale, self._num_sources[0] > 1
             own = [residue[rank if many else 0].view(stream.shape) for rank in ranks]
-            self._inputs = [forward(torch.add(stream, lost, alpha=scale).to(stream.dtype)) for lost in own]
+            loss.inputs = [forward(torch.add(stream, lost, alpha=scale).to(stream.dtype)) for lost in own]
         return forward(stream)
 
     def inputs(self, module: str, x: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
         """The inputs from which a module, called with `x`, is to compute each rank's share."""
-        if module not in self._fed or not self._inputs:
+        if module not in self._fed or not self._loss.inputs:
             return [x] * len(ranks)
-        return [each.view(x.shape) for each in self._inputs]
+        return [each.view(x.shape) for each in self._loss.inputs]
 
     def hops(self, hops: Hops, residue: Tensor) -> Hops:
         """The same hops, with codecs that feed back; those that do not leave the residue to later sites."""

@@ -67,6 +67,10 @@ class Sites:
         """All that was counted so far."""
         return self._counters.report()
 
+    def forget(self) -> None:
+        """Count from now on."""
+        self._counters.sites.clear()
+
     def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
         """The way that a sum of `num_features` takes."""
         form, algorithm = ("coded", self._algorithm) if site in self._coded else ("plain", "auto")

@@ -7,6 +7,7 @@ one rank of a split model, or all ranks of a whole model that is split virtually
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from torch import Tensor
 from narrowcast.runtime.feedback import Feedback
 from narrowcast.runtime.operators import Operator, register
 from narrowcast.runtime.products import Product
+
+T = TypeVar("T")
 
 
 class Wires(ABC):
@@ -54,6 +57,13 @@ class Wires(ABC):
     def columns(self, site: str) -> Sequence[int]:
         """The columns by rank of a site, as `column_parallel` was given them."""
         return self._columns[site]
+
+    def run_parts(self, parts: Sequence[Callable[[], T]]) -> list[T]:
+        """The results of parts of a forward, consecutive tokens of all sequences each: one after another, or in turns.
+
+        Both are the same arithmetic, as each part finds what those before it have written.
+        """
+        return [part() for part in parts]
 
     def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
         """The loss that earlier sums of this forward have left to this one; None for none."""

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.forwards import Forward, Forwards
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline
+from narrowcast.engines.transformers.seam.halves import halve_prompts
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, reading_weight
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
@@ -138,6 +140,15 @@ def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
     return forwards
 
 
+def short_prompt(model: nn.Module, num_tokens: int) -> Tensor:
+    """The logits [T, V] of tokens counted up, as far as the vocabulary goes."""
+    module = cast(Any, model)
+    ids = torch.arange(num_tokens, device=module.device) % module.config.get_text_config().vocab_size
+    with torch.no_grad():
+        logits: Tensor = module(input_ids=ids[None]).logits
+    return logits[0]
+
+
 def _take_over_readers(model: nn.Module, split: Split, wires: Wires, forwards: Forwards) -> None:
     """Let norms read the stream as each rank knows it, for layers whose columns each rank keeps."""
     for name, layer in _keeping(model, split).items():
@@ -246,7 +257,9 @@ __all__ = [
     "check_shares",
     "computing_shares",
     "groups",
+    "halve_prompts",
     "shares_read",
+    "short_prompt",
     "sites",
     "split_of",
     "summed",

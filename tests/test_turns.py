@@ -1,0 +1,366 @@
+"""Long prompts in halves: in turns on real ranks, one after the other in the simulation, and the same bits."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+import narrowcast
+from models import CONFIGS, SMALL, random_ids, save_random
+from narrowcast import InvalidInputError, Plan
+from narrowcast.collectives.base import Exchange
+from narrowcast.collectives.pending import Pending
+from narrowcast.engines import load_engine
+from narrowcast.plan.decisions import Choice, Decisions
+from narrowcast.plan.split import Split
+from narrowcast.transport.base import Collectives
+from ranks import Ranks
+
+Pools = Callable[[int], Ranks]
+transformers = load_engine()
+
+LENGTH = 45  # halves of 22 and 23
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LINEAR = {
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 24,
+    "linear_value_head_dim": 24,
+}
+# Masks that differ by layer, windows shorter than a half, states that recur.
+MORE = {
+    "gemma3_text": {"head_dim": 24, "sliding_window": 16, "num_hidden_layers": 7},
+    "qwen3_next": {"head_dim": 24, "num_hidden_layers": 5, "shared_expert_intermediate_size": 32, **EXPERTS, **LINEAR},
+}
+FAMILIES = "llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "mixtral", "qwen3-moe", *MORE
+
+
+def saved(name: str, folder: Path) -> Path:
+    if name in CONFIGS:
+        return save_random(name, folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, **SMALL | MORE[name])
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def planned(folder: Path, tp_size: int, codec: str = "int4-feature") -> Plan:
+    plan = narrowcast.calibrate(transformers.load(folder), [random_ids(2, 40, seed=1)], tp_size=tp_size, codec=codec)
+    plan.save(folder / "plan", overwrite=True)
+    return plan
+
+
+def padded(batch: int = 2, length: int = LENGTH) -> dict[str, Tensor]:
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[-1, :9] = 0
+    return {"input_ids": random_ids(batch, length), "attention_mask": mask}
+
+
+def answers(model: Any, plan: Plan, inputs: dict[str, Tensor], **options: Any) -> tuple[Tensor, Tensor, Any]:
+    with torch.no_grad(), narrowcast.attach(model, plan, prompt_chunks=2, **options) as handle:
+        logits = model(**inputs).logits
+        text = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        return logits, text, handle.report()
+
+
+def on_rank(folder: Path, inputs: dict[str, Tensor], algorithm: str) -> tuple[Tensor, Tensor, Any]:
+    model = transformers.load(folder, split=Split(tp_size=dist.get_world_size()))
+    return answers(model, Plan.load(folder / "plan"), inputs, algorithm=algorithm)
+
+
+@pytest.mark.parametrize(("algorithm", "tp_size"), [("one_shot", 2), ("two_shot", 4)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_in_turns_as_one_half_after_the_other(
+    ranks: Pools, tmp_path: Path, name: str, algorithm: str, tp_size: int
+) -> None:
+    folder, inputs = saved(name, tmp_path / "model"), padded()
+    plan = planned(folder, tp_size)
+    logits, text, report = answers(transformers.load(folder), plan, inputs, algorithm=algorithm, simulate=True)
+    assert report.prompts == {"in halves": 2}
+    all_found = ranks(tp_size).run(on_rank, folder, inputs, algorithm)
+    for found in all_found:
+        assert torch.equal(found[0], logits)
+        assert torch.equal(found[1], text)
+        assert found[2].prompts == {"in halves": 2}
+    assert all_found[0][2].bits_per_value == report.bits_per_value
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_halves_are_the_chunks_of_the_engine(tmp_path: Path, name: str) -> None:
+    """Transformers cuts prompts by itself, one chunk after the other."""
+    folder, inputs = saved(name, tmp_path / "model"), padded(length=44)
+    plan, model = planned(folder, 2), transformers.load(folder)
+    asked = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with narrowcast.attach(model, plan, simulate=True):
+        expected = model.generate(**inputs, **asked, prefill_chunk_size=22)
+    with narrowcast.attach(model, plan, simulate=True, prompt_chunks=2):
+        found = model.generate(**inputs, **asked)
+    assert torch.equal(found.sequences, expected.sequences)
+    assert all(torch.equal(*pair) for pair in zip(found.logits, expected.logits, strict=True))
+
+
+def with_static_cache(folder: Path, inputs: dict[str, Tensor], prompt_chunks: Any, simulate: bool = False) -> Any:
+    plan = Plan.load(folder / "plan")
+    model: Any = transformers.load(folder, split=Split() if simulate else plan.split)
+    length, asked = inputs["input_ids"].shape[1], {"max_new_tokens": 4, "do_sample": False, "disable_compile": True}
+    with torch.no_grad(), narrowcast.attach(model, plan, prompt_chunks=prompt_chunks, simulate=simulate) as handle:
+        text = model.generate(**inputs, **asked, cache_implementation="static")
+        chunked = model.generate(**inputs, **asked, cache_implementation="static", prefill_chunk_size=length // 2)
+        return text, chunked, handle.report().prompts
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "mistral"])
+def test_static_caches(ranks: Pools, tmp_path: Path, name: str) -> None:
+    """Masks are made for the whole prompt there, and cut by what each layer holds."""
+    folder, inputs = saved(name, tmp_path / "model"), padded(length=44)
+    planned(folder, 2)
+    _, expected, _ = with_static_cache(folder, inputs, 1, simulate=True)
+    for text, _, prompts in ranks(2).run(with_static_cache, folder, inputs, 2):
+        assert torch.equal(text, expected)
+        assert prompts == {"in halves": 1}  # the engine's own chunks are short
+
+
+def kept(folder: Path, ids: Tensor, num_kept: int, use_cache: bool, simulate: bool = False) -> tuple[Tensor, bool]:
+    plan = Plan.load(folder / "plan")
+    model: Any = transformers.load(folder, split=Split() if simulate else plan.split)
+    with torch.no_grad(), narrowcast.attach(model, plan, prompt_chunks=2, simulate=simulate):
+        output = model(ids, logits_to_keep=num_kept, use_cache=use_cache)
+        return output.logits, output.past_key_values is not None
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_logits_are_those_asked_for(ranks: Pools, tmp_path: Path, use_cache: bool) -> None:
+    folder, ids = saved("llama", tmp_path / "model"), random_ids(2, LENGTH)
+    planned(folder, 2)
+    whole, _ = kept(folder, ids, 0, use_cache, simulate=True)
+    for num_kept in 1, 23, 24, LENGTH:
+        for logits, has_cache in ranks(2).run(kept, folder, ids, num_kept, use_cache):
+            assert torch.equal(logits, whole[:, -num_kept:])
+            assert has_cache is use_cache
+
+
+def test_a_cache_that_was_given_is_the_one_that_is_filled(tmp_path: Path) -> None:
+    """Also one that makes its layers as they come, and has none yet."""
+    folder = saved("llama", tmp_path / "model")
+    plan, model = planned(folder, 2), transformers.load(folder)
+    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=2) as handle:
+        for cache in DynamicCache(), DynamicCache(config=model.config):
+            output = model(random_ids(1, 40), past_key_values=cache)
+            assert output.past_key_values is cache and cache.get_seq_length() == 40
+    assert handle.report().prompts == {"in halves": 2}
+
+
+CODECS = "bf16", "int8-group128", "allocated(bits=3)", "transform(bits=3)"
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_kind_of_codec(ranks: Pools, tmp_path: Path, codec: str) -> None:
+    folder, inputs = saved("llama", tmp_path / "model"), padded()
+    plan = planned(folder, 2, codec)
+    logits, text, _ = answers(transformers.load(folder), plan, inputs, simulate=True)
+    for found in ranks(2).run(on_rank, folder, inputs, "auto"):
+        assert torch.equal(found[0], logits)
+        assert torch.equal(found[1], text)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
+def test_whole_experts_on_ranks(ranks: Pools, tmp_path: Path, name: str) -> None:
+    folder, inputs = saved(name, tmp_path / "model"), padded()
+    whole, split = transformers.load(folder), Split(tp_size=2, experts="all_reduce")
+    plan = narrowcast.calibrate(whole, [random_ids(2, 40, seed=1)], tp_size=2, experts="all_reduce")
+    plan.save(folder / "plan")
+    logits, text, _ = answers(whole, plan, inputs, simulate=True)
+    for found in ranks(2).run(on_rank_of, split, folder, inputs):
+        assert torch.equal(found[0], logits)
+        assert torch.equal(found[1], text)
+
+
+def on_rank_of(split: Split, folder: Path, inputs: dict[str, Tensor]) -> Any:
+    return answers(transformers.load(folder, split=split), Plan.load(folder / "plan"), inputs)
+
+
+def test_nodes(ranks: Pools, tmp_path: Path) -> None:
+    folder, inputs = saved("llama", tmp_path / "model"), padded()
+    model = transformers.load(folder)
+    plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=4, groups=[[0, 1], [2, 3]])
+    plan.save(folder / "plan")
+    logits, text, _ = answers(model, plan, inputs, simulate=True)
+    for found in ranks(4).run(on_rank, folder, inputs, "auto"):
+        assert torch.equal(found[0], logits)
+        assert torch.equal(found[1], text)
+
+
+# What cannot run in halves, by the reason that the report gives.
+def short(model: Any, ids: Tensor) -> None:
+    model(ids[:, :31])
+
+
+def continued(model: Any, ids: Tensor) -> None:
+    cache = model(ids[:, :4]).past_key_values
+    model(ids, past_key_values=cache)
+
+
+def embedded(model: Any, ids: Tensor) -> None:
+    model(inputs_embeds=model.get_input_embeddings()(ids))
+
+
+def labelled(model: Any, ids: Tensor) -> None:
+    model(ids, labels=ids)
+
+
+def with_hidden_states(model: Any, ids: Tensor) -> None:
+    model(ids, output_hidden_states=True)
+
+
+def chosen_logits(model: Any, ids: Tensor) -> None:
+    model(ids, logits_to_keep=torch.tensor([3, 5]))
+
+
+def compiled(model: Any, ids: Tensor) -> None:
+    torch._dynamo.reset()
+    torch.compile(model, backend="eager")(ids)
+
+
+REASONS = {
+    short: {},
+    continued: {"one forward: a filled cache": 1},
+    embedded: {},
+    labelled: {"one forward: labels given": 1},
+    with_hidden_states: {"one forward: output_hidden_states given": 1},
+    chosen_logits: {"one forward: logits of chosen places": 1},
+    compiled: {},
+}
+
+
+@pytest.mark.parametrize("forward", REASONS)
+def test_what_cannot_be_halved_runs_as_one_and_says_why(tmp_path: Path, forward: Callable[[Any, Tensor], None]) -> None:
+    folder = saved("llama", tmp_path / "model")
+    plan, model = planned(folder, 2), transformers.load(folder)
+    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=2) as handle:
+        forward(model, random_ids(1, 40))
+    assert handle.report().prompts == REASONS[forward]
+
+
+def test_a_pipeline_runs_prompts_as_one(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path / "model")
+    model = transformers.load(folder)
+    plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=2, pp_size=2)
+    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=2) as handle:
+        model(random_ids(1, 40))
+    assert handle.report().prompts == {"one forward: a pipeline": 1}
+
+
+def fails_in_the_second_half(folder: Path, inputs: dict[str, Tensor]) -> tuple[bool, Tensor]:
+    """Whether the error came through, and what the model answers afterwards."""
+    plan = Plan.load(folder / "plan")
+    model: Any = transformers.load(folder, split=plan.split)
+
+    def fail(module: Any, args: Any) -> None:
+        if args[0].shape[1] == 23:
+            raise ZeroDivisionError("oh")
+
+    with torch.no_grad(), narrowcast.attach(model, plan, prompt_chunks=2, algorithm="two_shot"):
+        hook = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+        try:
+            model(**inputs)
+            failed = False
+        except ZeroDivisionError:
+            failed = True
+        hook.remove()
+        return failed, model(**inputs).logits
+
+
+def test_an_error_in_one_half_ends_the_other_and_leaves_the_ranks_in_step(ranks: Pools, tmp_path: Path) -> None:
+    folder, inputs = saved("llama", tmp_path / "model"), padded()
+    logits, _, _ = answers(transformers.load(folder), planned(folder, 2), inputs, algorithm="two_shot", simulate=True)
+    for failed, found in ranks(2).run(fails_in_the_second_half, folder, inputs):
+        assert failed
+        assert torch.equal(found, logits)
+
+
+def refusal(folder: Path, view_of_chunks: bool) -> str:
+    from narrowcast.engines.transformers.seam import halves
+
+    plan = Plan.load(folder / "plan")
+    model, as_of = transformers.load(folder, split=plan.split), halves.as_of
+    halves.as_of = as_of if view_of_chunks else lambda cache, start: cache
+    try:
+        narrowcast.attach(model, plan, prompt_chunks=2).remove()
+    except InvalidInputError as error:
+        return str(error)
+    finally:
+        halves.as_of = as_of
+    return ""
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_next"])
+def test_a_model_that_turns_make_wrong_is_refused(ranks: Pools, tmp_path: Path, name: str) -> None:
+    """Found by trying: these are silently wrong where a half sees lengths of a cache that the other is writing."""
+    folder = saved(name, tmp_path / "model")
+    planned(folder, 2)
+    assert all("another one on ranks [0, 1]" in each for each in ranks(2).run(refusal, folder, False))
+    assert not any(ranks(2).run(refusal, folder, True))
+
+
+def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path / "model")
+    plan, model = planned(folder, 2), transformers.load(folder)
+    with pytest.raises(InvalidInputError, match="expected auto, 1 or 2"):
+        narrowcast.attach(model, plan, simulate=True, prompt_chunks=4)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInputError, match="rounds otherwise"):
+        narrowcast.attach(model, plan, simulate=True, prompt_chunks=2, deterministic=True)
+
+
+# Ways of a sum from as many tokens on: the halves, of 44 and 46 tokens, take different ones.
+TABLES = {
+    "fewer steps later": ((1, Choice("coded", "two_shot")), (45, Choice("coded", "one_shot"))),
+    "more steps later": ((1, Choice("coded", "one_shot")), (45, Choice("coded", "two_shot"))),
+    "no turns later": ((1, Choice("coded", "two_shot")), (45, Choice("native"))),
+    "no turns first": ((1, Choice("native")), (45, Choice("coded", "two_shot"))),
+}
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_halves_may_take_different_ways(ranks: Pools, tmp_path: Path, table: str) -> None:
+    """Neither overtakes the other, however many turns its sums take."""
+    folder, inputs = saved("llama", tmp_path / "model"), padded()
+    plan = replace(planned(folder, 2), decisions=Decisions(coded={96: TABLES[table]}))
+    plan.save(folder / "plan", overwrite=True)
+    logits, text, _ = answers(transformers.load(folder), plan, inputs, simulate=True)
+    for found in ranks(2).run(on_rank, folder, inputs, "auto"):
+        assert torch.equal(found[0], logits)
+        assert torch.equal(found[1], text)
+
+
+class Waited:
+    """A transport whose exchanges say whether they were waited for."""
+
+    def __init__(self) -> None:
+        self.collectives, self.waited = Collectives(), 0
+
+    def exchange(self, sends: Any, recvs: Any, *, tag: int) -> "Waited":
+        return self
+
+    def wait(self) -> None:
+        self.waited += 1
+
+
+def test_what_travels_is_waited_for_where_the_other_half_fails() -> None:
+    """One exchange, as on every rank; and none after Ctrl-C, as nobody may be there."""
+    for error, waited in (ZeroDivisionError, 1), (KeyboardInterrupt, 0):
+
+        def fail(error: type[BaseException] = error) -> None:
+            raise error
+
+        transport: Any = Waited()
+        pending = Pending(iter([Exchange([], [], 0)] * 2), transport)  # type: ignore[arg-type]
+        with pytest.raises(error):
+            pending.wait(fail)
+        assert transport.waited == waited
+        assert not transport.collectives.under_way
