@@ -38,7 +38,10 @@ CPU = torch.device("cpu")
 EVERYWHERE = {"sum": "int4-feature", "last": "int4-feature"}
 NATIVE, PLAIN, ONE, TWO = map(Choice.parse, ("native", "plain one_shot", "coded one_shot", "coded two_shot"))
 TABLE = Decisions(
-    coded={NUM_FEATURES: ((1, NATIVE), (4, PLAIN), (8, ONE), (16, TWO))}, plain={NUM_FEATURES: ((1, NATIVE),)}
+    coded={NUM_FEATURES: ((1, NATIVE), (4, PLAIN), (8, ONE), (16, TWO))},
+    plain={NUM_FEATURES: ((1, NATIVE),)},
+    waits={NUM_FEATURES: ((1, 0.5e-3), (4, 2e-3))},
+    weights_gbps=10.0,
 )
 
 
@@ -162,6 +165,9 @@ def test_all_ranks_find_what_the_first_one_measured(ranks: Callable[[int], Ranks
     for timing in tuning.timings:
         if timing.measured:
             assert timing.seconds[NATIVE] > 0.02
+    measured = [timing for timing in tuning.timings if timing.measured]
+    assert tuning.decisions.waits == {NUM_FEATURES: [(timing.num_tokens, timing.waiting_s) for timing in measured]}
+    assert tuning.decisions.weights_gbps > 0
 
 
 def transformed_plan(world_size: int) -> Plan:
@@ -293,7 +299,8 @@ def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.Monk
     done = run_tune(str(plan), "--output", str(new))
     assert done.exit_code == 0, done.output
     assert not list(temporary.glob("narrowcast-*")), "the launcher's logs are gone"
-    assert f"sums of {NUM_FEATURES} features" in run_cli("inspect", str(new)).output
+    told = run_cli("inspect", str(new)).output
+    assert f"sums of {NUM_FEATURES} features" in told and "us at 1 tokens" in told
     assert "coded one_shot" in done.output
     assert plan.read_bytes() == before
     tuned = Plan.load(new)

@@ -148,8 +148,8 @@ def test_bits_are_of_the_features_that_a_codec_is_calibrated_for(preset: str) ->
 
 
 def test_another_format_version_is_refused(saved: Path) -> None:
-    rewrite(saved, lambda header, _: header.update(format_version=5))
-    with pytest.raises(PlanFormatError, match=r"format version 4, found version 5.*Calibrate again"):
+    rewrite(saved, lambda header, _: header.update(format_version=6))
+    with pytest.raises(PlanFormatError, match=r"format version 5, found version 6.*Calibrate again"):
         Plan.load(saved)
 
 

@@ -1,7 +1,8 @@
 """Long prompts in halves: in turns on real ranks, one after the other in the simulation, and the same bits."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,40 @@ def test_a_model_that_turns_make_wrong_is_refused(ranks: Pools, tmp_path: Path, 
     planned(folder, 2)
     assert all("another one on ranks [0, 1]" in each for each in ranks(2).run(refusal, folder, False))
     assert not any(ranks(2).run(refusal, folder, True))
+
+
+def test_the_table_decides_from_which_length_on(tmp_path: Path) -> None:
+    """A wait of 1 ms a token, a quarter of which is gained, against 12 ms for weights, less by a 384th a token."""
+    waits = {96: [(1, 0.001), (1024, 1.024)]}
+    table = Decisions(waits=waits, weights_gbps=1.0)
+    assert table.halves_from(96, 12e6) == 64  # 16 ms against 10; of 32 tokens 8 against 11
+    assert table.halves_from(96, 120e6) == 256  # 64 against 40; of 128 32 against 80
+    assert table.halves_from(96, 12e9) == 512, "bound by arithmetic: nothing is lost"
+    assert table.halves_from(95, 1.0) is None and Decisions().halves_from(96, 1.0) is None
+    nothing = Decisions(waits={96: [(1, 0.0), (64, 0.0)]}, weights_gbps=1.0)
+    assert nothing.halves_from(96, 1.0) is None
+
+
+def prompts_of(folder: Path, plan: bytes, lengths: Sequence[int], **options: Any) -> dict[str, int]:
+    loaded = Plan.from_bytes(plan, "memory")
+    model: Any = transformers.load(folder, split=loaded.split)
+    with torch.no_grad(), narrowcast.attach(model, loaded, **options) as handle:
+        for length in lengths:
+            model(random_ids(1, length))
+        return dict(handle.report().prompts)
+
+
+def test_auto_goes_by_the_table(ranks: Pools, tmp_path: Path) -> None:
+    """Weights of 0.3 MB a rank between five sums: 64 tokens on."""
+    folder = saved("llama", tmp_path / "model")
+    plan, run = planned(folder, 2), partial(ranks(2).run, prompts_of, folder)
+    assert run(plan.to_bytes(), (32, 64, 100)) == [{}, {}], "not tuned"
+    num_bytes = sum(weight.nbytes for weight in transformers.load(folder).parameters()) / 2 / 4
+    waits = {96: [(1, 0.001), (1024, 1.024)]}
+    tuned = replace(plan, decisions=Decisions(waits=waits, weights_gbps=num_bytes / 12e6)).to_bytes()
+    assert run(tuned, (32, 64, 100)) == [{"in halves": 2}] * 2
+    assert ranks(2).run(partial(prompts_of, prompt_chunks=1), folder, tuned, (64,)) == [{}] * 2
+    assert ranks(2).run(partial(prompts_of, deterministic=True), folder, tuned, (64,)) == [{}] * 2
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:

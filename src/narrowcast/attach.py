@@ -105,7 +105,8 @@ def attach(
     it can be.
     `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.
     `prompt_chunks=2`: the halves of a long prompt take turns, one computing while sums of the other travel (needs
-    greenlet); simulated, one runs after the other, which is the same arithmetic. 1: one forward. "auto": 1.
+    greenlet); simulated, one runs after the other, which is the same arithmetic. 1: one forward. "auto": halves
+    from that number of tokens on from which they are faster by what `narrowcast tune` found; without that one forward.
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
     `timeout_s`: how long to wait for a rank before it counts as lost.
@@ -114,7 +115,9 @@ def attach(
     """
     engine, device = engine_of(model), device_of(model)
     _check_arguments(plan, algorithm, transport, prompt_chunks, deterministic)
-    prompts = Prompts() if prompt_chunks == 2 else None
+    decided = prompt_chunks == "auto" and algorithm == "auto" and not deterministic
+    halves_from = MIN_TOKENS if prompt_chunks == 2 else _halves_from(model, plan) if decided else None
+    prompts = None if halves_from is None else Prompts(halves_from)
     codecs = {name: site.codecs for name, site in plan.sites.items()}
     sites = Sites(
         codecs,
@@ -133,8 +136,8 @@ def attach(
     else:
         _check_split(engine, model, plan)
         tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
-        options = f"{count_only=}, {deterministic=}, {feedback=}, {prompt_chunks=}"
-        mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": options}
+        options = f"{count_only=}, {deterministic=}, {feedback=}"
+        mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": options, "halves": f"from {halves_from}"}
         connected = [each for each in (tp, pp) if each is not None]
         _check_on_all_ranks(engine, model, plan, connected, mine, in_turns=prompts is not None)
         _tell(plan, algorithm, sites, tp, pp)
@@ -142,16 +145,25 @@ def attach(
     _tell_of_feedback(plan, feedback)
     forwards = engine.take_over(model, plan.split, wires)
     if prompts is not None:
+        logger.info("prompts of %d tokens and more run in halves", prompts.min_tokens)
         engine.halve_prompts(model, plan.split, wires, prompts, forwards)
         if isinstance(wires, Communicator):
             try:
-                _check_turns(engine, model, wires)
+                _check_turns(engine, model, wires, prompts)
             except BaseException:
                 forwards.restore()
                 raise
             sites.forget()
-            prompts.counted.clear()
     return Handle(model, forwards, sites, prompts)
+
+
+def _halves_from(model: nn.Module, plan: Plan) -> int | None:
+    """The tokens from which on the plan's table has prompts in halves, alike on every rank; None for never."""
+    num_sums = sum(site.kind in SUMS for site in plan.sites.values())
+    if not plan.decisions.waits or not num_sums:
+        return None
+    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())  # of all ranks
+    return plan.decisions.halves_from(int(plan.model.config["hidden_size"]), weights / plan.tp_size / num_sums)
 
 
 def check_detached(model: nn.Module) -> None:
@@ -240,12 +252,14 @@ def _check_on_all_ranks(
         raise refusal
 
 
-def _check_turns(engine: Engine, model: nn.Module, wires: Communicator) -> None:
+def _check_turns(engine: Engine, model: nn.Module, wires: Communicator, prompts: Prompts) -> None:
     """InvalidInputError on every rank unless a prompt in turns is what it is with one half after the other."""
+    min_tokens, prompts.min_tokens = prompts.min_tokens, MIN_TOKENS
     in_turns = engine.short_prompt(model, MIN_TOKENS)
     wires.takes_turns = False
     in_sequence = engine.short_prompt(model, MIN_TOKENS)
-    wires.takes_turns = True
+    wires.takes_turns, prompts.min_tokens = True, min_tokens
+    prompts.counted.clear()
     differing = wires.tp.share("" if torch.equal(in_turns, in_sequence) else "differs", "comparing turns")
     if any(differing):
         raise InvalidInputError(

@@ -70,6 +70,9 @@ def _decisions(plan: Plan) -> Iterator[str]:
         for num_features, thresholds in tables.items():
             ways = ", ".join(f"{choice} from {num_tokens} tokens on" for num_tokens, choice in thresholds)
             yield f"tuned over {decisions.transport}, {what} of {num_features} features: {ways}"
+    for num_features, waits in decisions.waits.items():
+        each = ", ".join(f"{1e6 * wait_s:.0f} us at {num_tokens} tokens" for num_tokens, wait_s in waits)
+        yield f"waited in a sum of {num_features} features: {each}; {decisions.weights_gbps:.1f} GB/s of weights read"
 
 
 def _table(plan: Plan, hop: int) -> Table:

@@ -7,14 +7,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from narrowcast.attach import attach
-from narrowcast.calibration import observe
+from narrowcast.calibration import moments_needed, observe, recipes_by_kind
+from narrowcast.calibration.moments import MomentsNeeded
 from narrowcast.engines import load_engine
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import Link, run
@@ -88,9 +89,11 @@ def prepared(job: Job) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="narrowcast-") as folder:
         weights, num_heads = Path(folder) / WEIGHTS, job.shape.hidden_size // HEAD_SIZE
         save_random_llama(weights, vocab_size=VOCAB_SIZE, num_heads=num_heads, **asdict(job.shape))
-        seen = observe(engine.load(weights), [_ids(NUM_CALIBRATION_TOKENS)], tp_size=job.tp_size)
+        needed = [moments_needed(recipes_by_kind(codec)) for codec in job.codecs]
+        moments = max(needed, key=get_args(MomentsNeeded).index)
+        seen = observe(engine.load(weights), [_ids(NUM_CALIBRATION_TOKENS)], tp_size=job.tp_size, moments=moments)
         for codec in job.codecs:
-            seen.plan(codec).save(f"{folder}/{codec}")
+            seen.plan(codec, measured=False).save(f"{folder}/{codec}")
         yield Path(folder)
 
 

@@ -5,7 +5,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,16 +28,21 @@ LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
 GAIN = 0.95  # a coded sum costs accuracy: it must take no more than this share of an uncompressed one's time
 GROWTH = 4  # from one size to the next
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
+FEW_TOKENS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
 class Timing:
-    """Median seconds of a sum by each way; not `measured` but extrapolated where measuring would take too long."""
+    """Median seconds of a sum by each way; not `measured` but extrapolated where measuring would take too long.
+
+    `waiting_s`: of the best way, those in which the rank's thread computes nothing.
+    """
 
     num_tokens: int
     nbytes: int  # of the tensor
     seconds: Mapping[Choice, float]
     measured: bool
+    waiting_s: float = 0.0
 
     def best(self, forms: Sequence[str]) -> Choice:
         """The fastest way of `forms`, a coded one only where it gains enough."""
@@ -69,14 +74,24 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
     while (nbytes := num_tokens * num_features * dtype.itemsize) <= LARGEST_NBYTES:
         times = _extrapolated(timings, num_tokens)
         rounds = _of_first_rank(transport, _affordable_rounds(times, deadline, budget_s))
+        timing = Timing(num_tokens=num_tokens, nbytes=nbytes, seconds=times, measured=rounds > 0)
         if rounds:
             x_TE = torch.zeros(num_tokens, num_features, dtype=dtype)
             ways = _ways(site, plan.groups, x_TE, transport, feeds_back=bool(plan.feedback.chains))
-            times = _measured(ways, rounds, transport)
-        timings.append(Timing(num_tokens=num_tokens, nbytes=nbytes, seconds=times, measured=rounds > 0))
+            timing = replace(timing, seconds=_measured(ways, rounds, transport))
+            best = ways[timing.best(FORMS)]
+            timing = replace(timing, waiting_s=_of_first_rank(transport, _waiting_s(best, rounds)))
+        timings.append(timing)
         num_tokens *= GROWTH
     coded, plain = ({num_features: _thresholds(timings, forms)} for forms in (FORMS, FORMS[1:]))
-    return Tuning(decisions=Decisions(coded=coded, plain=plain, transport=transport.name), timings=timings)
+    decisions = Decisions(
+        coded=coded,
+        plain=plain,
+        transport=transport.name,
+        waits={num_features: [(timing.num_tokens, timing.waiting_s) for timing in timings if timing.measured]},
+        weights_gbps=_of_first_rank(transport, _weights_gbps(dtype)),
+    )
+    return Tuning(decisions=decisions, timings=timings)
 
 
 def tune_on_ranks(plan: Plan, *, transport: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) -> Tuning:
@@ -125,6 +140,25 @@ def _measured(ways: Mapping[Choice, Case], rounds: int, transport: Transport) ->
     interleaved(ways, 1)
     medians = {str(way): statistics.median(seconds(spans)) for way, spans in interleaved(ways, rounds).items()}
     return {Choice.parse(way): median for way, median in _of_first_rank(transport, medians).items()}
+
+
+def _waiting_s(case: Case, rounds: int) -> float:
+    """Median seconds of a run in which this thread does nothing."""
+    found = []
+    for _ in range(rounds):
+        case.prepare()
+        start, busy = time.perf_counter(), time.thread_time()
+        case.run()
+        found.append(time.perf_counter() - start - (time.thread_time() - busy))
+    return max(statistics.median(found), 0.0)
+
+
+def _weights_gbps(dtype: torch.dtype) -> float:
+    """The rate at which a product of few tokens reads its weights, GB/s; they are too many for a cache."""
+    x_TF, weight_EF = torch.ones(FEW_TOKENS, 4096, dtype=dtype), torch.ones(8192, 4096, dtype=dtype)
+    product = Case(lambda: torch.nn.functional.linear(x_TF, weight_EF))
+    taken_s = statistics.median(seconds(interleaved({"": product}, MIN_ROUNDS)[""]))
+    return weight_EF.nbytes / taken_s / 1e9
 
 
 def _ways(

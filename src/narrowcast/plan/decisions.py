@@ -1,13 +1,16 @@
 """The way that a sum takes, coded or not and by which algorithm: a pure function of what every rank knows.
 
-Few bits pay where they save more time than coding costs. From which size on that is so depends on the link and on the
-machine: `narrowcast tune` measures it and writes the table into the plan (perf/tune.py).
+Few bits pay where they save more time than coding costs, halves of a prompt in turns where waiting costs more than a
+second pass over the weights. From which size on that is so depends on the link and on the machine: `narrowcast tune`
+measures it and writes the table into the plan (perf/tune.py).
 """
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
+
+import numpy as np
 
 # As the plan codes it; in its own dtype, by our algorithms; or by the group's own all_reduce, outside the bit contract.
 FORMS = "coded", "plain", "native"
@@ -35,6 +38,11 @@ class Choice(NamedTuple):
         return cls(form, algorithm)
 
 
+# A forward of so many tokens is bound by arithmetic: in two halves it takes no longer. Below, up to a pass over the
+# weights longer, and more so the fewer they are; and this share of the waiting at least is gained (docs/benchmarks.md).
+BOUND_BY_ARITHMETIC, GAINED = 384, 0.25
+SHORTEST, LONGEST = 32, 1 << 20  # prompts that are asked about
+
 # Choices by the number of tokens from which on they are taken, ascending.
 Thresholds = Sequence[tuple[int, Choice]]
 
@@ -44,11 +52,15 @@ class Decisions:
     """Choices for sums of `num_features` values a token: for sites that the plan codes, and for all others.
 
     `transport`: the name of the one that they were measured over.
+    `waits`: seconds that a rank waits in such a sum of so many tokens, by their ascending number. `weights_gbps`: the
+    rate at which a product of few tokens reads its weights.
     """
 
     coded: Mapping[int, Thresholds] = field(default_factory=dict)
     plain: Mapping[int, Thresholds] = field(default_factory=dict)
     transport: str = ""
+    waits: Mapping[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    weights_gbps: float = 0.0
 
     def choice(self, num_tokens: int, num_features: int, *, coded: bool) -> Choice | None:
         """The way for a sum of that size; None where nothing was measured."""
@@ -58,16 +70,53 @@ class Decisions:
         place = bisect_right(thresholds, num_tokens, key=lambda threshold: threshold[0])
         return thresholds[max(place - 1, 0)][1]
 
+    def halves_from(self, num_features: int, weight_nbytes: float) -> int | None:
+        """The tokens from which on a prompt is to run in halves that take turns; None for never, or nothing measured.
+
+        `weight_nbytes`: of the weights that a rank reads from one sum to the next.
+        """
+        waits = self.waits.get(num_features)
+        if not waits:
+            return None
+        num_tokens = SHORTEST
+        while num_tokens <= LONGEST:
+            twice_s = weight_nbytes / (self.weights_gbps * 1e9) * max(0.0, 1 - num_tokens / BOUND_BY_ARITHMETIC)
+            if GAINED * _interpolated(waits, num_tokens) > twice_s:
+                return num_tokens
+            num_tokens *= 2
+        return None
+
     def to_json(self) -> dict[str, Any]:
         """All tables as JSON values."""
-        return {"coded": _to_json(self.coded), "plain": _to_json(self.plain), "transport": self.transport}
+        return {
+            "coded": _to_json(self.coded),
+            "plain": _to_json(self.plain),
+            "transport": self.transport,
+            "waits": {str(num_features): [list(each) for each in waits] for num_features, waits in self.waits.items()},
+            "weights_gbps": self.weights_gbps,
+        }
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Decisions":
         """The tables that `to_json` gave; KeyError, TypeError or ValueError if it gave none such."""
         return cls(
-            coded=_from_json(values["coded"]), plain=_from_json(values["plain"]), transport=str(values["transport"])
+            coded=_from_json(values["coded"]),
+            plain=_from_json(values["plain"]),
+            transport=str(values["transport"]),
+            waits={
+                int(num_features): tuple((int(num_tokens), float(wait_s)) for num_tokens, wait_s in waits)
+                for num_features, waits in values["waits"].items()
+            },
+            weights_gbps=float(values["weights_gbps"]),
         )
+
+
+def _interpolated(waits: Sequence[tuple[int, float]], num_tokens: int) -> float:
+    """Seconds for that many tokens, in proportion to them beyond the last number."""
+    sizes, seconds = zip(*waits, strict=True)
+    if num_tokens > sizes[-1]:
+        return float(seconds[-1] * num_tokens / sizes[-1])
+    return float(np.interp(num_tokens, sizes, seconds))
 
 
 def _to_json(tables: Mapping[int, Thresholds]) -> dict[str, Any]:

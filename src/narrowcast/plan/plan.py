@@ -28,7 +28,7 @@ from narrowcast.plan.split import Split
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
