@@ -3,7 +3,6 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
-#include <atomic>
 #include <mutex>
 #include <string>
 #include <vector>
@@ -16,8 +15,6 @@ namespace nb = nanobind;
 
 namespace narrowcast {
 namespace {
-
-std::atomic<const Kernels*> kernels{runnable_kernels().back()};
 
 template <class T>
 T* at(uintptr_t address) {
@@ -117,7 +114,7 @@ void encode(const Format& format, uintptr_t x, int dtype, size_t num_tokens, siz
   nb::gil_scoped_release release;
   const Rows rows = {at<void>(x), static_cast<Dtype>(dtype), stride, num_tokens, num_features};
   const Payload payload = {at<uint8_t>(out), out_stride};
-  const Kernels* path = kernels;
+  const Kernels* path = selected_kernels();
   Total total(stats);
   for_rows(num_tokens, num_tokens * num_features * 2, num_features, 1,
            [&](size_t begin, size_t end, const Scratch& scratch) {
@@ -134,7 +131,7 @@ void encode_with_residue(const Format& format, uintptr_t x, int dtype, size_t nu
   const Rows rows = {at<void>(x), static_cast<Dtype>(dtype), stride, num_tokens, num_features};
   const Rows lost = {at<void>(residue), Dtype::fp32, residue_stride, num_tokens, num_features};
   const Payload payload = {at<uint8_t>(out), out_stride};
-  const Kernels* path = kernels;
+  const Kernels* path = selected_kernels();
   Total total(stats);
   for_rows(num_tokens, num_tokens * num_features * 4, num_features, 1,
            [&](size_t begin, size_t end, const Scratch& scratch) {
@@ -150,7 +147,7 @@ void decode_sum(const Format& format, uintptr_t payloads, size_t num_ranks, ptrd
   nb::gil_scoped_release release;
   const Payloads from = {{at<uint8_t>(payloads), token_stride}, rank_stride, num_ranks, first_source};
   const Rows rows = {at<void>(out), static_cast<Dtype>(dtype), stride, num_tokens, num_features};
-  const Kernels* path = kernels;
+  const Kernels* path = selected_kernels();
   for_rows(num_tokens, num_tokens * num_features * num_ranks, num_features, num_ranks,
            [&](size_t begin, size_t end, const Scratch& scratch) {
              path->decode_sum(format, from, rows, scratch, begin, end);
@@ -163,7 +160,7 @@ void recode(const Format& partial, uintptr_t payloads, size_t num_ranks, ptrdiff
   nb::gil_scoped_release release;
   const Payloads from = {{at<uint8_t>(payloads), token_stride}, rank_stride, num_ranks, 0};
   const Payload payload = {at<uint8_t>(out), out_stride};
-  const Kernels* path = kernels;
+  const Kernels* path = selected_kernels();
   Total total(stats);
   for_rows(num_tokens, num_tokens * num_features * (num_ranks + 1), num_features, num_ranks,
            [&](size_t begin, size_t end, const Scratch& scratch) {
@@ -182,7 +179,7 @@ std::vector<std::string> paths() {
 void use_path(const std::string& name) {
   for (const Kernels* path : runnable_kernels()) {
     if (name == path->name) {
-      kernels = path;
+      select_kernels(path);
       return;
     }
   }
@@ -206,6 +203,6 @@ void bind_kernels(nb::module_& m) {
   m.def("recode", &recode);
   m.def("limit_threads", &limit_threads);
   m.def("paths", &paths);
-  m.def("path", [] { return std::string(kernels.load()->name); });
+  m.def("path", [] { return std::string(selected_kernels()->name); });
   m.def("use_path", &use_path);
 }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <tuple>
 
+#include "exchanges.h"
 #include "mesh/mesh.h"
 
 namespace nb = nanobind;
@@ -15,8 +16,6 @@ namespace narrowcast {
 
 namespace {
 
-using Buffers = std::vector<std::tuple<int, uintptr_t, size_t>>;  // peer, address, bytes
-
 // Exchanges that Python has let go of before they were over: the engine still writes into their buffers.
 // Guarded by the GIL; never destroyed.
 struct LetGo {
@@ -24,13 +23,13 @@ struct LetGo {
   nb::object buffers;
 };
 
-std::vector<LetGo>& let_go() {
+std::vector<LetGo>& all_let_go() {
   static auto* all = new std::vector<LetGo>;
   return *all;
 }
 
 void sweep() {
-  auto& all = let_go();
+  auto& all = all_let_go();
   const auto over = [](const LetGo& each) { return each.operation->left.load() == 0; };
   all.erase(std::remove_if(all.begin(), all.end(), over), all.end());
 }
@@ -41,8 +40,7 @@ class Exchange {
       : operation_(std::move(operation)), buffers_(std::move(buffers)), spin_(spin) {}
   Exchange(Exchange&&) = default;
   ~Exchange() {
-    if (operation_ != nullptr && operation_->left.load() > 0)
-      let_go().push_back({std::move(operation_), std::move(buffers_)});
+    if (operation_ != nullptr && operation_->left.load() > 0) let_go(std::move(operation_), std::move(buffers_));
   }
 
   // None, or what went wrong: ("lost" | "timeout" | "mismatch", peer, reason, found bytes, expected bytes).
@@ -63,25 +61,13 @@ class Exchange {
     return Engine::get().wait(*operation_, deadline, spin_);
   }
 
-  static nb::object described(const Outcome& outcome) {
-    const char* name = outcome.trouble == Trouble::lost ? "lost" : outcome.trouble == Trouble::timeout ? "timeout" : "mismatch";
-    return nb::make_tuple(name, outcome.peer, outcome.reason, outcome.found, outcome.expected);
-  }
-
   std::unique_ptr<Operation> operation_;
   nb::object buffers_;
   bool spin_;
 };
 
-std::vector<Buffer> addressed(const Buffers& buffers) {
-  std::vector<Buffer> found;
-  found.reserve(buffers.size());
-  for (const auto& [peer, address, nbytes] : buffers) found.push_back({peer, reinterpret_cast<char*>(address), nbytes});
-  return found;
-}
-
 Exchange exchange(Mesh& mesh, const Buffers& sends, const Buffers& recvs, uint64_t tag, nb::object buffers) {
-  if (!let_go().empty()) sweep();
+  if (!all_let_go().empty()) sweep();
   std::unique_ptr<Operation> operation;
   {
     nb::gil_scoped_release released;
@@ -96,6 +82,22 @@ void hang_up() {
 }
 
 }  // namespace
+
+std::vector<Buffer> addressed(const Buffers& buffers) {
+  std::vector<Buffer> found;
+  found.reserve(buffers.size());
+  for (const auto& [peer, address, nbytes] : buffers) found.push_back({peer, reinterpret_cast<char*>(address), nbytes});
+  return found;
+}
+
+nb::object described(const Outcome& outcome) {
+  const char* name = outcome.trouble == Trouble::lost ? "lost" : outcome.trouble == Trouble::timeout ? "timeout" : "mismatch";
+  return nb::make_tuple(name, outcome.peer, outcome.reason, outcome.found, outcome.expected);
+}
+
+void let_go(std::unique_ptr<Operation> operation, nb::object buffers) {
+  all_let_go().push_back({std::move(operation), std::move(buffers)});
+}
 
 }  // namespace narrowcast
 

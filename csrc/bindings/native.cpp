@@ -1,13 +1,15 @@
-// The Python module narrowcast._native: kernels of the codecs and the TCP mesh.
+// The Python module narrowcast._native: kernels of the codecs, the TCP mesh, and sums that are one call of both.
 // Tensors come as addresses; the GIL is released while anything is done with them.
 #include <nanobind/nanobind.h>
 
 void bind_kernels(nanobind::module_& m);
 void bind_mesh(nanobind::module_& m);
+void bind_sum(nanobind::module_& m);
 
 NB_MODULE(_native, m) {
   m.doc() = "Kernels of the codecs and the TCP mesh.";
   nanobind::set_leak_warnings(false);  // what caches hold when Python ends is no leak
   bind_kernels(m);
   bind_mesh(m);
+  bind_sum(m);
 }

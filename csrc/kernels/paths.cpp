@@ -1,6 +1,17 @@
 #include "paths.h"
 
+#include <atomic>
+
 namespace narrowcast {
+namespace {
+
+std::atomic<const Kernels*> selected{runnable_kernels().back()};
+
+}  // namespace
+
+const Kernels* selected_kernels() { return selected; }
+
+void select_kernels(const Kernels* kernels) { selected = kernels; }
 
 std::vector<const Kernels*> runnable_kernels() {
   std::vector<const Kernels*> found = {&portable_kernels};

@@ -10,4 +10,8 @@ namespace narrowcast {
 // Those that this machine can run, from the slowest to the fastest.
 std::vector<const Kernels*> runnable_kernels();
 
+// The one in use, by all threads: the fastest, unless another was selected.
+const Kernels* selected_kernels();
+void select_kernels(const Kernels* kernels);
+
 }  // namespace narrowcast

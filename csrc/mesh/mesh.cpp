@@ -223,15 +223,29 @@ Connection* Mesh::connection(int peer) const {
 
 std::unique_ptr<Operation> Mesh::exchange(const std::vector<Buffer>& sends, const std::vector<Buffer>& recvs,
                                           uint64_t tag) {
+  auto operation = prepare(sends, recvs);
+  start(*operation, tag);
+  return operation;
+}
+
+std::unique_ptr<Operation> Mesh::prepare(const std::vector<Buffer>& sends, const std::vector<Buffer>& recvs) const {
   auto operation = std::make_unique<Operation>();
   operation->transfers.reserve(sends.size() + recvs.size());
   for (const Buffer& buffer : recvs)
-    operation->transfers.push_back({operation.get(), connection(buffer.peer), false, tag, buffer.data, buffer.nbytes});
+    operation->transfers.push_back({operation.get(), connection(buffer.peer), false, 0, buffer.data, buffer.nbytes});
   for (const Buffer& buffer : sends)
-    operation->transfers.push_back({operation.get(), connection(buffer.peer), true, tag, buffer.data, buffer.nbytes});
-  operation->left = int(operation->transfers.size());
-  Engine::get().start(*operation);
+    operation->transfers.push_back({operation.get(), connection(buffer.peer), true, 0, buffer.data, buffer.nbytes});
   return operation;
+}
+
+void Mesh::start(Operation& operation, uint64_t tag) {
+  for (Transfer& transfer : operation.transfers) {
+    transfer.tag = tag;
+    transfer.done = 0;
+    transfer.finished = false;
+  }
+  operation.left = int(operation.transfers.size());
+  Engine::get().start(operation);
 }
 
 }  // namespace narrowcast

@@ -76,6 +76,9 @@ class Mesh {
   Mesh(const Mesh&) = delete;
 
   std::unique_ptr<Operation> exchange(const std::vector<Buffer>& sends, const std::vector<Buffer>& recvs, uint64_t tag);
+  // The same in two: what is prepared may be started again and again, once it is over.
+  std::unique_ptr<Operation> prepare(const std::vector<Buffer>& sends, const std::vector<Buffer>& recvs) const;
+  static void start(Operation& operation, uint64_t tag);
   bool spins() const { return spin_; }
 
  private:

@@ -116,3 +116,68 @@ class Mesh:
     ) -> Exchange: ...
 
 def hang_up() -> None: ...
+
+# Sums in one call: csrc/bindings/sum.cpp. A place is an address (0), or bytes from the x (1), y (2) or residue (3) of
+# the call.
+
+Place = tuple[int, int]
+
+class Sum:
+    def __init__(self, mesh: Mesh, kept: object) -> None: ...
+    def encode(
+        self,
+        format: Format,
+        x: Place,
+        dtype: int,
+        num_tokens: int,
+        num_features: int,
+        stride: int,
+        source: int,
+        out: Place,
+        out_stride: int,
+    ) -> None: ...
+    def encode_with_residue(
+        self,
+        format: Format,
+        x: Place,
+        dtype: int,
+        num_tokens: int,
+        num_features: int,
+        stride: int,
+        residue: Place,
+        residue_stride: int,
+        source: int,
+        out: Place,
+        out_stride: int,
+    ) -> None: ...
+    def decode_sum(
+        self,
+        format: Format,
+        payloads: Place,
+        num_ranks: int,
+        rank_stride: int,
+        token_stride: int,
+        first_source: int,
+        out: Place,
+        dtype: int,
+        num_tokens: int,
+        num_features: int,
+        stride: int,
+    ) -> None: ...
+    def recode(
+        self,
+        partial: Format,
+        payloads: Place,
+        num_ranks: int,
+        rank_stride: int,
+        token_stride: int,
+        reduced: Format,
+        num_tokens: int,
+        num_features: int,
+        out: Place,
+        out_stride: int,
+    ) -> None: ...
+    def exchange(self, sends: list[tuple[int, int, int]], recvs: list[tuple[int, int, int]]) -> None: ...
+    def run(
+        self, x: int, y: int, residue: int, stats: int, tag: int, timeout_s: float
+    ) -> tuple[str, int, str, int, int] | None: ...

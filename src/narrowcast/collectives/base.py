@@ -96,6 +96,8 @@ class Algorithm:
     of `x_TE` once it writes; `twin(partials, hops, stats)` is its specification in one process;
     `sent(hops, T, E, rank, world_size)` is the traffic of a rank, None where the algorithm cannot run;
     `work(num_values, world_size)` is what `perf.estimate` predicts its time from, None where that is unknown.
+    `kernels_only`: between its exchanges, steps do nothing to tensors but by kernels of codecs, so that they can be
+    recorded and run again (`one_call`).
     """
 
     num_hops: int
@@ -105,6 +107,7 @@ class Algorithm:
     twin: Callable[[Sequence[Tensor], Hops, Tensor | None], Tensor]
     sent: Callable[[Hops, int, int, int, int], Traffic | None]
     work: Callable[[int, int], CodingWork | None] = lambda num_values, world_size: None
+    kernels_only: bool = False
 
 
 def share_of(total: int, rank: int, world_size: int) -> slice:

@@ -37,4 +37,4 @@ def _work(num_values: int, world_size: int) -> CodingWork:
     return CodingWork(1, num_values, world_size * num_values)
 
 
-ONE_SHOT = Algorithm(num_hops=1, recodes=False, steps=_steps, twin=_twin, sent=_sent, work=_work)
+ONE_SHOT = Algorithm(num_hops=1, recodes=False, steps=_steps, twin=_twin, sent=_sent, work=_work, kernels_only=True)

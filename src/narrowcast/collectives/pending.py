@@ -109,6 +109,13 @@ def _number(collectives: Collectives, pair: tuple[int, int] | None) -> tuple[int
     return number, iter([2 * number + 1])
 
 
+def first_tag(transport: Transport) -> int:
+    """The tag of a collective's first exchange, the next ones' being 2 more each; those before it are waited for."""
+    for pending in tuple(transport.collectives.under_way.values()):
+        pending.wait()
+    return 2 * next(transport.collectives.numbers) * MAX_STEPS
+
+
 def transport_of(group: Group) -> Transport:
     """`group` as a transport."""
     return group if isinstance(group, Transport) else TorchDistributedTransport(group)

@@ -130,6 +130,12 @@ def deferred_all_reduce_steps(
     return y_TE
 
 
+def filled(y_TE: Tensor, steps: Filling) -> Steps:
+    """The same steps, which return the tensor that they fill."""
+    yield from steps
+    return y_TE
+
+
 def chunks_of(hops: Hops, num_tokens: int, num_features: int, world_size: int, chunk_values: int | None) -> list[slice]:
     """Tokens that travel together: as many as have `chunk_values` values (None: all).
 

@@ -103,8 +103,12 @@ def _steps(x_TE: Tensor, y_TE: Tensor, hops: Hops, rank: int, world_size: int, s
     owners = shares(hops, num_tokens, num_features, world_size)
     assert owners is not None, "the choice of the algorithm asks `sent` first"
     own = owners[rank]
-    sends = [owner.partial.encode(owner.of(x_TE), source=rank, stats=stats) for owner in owners]
-    partials_RTB = sends[rank].expand(world_size, *sends[rank].shape).contiguous()
+    shape = world_size, own.shape[0], own.partial.row_nbytes(own.shape[1])
+    partials_RTB = torch.empty(shape, dtype=torch.uint8, device=x_TE.device)
+    sends = [
+        owner.partial.encode(owner.of(x_TE), source=rank, out=partials_RTB[rank] if owner is own else None, stats=stats)
+        for owner in owners
+    ]
     yield Exchange(without(sends, rank), without(partials_RTB.unbind(), rank), x_TE.numel() - own.num_values)
 
     reduced = [new_payload(owner.reduced, *owner.shape, like=x_TE) for owner in owners]
@@ -139,4 +143,4 @@ def _work(num_values: int, world_size: int) -> CodingWork:
     return CodingWork(2, num_values + num_values / world_size, 2 * num_values)
 
 
-TWO_SHOT = Algorithm(num_hops=2, recodes=True, steps=_steps, twin=_twin, sent=_sent, work=_work)
+TWO_SHOT = Algorithm(num_hops=2, recodes=True, steps=_steps, twin=_twin, sent=_sent, work=_work, kernels_only=True)

@@ -23,6 +23,7 @@ from narrowcast.collectives.base import Deferred, Traffic
 from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.planned import PlannedWires, payload
 from narrowcast.runtime.sites import Sites
+from narrowcast.runtime.small_sums import SmallSums
 from narrowcast.runtime.turns import Turns
 from narrowcast.transport import Transport
 
@@ -36,6 +37,7 @@ class Communicator(PlannedWires):
         rank, tp_size = (0, 1) if tp is None else (tp.rank, tp.world_size)
         super().__init__(sites, rank, tp_size, count_only=count_only)
         self._tp, self.pp = tp, pp
+        self._small_sums = SmallSums(tp, self.feedback)
         self._turns, self.takes_turns = Turns(self.feedback.enter), True
 
     @property
@@ -49,11 +51,22 @@ class Communicator(PlannedWires):
         return self._turns.take(parts) if self.takes_turns else super().run_parts(parts)
 
     def _add_up(
-        self, partials: Sequence[Deferred], y_TE: Tensor, hops: Hops, algorithm: str, counters: SiteCounters
+        self,
+        partials: Sequence[Deferred],
+        y_TE: Tensor,
+        hops: Hops,
+        residue: Tensor | None,
+        algorithm: str,
+        counters: SiteCounters,
     ) -> None:
-        (partial,), tp, turns = partials, counters.transport(self.tp), self._turns
+        (partial,) = partials
+        if self._small_sums.take(y_TE) and not self._turns.taken and counters.clock is None:
+            self._small_sums.add_up(partial.tokens(slice(None)), y_TE, hops, residue, algorithm, counters.stats)
+            return
+        tp, turns = counters.transport(self.tp), self._turns
+        fed_back = counters.hops(self._fed_back(hops, residue))
         steps = deferred_all_reduce_steps(
-            partial, y_TE, counters.hops(hops), tp, algorithm, counters.stats, in_chunks=not turns.taken
+            partial, y_TE, fed_back, tp, algorithm, counters.stats, in_chunks=not turns.taken
         )
         pending = Pending(steps, tp)
         turns.begin_sum()

@@ -69,11 +69,12 @@ class PlannedWires(Wires):
             hops = plain(dtype)
         if self._count_only:
             algorithm = choose("auto", hops, *shape, self.tp_size)
-        if residue is not None:
-            hops = self.feedback.hops(hops, residue)
         y_TE = like.new_empty(shape)
-        self._add_up(partials, y_TE, hops, algorithm, counters)
+        self._add_up(partials, y_TE, hops, residue, algorithm, counters)
         return y_TE
+
+    def _fed_back(self, hops: Hops, residue: Tensor | None) -> Hops:
+        return hops if residue is None else self.feedback.hops(hops, residue)
 
     def gather_features(self, parts: Sequence[Tensor], site: str) -> Tensor:
         x, (start, stop) = parts[0], self._own_columns(site)
@@ -112,9 +113,15 @@ class PlannedWires(Wires):
 
     @abstractmethod
     def _add_up(
-        self, partials: Sequence[Deferred], y_TE: Tensor, hops: Hops, algorithm: str, counters: SiteCounters
+        self,
+        partials: Sequence[Deferred],
+        y_TE: Tensor,
+        hops: Hops,
+        residue: Tensor | None,
+        algorithm: str,
+        counters: SiteCounters,
     ) -> None:
-        """Fill `y_TE` with the sum."""
+        """Fill `y_TE` with the sum; `residue`, if any, is taken along, and becomes what is lost."""
 
     @abstractmethod
     def _add_up_natively(self, partials: Sequence[Deferred]) -> Tensor:

@@ -20,10 +20,16 @@ class Simulator(PlannedWires, VirtualWires):
         PlannedWires.__init__(self, sites, None, tp_size, count_only=count_only)
 
     def _add_up(
-        self, partials: Sequence[Deferred], y_TE: Tensor, hops: Hops, algorithm: str, counters: SiteCounters
+        self,
+        partials: Sequence[Deferred],
+        y_TE: Tensor,
+        hops: Hops,
+        residue: Tensor | None,
+        algorithm: str,
+        counters: SiteCounters,
     ) -> None:
         values = [partial.tokens(slice(None)) for partial in partials]
-        y_TE.copy_(named(algorithm).twin(values, counters.hops(hops), counters.stats))
+        y_TE.copy_(named(algorithm).twin(values, counters.hops(self._fed_back(hops, residue)), counters.stats))
 
     def _add_up_natively(self, partials: Sequence[Deferred]) -> Tensor:
         # A native sum has no twin: the order of its additions is the library's. A plain one stands for it.

@@ -57,7 +57,11 @@ class TcpTransport(GroupTransport):
         self._mesh = _meshes[self.group]
 
     def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> "TcpWork":
-        return TcpWork(self, self._mesh.exchange(_travelling(sends), _travelling(recvs), tag, (*sends, *recvs)))
+        return TcpWork(self, self._mesh.exchange(travelling(sends), travelling(recvs), tag, (*sends, *recvs)))
+
+    def recorded_sum(self, kept: object) -> "_native.Sum":
+        """A sum over these connections, still without steps; `kept` lives as long as it or what it sends."""
+        return _native.Sum(self._mesh, kept)
 
     def _connect(self, interface: str | None) -> "_native.Mesh":
         listener, mine = None, self._card()
@@ -168,7 +172,7 @@ def _has_cores_to_spare(machines: list[str]) -> bool:
     return here <= len(os.sched_getaffinity(0))
 
 
-def _travelling(buffers: Buffers) -> list[tuple[int, int, int]]:
+def travelling(buffers: Buffers) -> list[tuple[int, int, int]]:
     """Peer, address and bytes of each buffer that is not empty."""
     found = []
     for peer, buffer in enumerate(buffers):

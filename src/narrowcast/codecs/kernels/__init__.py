@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from narrowcast.codecs.base import Codec
 
 Kernel = Callable[..., None]
+Note = Callable[[str, Kernel], Kernel]
 
 REFERENCE = "reference"
 
@@ -48,6 +49,7 @@ KERNELS: dict[tuple[str, str, str], Kernel] = {
 }
 
 _forced_reference = False
+_note: Note | None = None
 
 
 def find(codec: "Codec", operator: str, given: Tensor, out: Tensor, stats: Tensor | None = None) -> Kernel:
@@ -55,8 +57,10 @@ def find(codec: "Codec", operator: str, given: Tensor, out: Tensor, stats: Tenso
     on_cpu = given.is_cpu
     plain = type(given) is type(out) is Tensor and out.is_cpu is on_cpu and given.stride(-1) == out.stride(-1) == 1
     if _forced_reference or not plain or (stats is not None and not _is_alike(stats, on_cpu)):
-        return REFERENCES[operator]
-    return KERNELS.get((codec.id, operator, "cpu" if on_cpu else given.device.type)) or REFERENCES[operator]
+        kernel = REFERENCES[operator]
+    else:
+        kernel = KERNELS.get((codec.id, operator, "cpu" if on_cpu else given.device.type)) or REFERENCES[operator]
+    return kernel if _note is None else _note(operator, kernel)
 
 
 def _is_alike(stats: Tensor, on_cpu: bool) -> bool:
@@ -71,6 +75,11 @@ def available() -> list[str]:
 def selected() -> str:
     """The path in use on the CPU."""
     return REFERENCE if cpu.native is None or _forced_reference else cpu.native.path()
+
+
+def reference_is_forced() -> bool:
+    """True inside of `forced("reference")`."""
+    return _forced_reference
 
 
 @contextmanager
@@ -96,4 +105,15 @@ def forced(path: str) -> Iterator[None]:
             cpu.native.use_path(path_before)
 
 
-__all__ = ["KERNELS", "REFERENCE", "available", "find", "forced", "selected"]
+@contextmanager
+def noted(note: Note) -> Iterator[None]:
+    """Let `note` see each kernel that is found inside the context, in any thread, and choose what runs in its place."""
+    global _note
+    before, _note = _note, note
+    try:
+        yield
+    finally:
+        _note = before
+
+
+__all__ = ["KERNELS", "REFERENCE", "available", "find", "forced", "noted", "reference_is_forced", "selected"]

@@ -32,7 +32,7 @@ try:
 except ImportError:  # there was no compiler at the install
     native = None
 
-_DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SCALES = {"bf16": 0, "e8m0": 1, "e4m3": 2}
 _PLACES, _PLACES_PER_UNIT, _BEYOND_EDGES = 2048, 128, 8.0  # of `up_to` in `_quantizers`
 _LARGE = 1 << 19  # values from which on several threads may share a tensor
@@ -45,9 +45,9 @@ def encode(codec: "Codec", x_TE: Tensor, source: int, out_TB: Tensor, stats: Ten
     if num_tokens * num_features >= _LARGE:
         _limit_threads()
     native.encode(
-        (codec.prepared.get("cpu") or _prepare(codec))[0],
+        form_of(codec),
         x_TE.data_ptr(),
-        _DTYPES[x_TE.dtype],
+        DTYPES[x_TE.dtype],
         num_tokens,
         num_features,
         x_TE.stride(0),
@@ -67,9 +67,9 @@ def encode_with_residue(
     if num_tokens * num_features >= _LARGE:
         _limit_threads()
     native.encode_with_residue(
-        (codec.prepared.get("cpu") or _prepare(codec))[0],
+        form_of(codec),
         x_TE.data_ptr(),
-        _DTYPES[x_TE.dtype],
+        DTYPES[x_TE.dtype],
         num_tokens,
         num_features,
         x_TE.stride(0),
@@ -89,14 +89,14 @@ def decode_sum(codec: "Codec", payloads_RTB: Tensor, first_source: int, out_TE: 
     if num_tokens * num_features >= _LARGE:
         _limit_threads()
     native.decode_sum(
-        (codec.prepared.get("cpu") or _prepare(codec))[0],
+        form_of(codec),
         payloads_RTB.data_ptr(),
         len(payloads_RTB),
         payloads_RTB.stride(0),
         payloads_RTB.stride(1),
         first_source,
         out_TE.data_ptr(),
-        _DTYPES[out_TE.dtype],
+        DTYPES[out_TE.dtype],
         num_tokens,
         num_features,
         out_TE.stride(0),
@@ -119,18 +119,23 @@ def recode(
     if num_tokens * num_features >= _LARGE:
         _limit_threads()
     native.recode(
-        (codec.prepared.get("cpu") or _prepare(codec))[0],
+        form_of(codec),
         payloads_RTB.data_ptr(),
         len(payloads_RTB),
         payloads_RTB.stride(0),
         payloads_RTB.stride(1),
-        (reduced.prepared.get("cpu") or _prepare(reduced))[0],
+        form_of(reduced),
         num_tokens,
         num_features,
         out_TB.data_ptr(),
         out_TB.stride(0),
         0 if stats is None else stats.data_ptr(),
     )
+
+
+def form_of(codec: "Codec") -> Any:
+    """The codec in C++."""
+    return (codec.prepared.get("cpu") or _prepare(codec))[0]
 
 
 def _prepare(codec: "Codec") -> tuple[Any, ...]:
@@ -144,7 +149,7 @@ def _prepare(codec: "Codec") -> tuple[Any, ...]:
 
 def _cast(codec: "CastCodec") -> tuple[object]:
     assert native is not None
-    return (native.cast(_DTYPES[codec.dtype]),)
+    return (native.cast(DTYPES[codec.dtype]),)
 
 
 def _feature(codec: "FeatureCodec") -> tuple[object, ...]:
