@@ -1,19 +1,21 @@
 """Quality by bits on a real model: the paper, its peers and ours, without depth feedback, with it, and own part exact.
 
 usage: python benchmarks/real_frontier.py [--json FILE] [--model FOLDER] [--calibrate TEXT] [--score TEXT] [--tp N]
-                                          [--peers CODEC ...] [--bits N ...] [--transforms N ...]
+                                          [--peers CODEC ...] [--bits N ...] [--transforms N ...] [--real]
        python benchmarks/real_frontier.py --draw FILE.png --json FILE   (the runs on the texts of the first one, by tp)
 
 TEXT: as frontier.py has it; `make model` gets a real model. In FP32. A row gives bits a value (of two_shot: the mean of
 what ranks put in and of the sum, which travels again, the last sum's included), KL in nats from the uncompressed model
 with its 95 % interval over sequences, top-1 agreement, and the change of perplexity. `way`: "plain", calibrated and
 served without feedback; "feedback"; "own part", with a rank's own part exact, too, where ranks hold whole heads. With
---transforms also `transform` of so many bits, which takes minutes a row.
+--transforms also `transform` of so many bits, which takes minutes a row. With --real rows are of real ranks.
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,8 @@ from scoring import Texts
 
 from narrowcast import Plan
 from narrowcast.calibration import Observations, observe
-from narrowcast.evaluation import evaluate
+from narrowcast.calibration.moments import MomentsNeeded
+from narrowcast.evaluation import Evaluation, evaluate, evaluate_on_ranks
 
 ALGORITHMS = "one_shot", "two_shot"
 PEERS = {
@@ -39,8 +42,11 @@ WITH_MATRIX = "transform"
 Row = dict[str, Any]
 
 
-def row(texts: Texts, codec: str, way: str, plan: Plan, algorithm: str) -> Row:
-    found = evaluate(texts.model, plan, texts.batches, algorithm=algorithm, reference=texts.reference)
+Score = Callable[[Plan, str], Evaluation]  # of a plan and an algorithm
+
+
+def row(score: Score, codec: str, way: str, plan: Plan, algorithm: str) -> Row:
+    found = score(plan, algorithm)
     return {
         "codec": codec,
         "way": way,
@@ -51,6 +57,19 @@ def row(texts: Texts, codec: str, way: str, plan: Plan, algorithm: str) -> Row:
         "top1_agreement": found.score.top1_agreement,
         "perplexity_change": found.score.perplexity_change,
     }
+
+
+def simulated(texts: Texts, plan: Plan, algorithm: str) -> Evaluation:
+    return evaluate(texts.model, plan, texts.batches, algorithm=algorithm, reference=texts.reference)
+
+
+def on_ranks(texts: Texts, plan: Plan, algorithm: str) -> Evaluation:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "plan"
+        plan.save(path)
+        found = evaluate_on_ranks(str(texts.folder), path, texts.batches, algorithm=algorithm, dtype="float32")
+    assert found is not None, "the ranks were started here"
+    return found
 
 
 def ways(seen: Observations, codec: str, *, plain: bool) -> Iterator[tuple[str, Plan]]:
@@ -64,21 +83,24 @@ def ways(seen: Observations, codec: str, *, plain: bool) -> Iterator[tuple[str, 
 
 
 def rows(
-    texts: Texts, tp_size: int, peers: Sequence[str], bits_of_ours: Sequence[float], of_transforms: Sequence[float]
+    seen: Observations,
+    score: Score,
+    peers: Sequence[str],
+    bits_of_ours: Sequence[float],
+    of_transforms: Sequence[float],
 ) -> Iterator[Row]:
-    seen = observe(texts.model, texts.calibration, tp_size=tp_size, moments="full" if of_transforms else "diagonal")
     for codec in peers:
         for way, plan in ways(seen, codec, plain=True):
-            yield from (row(texts, codec, way, plan, algorithm) for algorithm in ALGORITHMS)
+            yield from (row(score, codec, way, plan, algorithm) for algorithm in ALGORITHMS)
     for bits in bits_of_ours:
         for algorithm in ALGORITHMS:
             codec = f"{OURS}(bits={bits:g}, algorithm={algorithm})"
             for way, plan in ways(seen, codec, plain=bits in PLAIN_BITS):
-                yield row(texts, OURS, way, plan, algorithm)
+                yield row(score, OURS, way, plan, algorithm)
     for bits in of_transforms:
         for algorithm in ALGORITHMS:
             plan = seen.plan(f"{WITH_MATRIX}(bits={bits:g}, algorithm={algorithm})", measured=False)
-            yield row(texts, WITH_MATRIX, "own part" if plan.feedback.read else "feedback", plan, algorithm)
+            yield row(score, WITH_MATRIX, "own part" if plan.feedback.read else "feedback", plan, algorithm)
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -88,7 +110,7 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     rows_by_tp: dict[int, list[Row]] = {}
     texts = "calibrated_on", "scored_on"
     for run in sorted(runs, key=lambda run: -run["tp_size"]):
-        if any(run[name] != runs[0][name] for name in texts):
+        if run.get("real") or any(run[name] != runs[0][name] for name in texts):
             continue
         rows_by_tp.setdefault(run["tp_size"], []).extend(run["rows"])
     figure = Figure(figsize=(11, 4.6 * len(rows_by_tp)), layout="constrained")
@@ -134,6 +156,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--bits", nargs="*", type=float, default=BITS)
     parser.add_argument("--transforms", nargs="*", type=float, default=())
+    parser.add_argument("--real", action="store_true")
     parser.add_argument("--draw", type=Path, metavar="FILE.png")
     return parser.parse_args()
 
@@ -144,10 +167,13 @@ def main() -> None:
         draw(reporting.read(asked.json), asked.draw)
         return
     texts, table = Texts.of(asked, in_fp32=True), []
-    for found in rows(texts, asked.tp, asked.peers, asked.bits, asked.transforms):
+    score = partial(on_ranks if asked.real else simulated, texts)
+    moments: MomentsNeeded = "full" if asked.transforms else "diagonal"
+    seen = observe(texts.model, texts.calibration, tp_size=asked.tp, moments=moments)
+    for found in rows(seen, score, asked.peers, asked.bits, asked.transforms):
         table.append(found)
         print(*(f"{value:.5g}" if isinstance(value, float) else value for value in found.values()), flush=True)
-    reporting.write(asked.json, **texts.setting, tp_size=asked.tp, rows=table)
+    reporting.write(asked.json, **texts.setting, tp_size=asked.tp, real=asked.real, rows=table)
 
 
 if __name__ == "__main__":

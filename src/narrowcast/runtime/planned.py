@@ -42,11 +42,12 @@ class PlannedWires(Wires):
 
     def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
         x, num_features = partials[0], partials[0].shape[-1]
-        flat = [each.reshape(-1, num_features) for each in partials]
-        choice = self.sites.choice(site, len(flat[0]), num_features, self.tp_size)
+        flat = partials if x.dim() == 2 else [each.reshape(-1, num_features) for each in partials]
+        choice = self.sites.choice(site, flat[0].shape[0], num_features, self.tp_size)
         if choice.form == "native":  # which adds up in place
             flat = [x_TE.clone() for x_TE in flat]
-        return self._sum([Deferred.of(x_TE) for x_TE in flat], site, choice, x, residue).view(x.shape)
+        total_TE = self._sum([Deferred.of(x_TE) for x_TE in flat], site, choice, x, residue)
+        return total_TE if x.dim() == 2 else total_TE.view(x.shape)
 
     def _sum(
         self,
