@@ -49,7 +49,7 @@ def columns(name: str, layer: Any, wires: Wires) -> Forward:
     all_gather = wires.column_parallel(name, [own.stop - own.start for own in by_rank])
     if not wires.virtual:
         weight, bias = local(weight), None if bias is None else local(bias)
-        return lambda x: all_gather(functional.linear(wires.inputs(name, x)[0], weight, bias))
+        return lambda x: all_gather(_product(wires.inputs(name, x)[0], weight, bias))
     return lambda x: all_gather(_own_columns(layer, wires.inputs(name, x), by_rank))
 
 
@@ -62,11 +62,20 @@ def kept_columns(name: str, layer: Any, wires: Wires) -> Forward:
     return lambda x: _own_columns(layer, wires.inputs(name, x), by_rank)
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """As `functional.linear`, of tokens in one matrix.
+
+    The last token of each sequence is a view with gaps. PyTorch 2.13 multiplies such a one by a weight that needs no
+    gradient as a batch of matrices: 220 ms instead of 4 for one token and 16,000 columns in BF16.
+    """
+    return functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
+
+
 def _own_columns(layer: Any, inputs: Sequence[Tensor], by_rank: Sequence[slice]) -> Tensor:
     """The columns of all ranks side by side, each rank's computed from its own input."""
     weight, bias = layer.weight, layer.bias
     parts = [
-        functional.linear(x, weight[own], None if bias is None else bias[own])
+        _product(x, weight[own], None if bias is None else bias[own])
         for x, own in zip(inputs, by_rank, strict=True)
     ]
     return torch.cat(parts, dim=-1)
