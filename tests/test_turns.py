@@ -18,6 +18,9 @@ from narrowcast import InvalidInputError, Plan
 from narrowcast.collectives.base import Exchange
 from narrowcast.collectives.pending import Pending
 from narrowcast.engines import load_engine
+from narrowcast.evaluation import evaluate
+from narrowcast.evaluation import ranks as on_ranks
+from narrowcast.evaluation.ranks import Job, Outcome
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
 from narrowcast.transport.base import Collectives
@@ -307,6 +310,21 @@ def test_a_model_that_turns_make_wrong_is_refused(ranks: Pools, tmp_path: Path, 
     planned(folder, 2)
     assert all("another one on ranks [0, 1]" in each for each in ranks(2).run(refusal, folder, False))
     assert not any(ranks(2).run(refusal, folder, True))
+
+
+def scores(job: Job) -> list[Outcome]:
+    return on_ranks._on_rank(job, Split(tp_size=2))
+
+
+def test_an_evaluation_in_halves_is_the_same_on_real_ranks(ranks: Pools, tmp_path: Path) -> None:
+    """Figures and report; in FP32, where the reference is one forward."""
+    folder, batches = save_random("llama", tmp_path / "model", torch.float32), [random_ids(2, LENGTH)]
+    planned(folder, 2)
+    job = Job(model=str(folder), plans=[folder / "plan"], batches=batches, prompt_chunks=2)
+    found = evaluate(transformers.load(folder), Plan.load(folder / "plan"), batches, prompt_chunks=2)
+    (first,), _ = ranks(2).run(scores, job)
+    assert first.score is not None and first.score.kl_nats == pytest.approx(found.score.kl_nats, rel=1e-2)
+    assert first.report.prompts == found.report.prompts == {"in halves": 1}
 
 
 def test_the_table_decides_from_which_length_on(tmp_path: Path) -> None:

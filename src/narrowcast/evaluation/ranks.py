@@ -20,7 +20,7 @@ from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.split import Split
-from narrowcast.runtime.counters import Report, SiteReport
+from narrowcast.runtime.counters import Report
 from narrowcast.runtime.prompts import Chunks
 from narrowcast.scores import Score
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, transports_of
@@ -172,17 +172,16 @@ def _report(model: nn.Module, handle: Handle) -> Report:
     report = handle.report()
     if tp is not None:
         ranks = _shared(tp, report)
-        report = Report(
-            sites={
-                name: site.counting([each.sites[name] for each in ranks if name in each.sites])
-                for name, site in ranks[0].sites.items()
-            }
-        )
+        sites = {
+            name: site.counting([each.sites[name] for each in ranks if name in each.sites])
+            for name, site in ranks[0].sites.items()
+        }
+        report = replace(report, sites=sites)
     if pp is not None:
-        sites: dict[str, SiteReport] = {}
+        sites = {}
         for stage in _shared(pp, report):
             sites |= {name: sites[name] + site if name in sites else site for name, site in stage.sites.items()}
-        report = Report(sites=sites)
+        report = replace(report, sites=sites)
     return report
 
 

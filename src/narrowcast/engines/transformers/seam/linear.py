@@ -75,7 +75,6 @@ def _own_columns(layer: Any, inputs: Sequence[Tensor], by_rank: Sequence[slice])
     """The columns of all ranks side by side, each rank's computed from its own input."""
     weight, bias = layer.weight, layer.bias
     parts = [
-        _product(x, weight[own], None if bias is None else bias[own])
-        for x, own in zip(inputs, by_rank, strict=True)
+        _product(x, weight[own], None if bias is None else bias[own]) for x, own in zip(inputs, by_rank, strict=True)
     ]
     return torch.cat(parts, dim=-1)
