@@ -251,13 +251,18 @@ def test_what_cannot_be_halved_runs_as_one_and_says_why(tmp_path: Path, forward:
     assert handle.report().prompts == REASONS[forward]
 
 
-def test_a_pipeline_runs_prompts_as_one(tmp_path: Path) -> None:
-    folder = saved("llama", tmp_path / "model")
+def test_a_pipeline_runs_prompts_as_one(ranks: Pools, tmp_path: Path) -> None:
+    folder, split = saved("llama", tmp_path / "model"), Split(tp_size=2, pp_size=2)
+    inputs = {"input_ids": random_ids(2, LENGTH), "attention_mask": torch.ones(2, LENGTH, dtype=torch.long)}
     model = transformers.load(folder)
     plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=2, pp_size=2)
-    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=2) as handle:
-        model(random_ids(1, 40))
-    assert handle.report().prompts == {"one forward: a pipeline": 1}
+    plan.save(folder / "plan")
+    logits, text, report = answers(model, plan, inputs, simulate=True)
+    assert report.prompts == {"one forward: a pipeline": 2}
+    for found in ranks(4).run(on_rank_of, split, folder, inputs):
+        assert torch.equal(found[0], logits)
+        assert torch.equal(found[1], text)
+        assert found[2].prompts == {"one forward: a pipeline": 2}
 
 
 def fails_in_the_second_half(folder: Path, inputs: dict[str, Tensor]) -> tuple[bool, Tensor]:

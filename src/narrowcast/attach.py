@@ -19,6 +19,7 @@ from narrowcast.plan.split import SUMS, Split
 from narrowcast.plan.summary import feedback_in_words
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.counters import Report
+from narrowcast.runtime.planned import PlannedWires
 from narrowcast.runtime.prompts import MIN_TOKENS, Chunks, Prompts
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
@@ -145,15 +146,7 @@ def attach(
     _tell_of_feedback(plan, feedback)
     forwards = engine.take_over(model, plan.split, wires)
     if prompts is not None:
-        logger.info("prompts of %d tokens and more run in halves", prompts.min_tokens)
-        engine.halve_prompts(model, plan.split, wires, prompts, forwards)
-        if isinstance(wires, Communicator):
-            try:
-                _check_turns(engine, model, wires, prompts)
-            except BaseException:
-                forwards.restore()
-                raise
-            sites.forget()
+        _halve(prompts, engine, model, plan.split, wires, forwards)
     return Handle(model, forwards, sites, prompts)
 
 
@@ -250,6 +243,22 @@ def _check_on_all_ranks(
         refusal = _agree(each, mine, refusal)
     if refusal is not None:
         raise refusal
+
+
+def _halve(
+    prompts: Prompts, engine: Engine, model: nn.Module, split: Split, wires: PlannedWires, forwards: Forwards
+) -> None:
+    """Let long prompts run in halves; with the model as it was, what `_check_turns` raises."""
+    logger.info("prompts of %d tokens and more run in halves", prompts.min_tokens)
+    engine.halve_prompts(model, split, wires, prompts, forwards)
+    if not isinstance(wires, Communicator) or split.pp_size > 1:  # where nothing takes turns
+        return
+    try:
+        _check_turns(engine, model, wires, prompts)
+    except BaseException:
+        forwards.restore()
+        raise
+    wires.sites.forget()
 
 
 def _check_turns(engine: Engine, model: nn.Module, wires: Communicator, prompts: Prompts) -> None:

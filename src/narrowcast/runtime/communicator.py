@@ -48,7 +48,8 @@ class Communicator(PlannedWires):
 
     def run_parts(self, parts: Sequence[Callable[[], T]]) -> list[T]:
         """The results of parts of a forward, which take turns: while the sums of one travel, another computes."""
-        return self._turns.take(parts) if self.takes_turns else super().run_parts(parts)
+        in_turns = self.takes_turns and not self._turns.taken
+        return self._turns.take(parts) if in_turns else super().run_parts(parts)
 
     def _add_up(
         self,
