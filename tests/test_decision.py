@@ -30,8 +30,9 @@ from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.counters import Report
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites, plain
-from narrowcast.transport import TorchDistributedTransport
+from narrowcast.transport import TcpTransport, TorchDistributedTransport
 from ranks import Ranks
+from transports import needs_mesh
 
 NUM_FEATURES = 64
 CPU = torch.device("cpu")
@@ -76,6 +77,33 @@ def test_decisions_are_saved_with_the_plan_and_change_its_fingerprint(tmp_path: 
     plan.save(tmp_path / "plan")
     assert Plan.load(tmp_path / "plan").decisions == TABLE
     assert plan.fingerprint != replace(plan, decisions=Decisions()).fingerprint
+
+
+def test_chunks_are_left_out_where_little_is_waited_for() -> None:
+    """1.5 ms in a chunk of 256 tokens, or of 128."""
+    slow, fast = (Decisions(waits={NUM_FEATURES: ((1, 0.0), (num_tokens, 1.5e-3))}) for num_tokens in (256, 512))
+    assert slow.chunks_pay(NUM_FEATURES, 256 * NUM_FEATURES)
+    assert not fast.chunks_pay(NUM_FEATURES, 256 * NUM_FEATURES)
+    assert Decisions().chunks_pay(NUM_FEATURES, 1) and fast.chunks_pay(NUM_FEATURES + 1, 1), "nothing was measured"
+
+
+def exchanges_of(waits: dict[int, Any]) -> int:
+    """How many exchanges a sum of 64 tokens takes, in chunks of eight."""
+    transport, started = TcpTransport(), []
+    transport.chunk_values, exchange = 8 * NUM_FEATURES, transport.exchange  # type: ignore[misc]
+    transport.exchange = lambda *args, **options: (started.append(1), exchange(*args, **options))[1]  # type: ignore
+    sites = Sites({"s": codecs(2)}, (), "auto", CPU, decisions=Decisions(waits=waits))
+    wires = Communicator(sites, tp=transport, pp=None)
+    wires._small_sums.take = lambda y_TE: False  # type: ignore[method-assign]
+    wires.sum([inputs(64, 2)[transport.rank]], "s")
+    return len(started)
+
+
+@needs_mesh
+def test_a_sum_travels_in_chunks_or_at_once_as_the_table_says(ranks: Callable[[int], Ranks]) -> None:
+    assert ranks(2).run(exchanges_of, {}) == [8, 8]
+    assert ranks(2).run(exchanges_of, {NUM_FEATURES: ((1, 0.0), (64, 1e-4))}) == [1, 1]
+    assert ranks(2).run(exchanges_of, {NUM_FEATURES: ((1, 0.01),)}) == [8, 8]
 
 
 @pytest.mark.parametrize("text", ["", "coded", "native one_shot", "zipped one_shot"])

@@ -66,9 +66,8 @@ class Communicator(PlannedWires):
             return
         tp, turns = counters.transport(self.tp), self._turns
         fed_back = counters.hops(self._fed_back(hops, residue))
-        steps = deferred_all_reduce_steps(
-            partial, y_TE, fed_back, tp, algorithm, counters.stats, in_chunks=not turns.taken
-        )
+        in_chunks = not turns.taken and self.sites.decisions.chunks_pay(y_TE.shape[1], tp.chunk_values or 0)
+        steps = deferred_all_reduce_steps(partial, y_TE, fed_back, tp, algorithm, counters.stats, in_chunks=in_chunks)
         pending = Pending(steps, tp)
         turns.begin_sum()
         pending.wait(turns.pass_on if turns.taken else None)
