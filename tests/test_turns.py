@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
 import narrowcast
 from models import CONFIGS, SMALL, random_ids, save_random
@@ -107,6 +108,41 @@ def test_the_halves_are_the_chunks_of_the_engine(tmp_path: Path, name: str) -> N
         found = model.generate(**inputs, **asked)
     assert torch.equal(found.sequences, expected.sequences)
     assert all(torch.equal(*pair) for pair in zip(found.logits, expected.logits, strict=True))
+
+
+OTHER_KINDS: list[dict[str, Any]] = [
+    {"num_beams": 3},
+    {"do_sample": True, "num_return_sequences": 2},
+    {"prompt_lookup_num_tokens": 3},  # assisted: several tokens at a time, after a prompt
+]
+
+
+@pytest.mark.parametrize("options", OTHER_KINDS)
+def test_other_kinds_of_generation(tmp_path: Path, options: dict[str, Any]) -> None:
+    folder, ids = saved("mistral", tmp_path / "model"), random_ids(1, 44)
+    plan, model, texts = planned(folder, 2), transformers.load(folder), []
+    for prompt_chunks, more in (1, {"prefill_chunk_size": 22}), (2, {}):
+        torch.manual_seed(0)
+        with narrowcast.attach(model, plan, simulate=True, prompt_chunks=prompt_chunks) as handle:  # type: ignore[arg-type]
+            texts.append(model.generate(ids, max_new_tokens=5, **options, **more))
+    assert torch.equal(*texts)
+    assert handle.report().prompts == {"in halves": 1}
+
+
+def test_continuous_batches_are_cut_by_their_scheduler(tmp_path: Path) -> None:
+    folder = saved("mistral", tmp_path / "model")
+    plan, model = planned(folder, 2), transformers.load(folder)
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (60, 50, 9)]
+    asked = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    config, found = ContinuousBatchingConfig(num_blocks=32, page_size=16, max_batch_tokens=128), []
+    for prompt_chunks in (1, 2):
+        with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=prompt_chunks) as handle:  # type: ignore[arg-type]
+            done = model.generate_batch(
+                inputs=prompts, generation_config=asked, continuous_batching_config=config, progress_bar=False
+            )
+        found.append([done[key].generated_tokens for key in sorted(done)])
+    assert found[0] == found[1]
+    assert handle.report().prompts == {"one forward: cache, cu_seq_lens_k, ... given": 1}
 
 
 def with_static_cache(folder: Path, inputs: dict[str, Tensor], prompt_chunks: Any, simulate: bool = False) -> Any:

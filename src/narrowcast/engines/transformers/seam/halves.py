@@ -108,7 +108,7 @@ def _check(model: Any, signature: inspect.Signature, arguments: Mapping[str, Any
     if model.config.is_encoder_decoder or not {"past_key_values", "logits_to_keep"} <= signature.parameters.keys():
         raise IndivisibleError("no decoder with a cache")
     if others := sorted(arguments.keys() - DIVISIBLE):
-        raise IndivisibleError(f"{', '.join(others)} given")
+        raise IndivisibleError(f"{', '.join(others[:2])}{', ...' if len(others) > 2 else ''} given")
     if not isinstance(arguments.get("logits_to_keep", 0), int):
         raise IndivisibleError("logits of chosen places")
     cache = arguments.get("past_key_values")
