@@ -1,5 +1,6 @@
 """Benchmarks: rows, yardsticks, figures."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -85,6 +86,27 @@ def test_rows_and_picture(command: str, tmp_path: Path) -> None:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_timeline_tells_where_each_rank_spends_an_answer(tmp_path: Path) -> None:
+    """Computing, coding and waiting follow one another, and fill the prompt and the tokens after it."""
+    path = tmp_path / "trace.json"
+    report_of("model", tmp_path, "--timeline", path)
+    events = json.loads(path.read_text(encoding="utf8"))["traceEvents"]
+    assert {each["args"]["name"] for each in events if each["name"] == "process_name"} == {"rank 0", "rank 1"}
+    ways = {each["args"]["name"] for each in events if each["name"] == "thread_name"}
+    assert ways == {f"loopback, int4-feature, {how}" for how in ("one forward", "halves in turns")}
+    for rank, thread in itertools.product((0, 1), (0, 1)):
+        own = [each for each in events if (each["pid"], each["tid"]) == (rank, thread) and each["ph"] == "X"]
+        forwards = [each for each in own if each["cat"] == "forward"]
+        assert [each["name"] for each in forwards] == ["prompt of 8", "4 tokens"]
+        parts = [each for each in own if each["cat"] != "forward"]
+        assert {each["cat"] for each in parts} == {"compute", "encode", "exchange", "waiting", "decode"}
+        assert any(each["name"] == "waiting model.layers.0.mlp.down_proj" for each in parts)
+        for before, after in itertools.pairwise(parts):
+            assert after["ts"] >= before["ts"] + before["dur"] - 0.01
+        assert sum(each["dur"] for each in parts) == pytest.approx(sum(each["dur"] for each in forwards), rel=1e-3)
+    assert "expected a new file" in refused("bench", "model", "--timeline", path)
+
+
 def test_rows_on_a_link(emulator: None, tmp_path: Path) -> None:
     rows = report_of("collective", tmp_path, "--link", LINK)["rows"]
     assert {row["link"] for row in rows} == {"1Gbps,100us"}
@@ -114,6 +136,7 @@ def test_each_size_starts_with_the_yardsticks(tmp_path: Path) -> None:
         (("codec", "--link", LINK), "--link: expected none with codec"),
         (("model", "--size", "4M"), "--size: expected none with model"),
         (("model", "-tp", "1"), "-tp: expected 2 or more"),
+        (("codec", "--timeline", "x.json"), "--timeline: expected none with codec"),
     ],
 )
 def test_wrong_options_are_refused(options: tuple[str, ...], expected: str) -> None:

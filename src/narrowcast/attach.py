@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from narrowcast.collectives import check_algorithm, check_name
+from narrowcast.collectives.clock import Span
 from narrowcast.engines import Engine, device_of, engine_of
 from narrowcast.engines.forwards import Forwards
 from narrowcast.errors import InvalidInputError, NarrowcastError, PlanMismatchError
@@ -45,6 +46,20 @@ class Handle:
     def report(self) -> Report:
         """The figures of what this rank has sent since `attach`."""
         return replace(self._sites.report(), prompts={} if self._prompts is None else dict(self._prompts.counted))
+
+    def trace(self) -> list[Span]:
+        """A list that takes where time goes, stretch by stretch, from now on; the report's figures begin anew.
+
+        Of a plan that was attached with `timed=True`; InvalidInputError otherwise.
+        """
+        if not self._sites.timed:
+            raise InvalidInputError(
+                "trace",
+                expected="a plan whose time is counted",
+                found="timed=False",
+                remedy="Attach it with timed=True.",
+            )
+        return self._sites.trace()
 
     def suspend(self) -> None:
         """Give the model back the forwards that it had until `resume`; a second call does nothing."""

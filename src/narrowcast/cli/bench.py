@@ -4,6 +4,8 @@ import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from json import dumps
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -14,13 +16,14 @@ from narrowcast.cli.options import DEFAULT_TP, JsonOption, TensorParallel
 from narrowcast.cli.tables import table
 from narrowcast.codecs import PRESETS, recipe
 from narrowcast.errors import InvalidInputError
-from narrowcast.files import check_report, write_report
+from narrowcast.files import check_report, check_writable, write_new, write_report
 from narrowcast.launch import Link
 from narrowcast.perf import codec as codecs
 from narrowcast.perf import collective as collectives
 from narrowcast.perf import model as models
 from narrowcast.perf.machine import machine
 from narrowcast.perf.sizes import parse_sizes, written
+from narrowcast.perf.timeline import trace
 from narrowcast.runtime.prompts import Chunks
 from narrowcast.transport.tcp import COMPILED
 
@@ -62,6 +65,9 @@ def bench(
     prompt_chunks: Annotated[
         list[str] | None, typer.Option(metavar="1|2", help="2: halves of the prompt in turns; again for both.")
     ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace of an answer. Of a model.")
+    ] = None,
     json: JsonOption = None,
 ) -> None:
     """Measure kernels of codecs, sums over ranks, or a split model, each against a yardstick in the same run.
@@ -78,8 +84,11 @@ def bench(
             "--link": (link, ["codec"]),
             "--transport": (transport, ["codec"]),
             "--prompt-chunks": (prompt_chunks, ["codec", "collective"]),
+            "--timeline": ([str(timeline)] if timeline else None, ["codec", "collective"]),
         },
     )
+    if timeline is not None:
+        check_writable(timeline, overwrite=False)
     if tp < 2:
         raise InvalidInputError("-tp", expected="2 or more", found=tp, remedy="One rank has nobody to send to.")
     links: Sequence[Link | None] = list(dict.fromkeys(map(Link.parse, link or ()))) or [None]
@@ -89,7 +98,8 @@ def bench(
     elif subject == "collective":
         parts = _collectives(codec, size, tp, links, transports)
     else:
-        parts = _models(codec, tp, links, transports, [options.prompt_chunks(each) for each in prompt_chunks or "1"])
+        chunks = [options.prompt_chunks(each) for each in prompt_chunks or "1"]
+        parts = _models(codec, tp, links, transports, chunks, timeline)
     rows = _measured(parts)
     if json is not None:
         write_report(json, {"command": shlex.join(["narrowcast", *sys.argv[1:]]), "machine": machine(), "rows": rows})
@@ -115,7 +125,12 @@ def _collectives(
 
 
 def _models(
-    codec: Sequence[str] | None, tp: int, links: Sequence[Link | None], over: Sequence[str], chunks: Sequence[Chunks]
+    codec: Sequence[str] | None,
+    tp: int,
+    links: Sequence[Link | None],
+    over: Sequence[str],
+    chunks: Sequence[Chunks],
+    timeline: Path | None,
 ) -> Iterator[Part]:
     usual = models.DEFAULT
     codecs = _recipes(codec, usual.codecs)
@@ -123,6 +138,8 @@ def _models(
     with models.prepared(job) as folder:
         for link in links:
             yield f"{job.shape}, {tp} ranks on {link or NO_LINK}", models.rows(job, folder, link)
+        if timeline is not None:
+            write_new(timeline, dumps(trace(job, folder, links)).encode(), overwrite=False)
 
 
 def _measured(parts: Iterator[Part]) -> Rows:

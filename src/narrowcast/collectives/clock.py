@@ -2,9 +2,9 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives.base import Hops
@@ -13,17 +13,29 @@ from narrowcast.transport import Buffers, Transport, Work
 T = TypeVar("T")
 
 
+PARTS = "encode", "decode", "recode", "exchange", "waiting"
+
+
+class Span(NamedTuple):
+    """A stretch of time of one of PARTS at a site, seconds of `time.perf_counter`, which ranks of a machine share."""
+
+    site: str
+    part: str
+    start_s: float
+    end_s: float
+
+
 @dataclass
 class Clock:
-    """Seconds on the host: in codecs (`recode_s`: decoding, adding up and encoding in one pass), in handing bytes to
-    the transport, and in waiting for those of others. On a GPU these are the times of launches.
+    """Seconds on the host by part: in codecs ("recode": decoding, adding up and encoding in one pass), in handing bytes
+    to the transport, and in waiting for those of others. On a GPU these are the times of launches.
+
+    `spans`: the stretches of time themselves, of `site`, if somebody wants them.
     """
 
-    encode_s: float = 0.0
-    decode_s: float = 0.0
-    recode_s: float = 0.0
-    exchange_s: float = 0.0
-    waiting_s: float = 0.0
+    site: str = ""
+    spans: list[Span] | None = None
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     def timed(self, call: Callable[..., T], part: str) -> Callable[..., T]:
         """`call`, whose seconds are added to `part`."""
@@ -34,7 +46,10 @@ class Clock:
             try:
                 return call(*args, **kwargs)
             finally:
-                setattr(self, part, getattr(self, part) + time.perf_counter() - start)
+                end = time.perf_counter()
+                self.seconds[part] += end - start
+                if self.spans is not None:
+                    self.spans.append(Span(self.site, part, start, end))
 
         return run
 
@@ -52,7 +67,7 @@ class Clock:
 
     def to_json(self) -> dict[str, float]:
         """Seconds by part."""
-        return asdict(self)
+        return {f"{part}_s": seconds for part, seconds in self.seconds.items()}
 
 
 class TimedCodec:
@@ -60,13 +75,13 @@ class TimedCodec:
 
     def __init__(self, codec: Codec, clock: Clock) -> None:
         self._codec, self._clock = codec, clock
-        self.encode = clock.timed(codec.encode, "encode_s")
-        self.decode = clock.timed(codec.decode, "decode_s")
-        self.decode_sum = clock.timed(codec.decode_sum, "decode_s")
+        self.encode = clock.timed(codec.encode, "encode")
+        self.decode = clock.timed(codec.decode, "decode")
+        self.decode_sum = clock.timed(codec.decode_sum, "decode")
 
     def recode(self, payloads_RTB: Any, reduced: "TimedCodec", **kwargs: Any) -> Any:
         """The codec's `recode`, by the codec that `reduced` stands in for."""
-        return self._clock.timed(self._codec.recode, "recode_s")(payloads_RTB, reduced._codec, **kwargs)
+        return self._clock.timed(self._codec.recode, "recode")(payloads_RTB, reduced._codec, **kwargs)
 
     def tokens(self, own: slice) -> "TimedCodec":
         """A stand-in for the codec of some tokens."""
@@ -96,7 +111,7 @@ class TimedTransport:
 
     def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> Work:
         """The transport's exchange."""
-        start = self._clock.timed(self._transport.exchange, "exchange_s")
+        start = self._clock.timed(self._transport.exchange, "exchange")
         return TimedWork(start(sends, recvs, tag=tag), self._clock)
 
     def __getattr__(self, name: str) -> Any:
@@ -112,4 +127,4 @@ class TimedWork:
 
     def wait(self) -> None:
         """Return when all have arrived; raises as the transport's own."""
-        self.clock.timed(self.work.wait, "waiting_s")()
+        self.clock.timed(self.work.wait, "waiting")()

@@ -69,6 +69,11 @@ class Way(NamedTuple):
     transport: str
     prompt_chunks: Chunks
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Those of `attach`."""
+        return {"transport": self.transport, "prompt_chunks": self.prompt_chunks}
+
 
 NATIVE = Way("native", "torch", 1)  # the engine's own sums, over the group that it makes
 
@@ -113,26 +118,31 @@ def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
         }
 
 
-def _on_rank(job: Job, folder: Path) -> dict[Way, list[Spans]]:
+def loaded(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Plan]]:
+    """This rank's part of the model, and the plans by codec."""
     split = Split(tp_size=job.tp_size)
     model = load_engine().load(folder / WEIGHTS, split=split, replicate_vocabulary=job.replicate_vocabulary)
-    plans = {codec: Plan.load(folder / codec) for codec in job.codecs}
-    ways = [NATIVE, *map(Way._make, itertools.product(plans, job.transports, job.prompt_chunks))]
-    measured: dict[Way, list[Spans]] = {way: [] for way in ways}
+    return model, {codec: Plan.load(folder / codec) for codec in job.codecs}
+
+
+def ways(job: Job) -> list[Way]:
+    """All ways of a job but the engine's own."""
+    return list(map(Way._make, itertools.product(job.codecs, job.transports, job.prompt_chunks)))
+
+
+def _on_rank(job: Job, folder: Path) -> dict[Way, list[Spans]]:
+    model, plans = loaded(job, folder)
+    measured: dict[Way, list[Spans]] = {way: [] for way in (NATIVE, *ways(job))}
     for round in range(-1, job.rounds):
-        for way in ways:
+        for way in measured:
             plan = plans.get(way.codec)
-            with nullcontext() if plan is None else attach(model, plan, **_options(way)):
+            with nullcontext() if plan is None else attach(model, plan, **way.options):
                 if round < 0:  # warms up besides
                     _check_agreement(model, way.codec, job.prefill)
-                spans = _answer(model, job)
+                spans = answer(model, job)
             if round >= 0:
                 measured[way].append(spans)
     return measured
-
-
-def _options(way: Way) -> dict[str, Any]:
-    return {"transport": way.transport, "prompt_chunks": way.prompt_chunks}
 
 
 @torch.no_grad()
@@ -147,7 +157,8 @@ def _check_agreement(model: nn.Module, codec: str, num_tokens: int) -> None:
 
 
 @torch.no_grad()
-def _answer(model: nn.Module, job: Job) -> Spans:
+def answer(model: nn.Module, job: Job) -> Spans:
+    """Time one answer; all ranks begin together."""
     ids, state = _ids(job.prefill), None
 
     def forward() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from narrowcast.codecs import Codec
 from narrowcast.codecs.base import GUARDED, NON_FINITE, SATURATED
 from narrowcast.collectives.base import Hops, Traffic
-from narrowcast.collectives.clock import Clock
+from narrowcast.collectives.clock import Clock, Span
 from narrowcast.transport import Transport
 
 # Figures, and their places in stats.
@@ -170,13 +170,14 @@ class Counters:
 
     device: torch.device
     timed: bool = False
+    spans: list[Span] | None = None
     sites: dict[str, SiteCounters] = field(default_factory=dict)
 
     def site(self, name: str, *, coded: bool) -> SiteCounters:
         """The counters of a site, made at first use."""
         if name not in self.sites:
             stats = torch.zeros(3, dtype=torch.int64, device=self.device)
-            self.sites[name] = SiteCounters(coded, stats, clock=Clock() if self.timed else None)
+            self.sites[name] = SiteCounters(coded, stats, clock=Clock(name, self.spans) if self.timed else None)
         return self.sites[name]
 
     def report(self) -> Report:

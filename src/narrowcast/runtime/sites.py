@@ -8,6 +8,7 @@ import torch
 from narrowcast.codecs import CastCodec, Codec
 from narrowcast.collectives import Hops, choose, named
 from narrowcast.collectives.base import Traffic
+from narrowcast.collectives.clock import Span
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.runtime.counters import Counters, Report, SiteCounters
@@ -53,7 +54,7 @@ class Sites:
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
         self._algorithms: dict[tuple[str, str, int, int], str] = {}
         self._traffics: dict[tuple[str, Choice, int, int], Traffic] = {}
-        self._counters = Counters(device, timed=timed)
+        self.timed, self._counters = timed, Counters(device, timed=timed)
 
     def hops(self, site: str, dtype: torch.dtype) -> Hops:
         """The codecs by hop for values of a dtype."""
@@ -66,6 +67,12 @@ class Sites:
     def report(self) -> Report:
         """All that was counted so far."""
         return self._counters.report()
+
+    def trace(self) -> list[Span]:
+        """A list that takes every span of time from now on, if these are counted. Counts begin anew."""
+        self.forget()
+        self._counters.spans = []
+        return self._counters.spans
 
     def forget(self) -> None:
         """Count from now on."""
