@@ -84,6 +84,16 @@ def test_one_call_has_the_bits_of_the_twin(
     ranks: Pools, codec: str, algorithm: str, num_tokens: int, world_size: int
 ) -> None:
     """Sums, what each leaves to the next one, and what is counted."""
+    check(ranks, codec, algorithm, num_tokens, world_size)
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_eight_ranks(ranks: Pools, algorithm: str) -> None:
+    """Of four tokens, so that two_shot shares out features."""
+    check(ranks, "feature(bits=4, outliers=0)", algorithm, 4, 8)
+
+
+def check(ranks: Pools, codec: str, algorithm: str, num_tokens: int, world_size: int) -> None:
     for dtype in torch.bfloat16, torch.float32:
         case = codec, algorithm, num_tokens, dtype
         simulated = Simulator(sites(codec, world_size, algorithm), world_size)
