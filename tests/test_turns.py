@@ -368,13 +368,13 @@ def test_an_evaluation_in_halves_is_the_same_on_real_ranks(ranks: Pools, tmp_pat
     assert first.report.prompts == found.report.prompts == {"in halves": 1}
 
 
-def test_the_table_decides_from_which_length_on(tmp_path: Path) -> None:
-    """A wait of 1 ms a token, a quarter of which is gained, against 12 ms for weights, less by a 384th a token."""
-    waits = {96: [(1, 0.001), (1024, 1.024)]}
-    table = Decisions(waits=waits, weights_gbps=1.0)
-    assert table.halves_from(96, 12e6) == 64  # 16 ms against 10; of 32 tokens 8 against 11
-    assert table.halves_from(96, 120e6) == 256  # 64 against 40; of 128 32 against 80
-    assert table.halves_from(96, 12e9) == 512, "bound by arithmetic: nothing is lost"
+def test_the_table_decides_from_which_length_on() -> None:
+    """A wait of 1 ms a token, a quarter of which is counted on, against a pass over the weights at 1 GB/s."""
+    table = Decisions(waits={96: [(1, 0.001), (1024, 1.024)]}, weights_gbps=1.0)
+    assert table.halves_from(96, 7e6) == 32  # 8 ms against 7
+    assert table.halves_from(96, 12e6) == 64
+    assert table.halves_from(96, 400e6) == 2048, "in proportion beyond what was measured"
+    assert table.halves_from(96, 1e15) is None
     assert table.halves_from(95, 1.0) is None and Decisions().halves_from(96, 1.0) is None
     nothing = Decisions(waits={96: [(1, 0.0), (64, 0.0)]}, weights_gbps=1.0)
     assert nothing.halves_from(96, 1.0) is None

@@ -122,7 +122,7 @@ def attach(
     `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.
     `prompt_chunks=2`: the halves of a long prompt take turns, one computing while sums of the other travel (needs
     greenlet); simulated, one runs after the other, which is the same arithmetic. 1: one forward. "auto": halves
-    from that number of tokens on from which they are faster by what `narrowcast tune` found; without that one forward.
+    from that number of tokens on from which `narrowcast tune` found enough to be waited for; untuned, one forward.
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
     `timeout_s`: how long to wait for a rank before it counts as lost.

@@ -38,9 +38,9 @@ class Choice(NamedTuple):
         return cls(form, algorithm)
 
 
-# A forward of so many tokens is bound by arithmetic: in two halves it takes no longer. Below, up to a pass over the
-# weights longer, and more so the fewer they are; and this share of the waiting at least is gained (docs/benchmarks.md).
-BOUND_BY_ARITHMETIC, GAINED = 384, 0.25
+# Of a sum's waiting, what is counted on to be gained by halves in turns, which cost a second pass over the weights
+# (decision 0034).
+GAINED = 0.25
 SHORTEST, LONGEST = 32, 1 << 20  # prompts that are asked about
 
 # A chunk that travels by itself costs 0.35 ms of Python and of smaller products, and gains a part of its waiting.
@@ -81,10 +81,9 @@ class Decisions:
         waits = self.waits.get(num_features)
         if not waits:
             return None
-        num_tokens = SHORTEST
+        pass_s, num_tokens = weight_nbytes / (self.weights_gbps * 1e9), SHORTEST
         while num_tokens <= LONGEST:
-            twice_s = weight_nbytes / (self.weights_gbps * 1e9) * max(0.0, 1 - num_tokens / BOUND_BY_ARITHMETIC)
-            if GAINED * _interpolated(waits, num_tokens) > twice_s:
+            if GAINED * _interpolated(waits, num_tokens) > pass_s:
                 return num_tokens
             num_tokens *= 2
         return None
