@@ -16,7 +16,7 @@ namespace narrowcast {
 
 namespace {
 
-constexpr int64_t kLongestSpin = 50'000, kShortestSpin = 2'000;  // ns
+constexpr int64_t kLongestSpin = 300'000, kShortestSpin = 2'000;  // ns; ranks that decode come 100 us apart
 constexpr uint64_t kProbeEvery = 128;
 constexpr std::chrono::seconds kLongestSleep(1);
 
