@@ -287,18 +287,41 @@ def test_what_cannot_be_halved_runs_as_one_and_says_why(tmp_path: Path, forward:
     assert handle.report().prompts == REASONS[forward]
 
 
-def test_a_pipeline_runs_prompts_as_one(ranks: Pools, tmp_path: Path) -> None:
-    folder, split = saved("llama", tmp_path / "model"), Split(tp_size=2, pp_size=2)
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", "mixtral"])
+@pytest.mark.parametrize("split", [Split(pp_size=2), Split(tp_size=2, pp_size=2)], ids=str)
+def test_while_one_half_is_in_the_next_stage_the_other_is_in_this_one(
+    ranks: Pools, tmp_path: Path, name: str, split: Split
+) -> None:
+    folder = saved(name, tmp_path / "model")
     inputs = {"input_ids": random_ids(2, LENGTH), "attention_mask": torch.ones(2, LENGTH, dtype=torch.long)}
     model = transformers.load(folder)
-    plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=2, pp_size=2)
+    plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=split.tp_size, pp_size=split.pp_size)
     plan.save(folder / "plan")
     logits, text, report = answers(model, plan, inputs, simulate=True)
-    assert report.prompts == {"one forward: a pipeline": 2}
-    for found in ranks(4).run(on_rank_of, split, folder, inputs):
+    assert report.prompts == {"in halves": 2}
+    for found in ranks(split.world_size).run(on_rank_of, split, folder, inputs):
         assert torch.equal(found[0], logits)
         assert torch.equal(found[1], text)
-        assert found[2].prompts == {"one forward: a pipeline": 2}
+        assert found[2].prompts == {"in halves": 2}
+
+
+def forward_of(split: Split, folder: Path, inputs: dict[str, Tensor]) -> Tensor:
+    model, plan = transformers.load(folder, split=split), Plan.load(folder / "plan")
+    with torch.no_grad(), narrowcast.attach(model, plan, prompt_chunks=2):
+        logits: Tensor = model(**inputs).logits  # type: ignore[operator]
+    return logits
+
+
+def test_padded_prompts_of_a_pipeline_run_as_one(ranks: Pools, tmp_path: Path) -> None:
+    folder, split = saved("llama", tmp_path / "model"), Split(pp_size=2)
+    model = transformers.load(folder)
+    plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=1, pp_size=2)
+    plan.save(folder / "plan")
+    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=2) as handle:
+        logits = model(**padded()).logits
+    assert handle.report().prompts == {"one forward: padding in a pipeline": 1}
+    for found in ranks(2).run(forward_of, split, folder, padded()):
+        assert torch.equal(found, logits)
 
 
 def fails_in_the_second_half(folder: Path, inputs: dict[str, Tensor]) -> tuple[bool, Tensor]:
@@ -387,6 +410,14 @@ def prompts_of(folder: Path, plan: bytes, lengths: Sequence[int], **options: Any
         for length in lengths:
             model(random_ids(1, length))
         return dict(handle.report().prompts)
+
+
+def test_auto_halves_prompts_of_a_pipeline(ranks: Pools, tmp_path: Path) -> None:
+    folder = saved("llama", tmp_path / "model")
+    plan = narrowcast.calibrate(transformers.load(folder), [random_ids(2, 40)], tp_size=1, pp_size=2).to_bytes()
+    run = partial(ranks(2).run, prompts_of, folder, plan)
+    assert run((127, 128)) == [{"in halves": 1}] * 2
+    assert ranks(2).run(partial(prompts_of, deterministic=True), folder, plan, (128,)) == [{}] * 2
 
 
 def test_auto_goes_by_the_table(ranks: Pools, tmp_path: Path) -> None:

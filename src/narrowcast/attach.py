@@ -16,12 +16,12 @@ from narrowcast.engines.forwards import Forwards
 from narrowcast.errors import InvalidInputError, NarrowcastError, PlanMismatchError
 from narrowcast.plan import Plan
 from narrowcast.plan.chains import Chains
-from narrowcast.plan.split import SUMS, Split
+from narrowcast.plan.split import SUMS, UNCODED, Split
 from narrowcast.plan.summary import feedback_in_words
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.counters import Report
 from narrowcast.runtime.planned import PlannedWires
-from narrowcast.runtime.prompts import MIN_TOKENS, Chunks, Prompts
+from narrowcast.runtime.prompts import MIN_TOKENS, PIPELINED_TOKENS, Chunks, Prompts
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
 from narrowcast.runtime.turns import import_greenlet
@@ -121,8 +121,9 @@ def attach(
     it can be.
     `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.
     `prompt_chunks=2`: the halves of a long prompt take turns, one computing while sums of the other travel (needs
-    greenlet); simulated, one runs after the other, which is the same arithmetic. 1: one forward. "auto": halves
-    from that number of tokens on from which `narrowcast tune` found enough to be waited for; untuned, one forward.
+    greenlet); simulated, one runs after the other, which is the same arithmetic. In a pipeline one half is in the next
+    stage while the other is in this one. 1: one forward. "auto": halves from that number of tokens on from which
+    `narrowcast tune` found enough to be waited for, or from 128 on in a pipeline; else one forward.
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
     `timeout_s`: how long to wait for a rank before it counts as lost.
@@ -155,7 +156,8 @@ def attach(
         options = f"{count_only=}, {deterministic=}, {feedback=}"
         mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": options, "halves": f"from {halves_from}"}
         connected = [each for each in (tp, pp) if each is not None]
-        _check_on_all_ranks(engine, model, plan, connected, mine, in_turns=prompts is not None)
+        in_turns = prompts is not None and plan.split.pp_size == 1
+        _check_on_all_ranks(engine, model, plan, connected, mine, in_turns=in_turns)
         _tell(plan, algorithm, sites, tp, pp)
         wires = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
     _tell_of_feedback(plan, feedback)
@@ -166,7 +168,12 @@ def attach(
 
 
 def _halves_from(model: nn.Module, plan: Plan) -> int | None:
-    """The tokens from which on the plan's table has prompts in halves, alike on every rank; None for never."""
+    """The tokens from which on prompts run in halves, alike on every rank; None for never.
+
+    In a pipeline those that gain there, otherwise those that the plan's table has.
+    """
+    if plan.split.pp_size > 1:
+        return PIPELINED_TOKENS
     num_sums = sum(site.kind in SUMS for site in plan.sites.values())
     if not plan.decisions.waits or not num_sums:
         return None
@@ -308,6 +315,13 @@ def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bo
     coded = {site.kind for site in plan.sites.values()}
     here = {name for name, kind in engine.sites(model, plan.split).items() if kind in coded}
     elsewhere = set(plan.sites) - here
+    if elsewhere and found.pp_size == 1 and {plan.sites[name].kind for name in elsewhere} <= set(UNCODED):
+        raise PlanMismatchError(
+            "plan",
+            expected=f"a model whose {' and '.join(sorted(elsewhere))} ranks share out, as the plan codes what travels",
+            found="one that has them whole on every rank",
+            remedy='Load it with replicated="none", or calibrate without a codec for them.',
+        )
     if here - set(plan.sites) or (elsewhere and found.pp_size == 1):
         raise PlanMismatchError(
             "plan",

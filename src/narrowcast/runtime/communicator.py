@@ -38,7 +38,7 @@ class Communicator(PlannedWires):
         super().__init__(sites, rank, tp_size, count_only=count_only)
         self._tp, self.pp = tp, pp
         self._small_sums = SmallSums(tp, self.feedback)
-        self._turns, self.takes_turns = Turns(self.feedback.enter), True
+        self._turns, self.takes_turns = Turns(self.feedback.enter), pp is None
 
     @property
     def tp(self) -> Transport:
@@ -47,7 +47,10 @@ class Communicator(PlannedWires):
         return self._tp
 
     def run_parts(self, parts: Sequence[Callable[[], T]]) -> list[T]:
-        """The results of parts of a forward, which take turns: while the sums of one travel, another computes."""
+        """The results of parts of a forward, which take turns: while the sums of one travel, another computes.
+
+        In a pipeline one runs after another: while one is in the next stage, another is in this one.
+        """
         in_turns = self.takes_turns and not self._turns.taken
         return self._turns.take(parts) if in_turns else super().run_parts(parts)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 MIN_TOKENS = 32  # of a prompt that may be cut
+PIPELINED_TOKENS = 128  # from which on two halves in two stages cost nothing (64) and gain (decision 0034)
 
 Chunks = Literal["auto", 1, 2]
 

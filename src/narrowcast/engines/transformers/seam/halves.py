@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.engines.forwards import Forwards
+from narrowcast.engines.transformers.seam.pipeline import stage_of
 from narrowcast.plan.split import Split
 from narrowcast.runtime.prompts import Prompts
 from narrowcast.runtime.wires import Wires
@@ -38,8 +39,8 @@ def halve_prompts(model: nn.Module, split: Split, wires: Wires, prompts: Prompts
         if not halves:
             return whole(*args, **kwargs)
         try:
-            if split.pp_size > 1:
-                raise IndivisibleError("a pipeline")
+            if split.pp_size > 1 and _is_padded(arguments.get("attention_mask")):
+                raise IndivisibleError("padding in a pipeline")  # whose engine masks it wrongly behind a cache
             prompt = Prompt(model, signature, whole, arguments)
         except IndivisibleError as reason:
             prompts.as_one(str(reason))
@@ -88,13 +89,15 @@ class Prompt:
         if self._mask is not None:
             inputs["attention_mask"] = _mask_of(self._model, self._mask, view, start, stop)
         num_kept = self._num_kept - (self._ids.shape[1] - stop)
+        if num_kept <= 0 and stage_of(self._model) is not None:
+            return lambda: self._whole(**inputs, logits_to_keep=self._ids.new_empty(0))
         if num_kept <= 0:  # nobody asks for these logits
             return lambda: self._model.get_decoder()(**inputs)
         return lambda: self._whole(**inputs, logits_to_keep=min(num_kept, stop - start))
 
     def joined(self, outputs: Sequence[Any]) -> Any:
         """The output of the whole forward."""
-        last, logits = outputs[-1], [each.logits for each in outputs if "logits" in each]
+        last, logits = outputs[-1], [each.logits for each in outputs if "logits" in each and each.logits.numel()]
         if len(logits) > 1:
             last.logits = torch.cat(logits, dim=1)
         last.past_key_values = self._cache if self._keeps_cache else None
@@ -120,6 +123,10 @@ def _check(model: Any, signature: inspect.Signature, arguments: Mapping[str, Any
     masks = mask.values() if isinstance(mask, Mapping) else () if mask is None else (mask,)
     if not all(isinstance(each, Tensor) and each.ndim in (2, 4) for each in masks):
         raise IndivisibleError("a mask of another kind")
+
+
+def _is_padded(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and not bool(mask.all())
 
 
 def _is_filled(cache: Any) -> bool:

@@ -90,7 +90,7 @@ def _take_over_stage(model: nn.Module, communicator: Communicator, forwards: For
         arguments = signature.bind(model, *args, **kwargs).arguments
         _check_padding(arguments)
         kept = arguments.get("logits_to_keep", 0)
-        stage.logits_to_keep = kept.numel() if isinstance(kept, Tensor) else kept
+        stage.logits_to_keep = kept.numel() if isinstance(kept, Tensor) else kept or None
         return driven(*args, **kwargs)
 
     forwards.replace(model, forward)
@@ -119,7 +119,7 @@ def _coded_stage(model: Any, communicator: Communicator) -> Any:
     class CodedStage(PipelineStage):  # type: ignore[misc]
         """The engine's stage, sending coded. Sizes follow from the input: none is sent."""
 
-        logits_to_keep = 0
+        logits_to_keep: int | None = None  # None: of all tokens
 
         def communicate(
             self,
@@ -145,8 +145,10 @@ def _coded_stage(model: Any, communicator: Communicator) -> Any:
 
         def broadcast_from_last(self, tensor: Tensor | None, *, dtype: torch.dtype, device: torch.device) -> Tensor:
             batch, length = self.batch_and_length
-            kept = min(self.logits_to_keep or length, length)
+            kept = length if self.logits_to_keep is None else min(self.logits_to_keep, length)
             shape = batch, kept, vocab_size
+            if not kept:  # as of a half of a prompt that is not the last: no stage is waited for
+                return torch.empty(shape, dtype=dtype, device=device)
             x = None if tensor is None else tensor.to(dtype)
             return communicator.broadcast(x, shape, LOGITS, src=self.pp_size - 1, dtype=dtype, device=device)
 
