@@ -113,7 +113,7 @@ def replicated(plan: Plan, batches: Sequence[Tensor]) -> tuple[Score, dict[str, 
 
 def held_bytes(split: Split, replicate: bool) -> int:
     """Bytes of weights that this rank holds, each storage once: tied matrices are one."""
-    model = load_engine().load(MODEL, split=split, replicate_vocabulary=replicate)  # type: ignore[call-arg]
+    model = load_engine().load(MODEL, split=split, replicated="all" if replicate else "none")  # type: ignore[call-arg]
     held = {local(weight).untyped_storage().data_ptr(): local(weight).nbytes for weight in model.parameters()}
     return sum(held.values())
 
@@ -121,7 +121,7 @@ def held_bytes(split: Split, replicate: bool) -> int:
 def score_replicated(plan: bytes, batches: Sequence[Tensor]) -> tuple[Score | None, Mapping[str, float]]:
     """On one rank: the score (of rank 0, which alone computes the reference), and bytes that were not coded."""
     loaded, engine = Plan.from_bytes(plan, "sent"), load_engine()
-    model = engine.load(MODEL, split=loaded.split, replicate_vocabulary=True)  # type: ignore[call-arg]
+    model = engine.load(MODEL, split=loaded.split, replicated="all")  # type: ignore[call-arg]
     with narrowcast.attach(model, loaded) as handle:
         found = [log_probs(model, ids) for ids in batches]
     uncoded = handle.report().uncompressed_bytes_per_token

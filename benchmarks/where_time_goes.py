@@ -29,7 +29,6 @@ from narrowcast.engines.transformers.seam.embedding import Lookup
 from narrowcast.launch import Link, run
 from narrowcast.perf.model import VOCAB_SIZE, WEIGHTS, Job, prepared
 from narrowcast.plan import Plan
-from narrowcast.plan.split import Split
 from narrowcast.runtime.planned import PlannedWires
 from narrowcast.runtime.products import Dense
 from narrowcast.transport.tcp import TcpTransport
@@ -101,7 +100,7 @@ def counted(handle: Handle) -> Counter[str]:
 
 
 def on_rank(job: Job, folder: Path, codec: str, link: Link | None) -> dict[str, list[dict[str, float]]]:
-    model = load_engine().load(folder / WEIGHTS, split=Split(tp_size=job.tp_size))
+    model = load_engine().load(folder / WEIGHTS, split=job.split)
     plan, clock = Plan.load(folder / codec), Clock(link)
     found: dict[str, list[dict[str, float]]] = {"prefill": [], "decode": []}
     for round_ in range(-1, ROUNDS):

@@ -74,9 +74,10 @@ COMMANDS = {
     ),
     "inspect": "--overwrite --plot",
     "tune": "--output --overwrite --timeout --transport",
-    "generate": "--dtype --max-new-tokens --no-feedback --plan --prompt --prompt-chunks --timeout --transport",
+    "generate": "--dtype --max-new-tokens --no-feedback --plan --prompt --prompt-chunks --replicate --timeout "
+    "--transport",
     "rotate": "--axes --device --max-seq-len --num-samples --overwrite --tensor-parallel-size --text",
-    "bench": "--codec --json --link --prompt-chunks --size --tensor-parallel-size --timeline --transport",
+    "bench": "--codec --json --link --prompt-chunks --replicate --size --tensor-parallel-size --timeline --transport",
     "codecs": "",
     "doctor": "",
 }
@@ -92,9 +93,9 @@ def options() -> dict[str, dict[str, Any]]:
 
 
 def test_commands_and_options_are_pinned() -> None:
-    """Eleven commands, 75 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
+    """Eleven commands, 77 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
     assert {command: " ".join(sorted(found)) for command, found in options().items()} == COMMANDS
-    assert sum(map(len, options().values())) == 75
+    assert sum(map(len, options().values())) == 77
 
 
 def test_an_option_has_one_default() -> None:
@@ -104,7 +105,14 @@ def test_an_option_has_one_default() -> None:
         for name, default in found.items():
             defaults.setdefault(name, set()).add(str(default))
     several = {name: values for name, values in defaults.items() if len(values) > 1}
-    assert several.keys() <= {"--codec", "--link", "--prompt-chunks", "--transport", "--tensor-parallel-size"}, several
+    assert several.keys() <= {
+        "--codec",
+        "--link",
+        "--prompt-chunks",
+        "--replicate",
+        "--transport",
+        "--tensor-parallel-size",
+    }, several
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -58,7 +58,7 @@ def inputs(num_tokens: int, world_size: int) -> list[Tensor]:
 
 def a_plan(world_size: int, decisions: Decisions = Decisions()) -> Plan:
     site = Site(kind="sum", codecs=codecs(world_size), error={})
-    model = ModelFingerprint(config={"hidden_size": NUM_FEATURES}, samples={})
+    model = ModelFingerprint(config={"hidden_size": NUM_FEATURES, "vocab_size": 101}, samples={})
     return Plan(split=Split(tp_size=world_size), model=model, calibration={}, sites={"s": site}, decisions=decisions)
 
 
@@ -195,7 +195,7 @@ def test_all_ranks_find_what_the_first_one_measured(ranks: Callable[[int], Ranks
             assert timing.seconds[NATIVE] > 0.02
     measured = [timing for timing in tuning.timings if timing.measured]
     assert tuning.decisions.waits == {NUM_FEATURES: [(timing.num_tokens, timing.waiting_s) for timing in measured]}
-    assert tuning.decisions.weights_gbps > 0
+    assert tuning.decisions.weights_gbps > 0 and tuning.decisions.logits_s > 0
 
 
 def transformed_plan(world_size: int) -> Plan:

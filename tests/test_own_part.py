@@ -14,7 +14,7 @@ import narrowcast
 from models import CONFIGS, SMALL, random_ids, save_random
 from narrowcast.calibration.stream import chains_of
 from narrowcast.codecs import recipe
-from narrowcast.engines import load_engine
+from narrowcast.engines import Replicated, load_engine
 from narrowcast.plan import Plan
 from narrowcast.plan.chains import Chains, Reader
 from narrowcast.plan.split import Split
@@ -271,13 +271,15 @@ def observed(model: Any, plan: Plan, ids: Tensor, **options: Any) -> tuple[Tenso
         return logits, model.generate(ids, max_new_tokens=12, do_sample=False), chosen
 
 
-def on_rank(folder: Path, ids: Tensor, replicate: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-    model = load_engine().load(folder, split=SPLIT, replicate_vocabulary=replicate)
+def on_rank(folder: Path, ids: Tensor, replicated: Replicated) -> tuple[Tensor, Tensor, list[Tensor]]:
+    model = load_engine().load(folder, split=SPLIT, replicated=replicated)
     return observed(model, Plan.load(folder / "plan"), ids)
 
 
-@pytest.mark.parametrize(("name", "replicate"), [("llama", False), ("llama", True), ("mixtral", False)])
-def test_near_ties_are_decided_alike_on_all_ranks(ranks: Pools, tmp_path: Path, name: str, replicate: bool) -> None:
+@pytest.mark.parametrize(("name", "replicated"), [("llama", "none"), ("llama", "all"), ("mixtral", "none")])
+def test_near_ties_are_decided_alike_on_all_ranks(
+    ranks: Pools, tmp_path: Path, name: str, replicated: Replicated
+) -> None:
     folder, ids = planted(tmp_path / "model", name), random_ids(3, 12)
     model = load_engine().load(folder)
     plan = narrowcast.calibrate(model, [random_ids(4, 32)], tp_size=2, codec="int4-group32-sym")
@@ -286,7 +288,7 @@ def test_near_ties_are_decided_alike_on_all_ranks(ranks: Pools, tmp_path: Path, 
     expected = observed(model, plan, ids, simulate=True)
     best = expected[0].topk(2).values
     assert (best[..., 0] - best[..., 1]).median() < 1e-3 * best.abs().max(), "most ties are near"
-    for logits, text, chosen in ranks(2).run(on_rank, folder, ids, replicate):
+    for logits, text, chosen in ranks(2).run(on_rank, folder, ids, replicated):
         assert torch.equal(logits, expected[0])
         assert torch.equal(text, expected[1])
         assert all(torch.equal(*pair) for pair in zip(chosen, expected[2], strict=True))

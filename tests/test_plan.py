@@ -16,6 +16,7 @@ from models import calibrated
 from narrowcast import InvalidInputError, Plan, PlanError
 from narrowcast.errors import PlanFormatError, PlanMismatchError
 from narrowcast.plan import ModelFingerprint, Site
+from narrowcast.plan.plan import FORMAT_VERSION
 from narrowcast.plan.split import Split
 from narrowcast.plan.summary import bits_by_site
 
@@ -148,8 +149,9 @@ def test_bits_are_of_the_features_that_a_codec_is_calibrated_for(preset: str) ->
 
 
 def test_another_format_version_is_refused(saved: Path) -> None:
-    rewrite(saved, lambda header, _: header.update(format_version=6))
-    with pytest.raises(PlanFormatError, match=r"format version 5, found version 6.*Calibrate again"):
+    rewrite(saved, lambda header, _: header.update(format_version=FORMAT_VERSION + 1))
+    versions = rf"format version {FORMAT_VERSION}, found version {FORMAT_VERSION + 1}"
+    with pytest.raises(PlanFormatError, match=f"{versions}.*Calibrate again"):
         Plan.load(saved)
 
 

@@ -15,6 +15,7 @@ from narrowcast.cli import options
 from narrowcast.cli.options import DEFAULT_TP, JsonOption, TensorParallel
 from narrowcast.cli.tables import table
 from narrowcast.codecs import PRESETS, recipe
+from narrowcast.engines import Replicated
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_report, check_writable, write_new, write_report
 from narrowcast.launch import Link
@@ -24,6 +25,7 @@ from narrowcast.perf import model as models
 from narrowcast.perf.machine import machine
 from narrowcast.perf.sizes import parse_sizes, written
 from narrowcast.perf.timeline import trace
+from narrowcast.plan.split import Split
 from narrowcast.runtime.prompts import Chunks
 from narrowcast.transport.tcp import COMPILED
 
@@ -65,6 +67,9 @@ def bench(
     prompt_chunks: Annotated[
         list[str] | None, typer.Option(metavar="1|2", help="2: halves of the prompt in turns; again for both.")
     ] = None,
+    replicate: Annotated[
+        Replicated | None, typer.Option(metavar="NAME", help="embedding or all: whole on each rank. Of a model.")
+    ] = None,
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace of an answer. Of a model.")
     ] = None,
@@ -84,6 +89,7 @@ def bench(
             "--link": (link, ["codec"]),
             "--transport": (transport, ["codec"]),
             "--prompt-chunks": (prompt_chunks, ["codec", "collective"]),
+            "--replicate": ([replicate] if replicate else None, ["codec", "collective"]),
             "--timeline": ([str(timeline)] if timeline else None, ["codec", "collective"]),
         },
     )
@@ -99,7 +105,7 @@ def bench(
         parts = _collectives(codec, size, tp, links, transports)
     else:
         chunks = [options.prompt_chunks(each) for each in prompt_chunks or "1"]
-        parts = _models(codec, tp, links, transports, chunks, timeline)
+        parts = _models(codec, tp, links, transports, chunks, replicate or "none", timeline)
     rows = _measured(parts)
     if json is not None:
         write_report(json, {"command": shlex.join(["narrowcast", *sys.argv[1:]]), "machine": machine(), "rows": rows})
@@ -130,11 +136,14 @@ def _models(
     links: Sequence[Link | None],
     over: Sequence[str],
     chunks: Sequence[Chunks],
+    replicated: Replicated,
     timeline: Path | None,
 ) -> Iterator[Part]:
     usual = models.DEFAULT
     codecs = _recipes(codec, usual.codecs)
-    job = replace(usual, codecs=codecs, transports=over, tp_size=tp, prompt_chunks=chunks)
+    job = replace(
+        usual, codecs=codecs, transports=over, split=Split(tp_size=tp), prompt_chunks=chunks, replicated=replicated
+    )
     with models.prepared(job) as folder:
         for link in links:
             yield f"{job.shape}, {tp} ranks on {link or NO_LINK}", models.rows(job, folder, link)

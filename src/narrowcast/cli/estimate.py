@@ -24,6 +24,7 @@ from narrowcast.files import check_report, write_report
 from narrowcast.launch import Link
 from narrowcast.perf import estimate as perf
 from narrowcast.perf.estimate import CodecEstimate, SiteEstimate
+from narrowcast.perf.replication import ReplicationEstimate, replication
 
 
 def estimate(
@@ -48,10 +49,12 @@ def estimate(
     check_report(json)
     split, wire = checked_split(tp, pp, experts), None if link is None else Link.parse(link)
     found = perf.estimate(model, split, codec, input_len=input_len, link=wire, transport=transport)
+    kept = replication(model, split, input_len=input_len, link=wire, transport=transport) if tp > 1 else []
     if json is not None:
         asked = {"model": model, **asdict(split), "input_len": input_len, "transport": transport}
         rows = [asdict(each) for each in found]
-        write_report(json, {**asked, "link": None if wire is None else str(wire), "codecs": rows})
+        whole = [asdict(each) for each in kept]
+        write_report(json, {**asked, "link": None if wire is None else str(wire), "codecs": rows, "replication": whole})
     console = Console(highlight=False)
     console.print(_bytes(found, f"{Path(model).name}, {split}: a prompt of {input_len} tokens, and a token after it"))
     console.print("Payload bytes that the first rank of each stage sends by the algorithm that sends fewest.")
@@ -61,6 +64,22 @@ def estimate(
             "On the wire and in codecs, without what the model computes. native: the group's own sums, a ring. "
             "pays from: the smallest BF16 tensor whose sum is faster than a native one."
         )
+    if kept:
+        console.print(_replication(kept, "kept whole on every rank (generate --replicate)"))
+
+
+def _replication(estimates: Sequence[ReplicationEstimate], title: str) -> Table:
+    """Bytes that a rank holds and reads more, and sends less, with milliseconds where they are known."""
+    found = table(title, ("matrix",), ("memory", "reads a token", "saves of a prompt", "of a token"))
+    for each in estimates:
+        read = _with_ms(each.read_bytes, each.read_ms if each.read_bytes else None)
+        saved = _with_ms(each.prompt_bytes, each.prompt_ms), _with_ms(each.token_bytes, each.token_ms)
+        found.add_row(each.matrix, _size(each.held_bytes), read, *saved)
+    return found
+
+
+def _with_ms(nbytes: int, ms: float | None) -> str:
+    return _size(nbytes) if ms is None else f"{_size(nbytes)}, {ms:.3g} ms"
 
 
 def _bytes(estimates: Sequence[CodecEstimate], title: str) -> Table:

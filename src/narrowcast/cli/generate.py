@@ -6,7 +6,7 @@ import typer
 
 from narrowcast.cli import options
 from narrowcast.cli.options import TEXT, option
-from narrowcast.engines import load_engine
+from narrowcast.engines import Replicated, load_engine
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.ranks import Job, run_on_ranks
 from narrowcast.launch import is_first_rank
@@ -14,6 +14,12 @@ from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.runtime.counters import Report
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
+
+KEPT: dict[Replicated, str] = {
+    "none": "",
+    "embedding": "; embedding whole on every rank",
+    "all": "; embedding and output layer whole on every rank",
+}
 
 
 def generate(
@@ -24,6 +30,7 @@ def generate(
     transport: options.TransportOption = "auto",
     no_feedback: options.NoFeedback = False,
     prompt_chunks: options.PromptChunks = "auto",
+    replicate: options.Replicate = "auto",
     dtype: options.DtypeOption = "auto",
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
 ) -> None:
@@ -40,6 +47,7 @@ def generate(
         transport=transport,
         feedback=not no_feedback,
         prompt_chunks=options.prompt_chunks(prompt_chunks),
+        replicated=replicate,
         dtype=dtype,
         timeout_s=timeout,
         prompts=prompts,
@@ -50,10 +58,10 @@ def generate(
         return
     for start, ids in zip(prompts, outcome.continuations, strict=True):
         typer.echo(tokenizer.decode([*start[0].tolist(), *ids], skip_special_tokens=True))
-    typer.echo(summary(outcome.report, split), err=True)
+    typer.echo(summary(outcome.report, split, outcome.replicated), err=True)
 
 
-def summary(report: Report, split: Split) -> str:
+def summary(report: Report, split: Split, replicated: Replicated = "none") -> str:
     """A sentence on what the first rank of each stage sent; clipping on all ranks."""
     each = "a token and rank" if split.pp_size == 1 else "a token, the first ranks of all stages together"
     bits = "nothing" if report.bits_per_value is None else f"{report.bits_per_value:.4f} bits a value"
@@ -62,6 +70,7 @@ def summary(report: Report, split: Split) -> str:
     return (
         f"sent {bits}, {report.wire_bytes_per_token:.0f} bytes {each}"
         + (f"; uncompressed besides, bytes {each}: {uncompressed}" if uncompressed else "")
+        + KEPT[replicated]
         + (f"; long prompts {prompts}" if prompts else "")
         + (f"; {report.num_saturated} values clipped on all ranks" if report.num_saturated else "")
         + (f"; {report.num_non_finite} values not finite" if report.num_non_finite else "")

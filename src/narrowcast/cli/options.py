@@ -1,7 +1,7 @@
 """Options that several commands have: one name, one meaning, one default."""
 
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
@@ -45,6 +45,9 @@ Real = Annotated[bool, option(RUN, None, "On real ranks, not simulated.", "--rea
 TransportOption = Annotated[str, option(RUN, "NAME", f"{', '.join(TRANSPORTS)}.")]
 NoFeedback = Annotated[bool, option(RUN, None, "What a sum loses is lost for good.", "--no-feedback")]
 PromptChunks = Annotated[str, option(RUN, "N", "auto, 1, or 2: halves in turns.", "--prompt-chunks")]
+Replicate = Annotated[
+    Literal["auto", "none", "embedding", "all"], option(RUN, "NAME", "auto, none, embedding, all.", "--replicate")
+]
 Timeout = Annotated[float, option(RUN, "SECONDS", "Until a rank is lost.", min=0.1)]
 JsonOption = Annotated[Path | None, option(OUTPUT, "FILE", "Figures; replaces an earlier report.")]
 Overwrite = Annotated[bool, option(OUTPUT, None, "Replace what an earlier run wrote.", "--overwrite")]

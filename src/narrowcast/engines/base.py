@@ -1,6 +1,7 @@
 """Engines: their run-time seam (what travels, taking over, giving back), and their model files."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,29 @@ from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
 
 Dtype = Literal["auto", "bfloat16", "float32"]  # auto: as weights are stored
+
+# The matrices of the vocabulary that every rank keeps whole: "all" is the embedding and the output layer.
+Replicated = Literal["none", "embedding", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vocabulary:
+    """Bytes of a whole model's weights: of `all` of them, of its `embedding`, of its `output` layer.
+
+    Of the last two, 0 for a matrix that ranks do not share out; `tied`: the two are one matrix.
+    """
+
+    all: int
+    embedding: int
+    output: int
+    tied: bool
+
+    def added(self, replicated: Replicated, tp_size: int) -> int:
+        """Bytes that a rank holds more."""
+        matrices = 0 if replicated == "none" else self.embedding
+        if replicated == "all" and not self.tied:
+            matrices += self.output
+        return matrices * (tp_size - 1) // tp_size
 
 
 class Seam(Protocol):
@@ -73,18 +97,23 @@ class ModelFiles(Protocol):
         path: str | Path,
         *,
         split: Split = ...,
-        replicate_vocabulary: bool = False,
+        replicated: Replicated = "none",
         device: str | None = None,
         dtype: Dtype = "auto",
     ) -> nn.Module:
         """The model in a folder or of a hub name, on `device`, in `dtype`; or this rank's part of it as `split` says.
 
-        With `replicate_vocabulary` each rank keeps all of the embedding and of the output layer.
+        `replicated`: what every rank keeps whole. Where embedding and output layer are one matrix, "embedding" still
+        shares out the product with it.
         """
         ...
 
     def skeleton(self, path: str | Path) -> nn.Module:
         """The model of a folder or hub name as its config describes it: shapes, and no weights."""
+        ...
+
+    def vocabulary(self, model: nn.Module) -> Vocabulary:
+        """The sizes of a whole model, or of its skeleton."""
         ...
 
     def load_tokenizer(self, path: str | Path) -> Any:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from narrowcast.attach import Handle
 from narrowcast.calibration import Track, untold
-from narrowcast.engines import Dtype, load_engine
+from narrowcast.engines import Dtype, Replicated, load_engine
+from narrowcast.engines.replication import affordable
 from narrowcast.evaluation.continuations import continuations
 from narrowcast.evaluation.evaluation import NUM_SHOWN, Continued, Evaluation, beginning, conditions
 from narrowcast.evaluation.reference import Reference
@@ -31,8 +32,9 @@ class Job:
     """The work of ranks that share the model of a folder or hub name, under each of `plans` in turn.
 
     They score `batches` (ids [B, T]) and answer `tasks`, both beside the uncompressed model, then continue `prompts`
-    (ids [1, T]), but for the plans that are to be `silent`. `dtype`: as `load` has it. `timeout_s`: how long they wait
-    for one of them before it counts as lost.
+    (ids [1, T]), but for the plans that are to be `silent`. `dtype`, `replicated`: as `load` has them, the
+    latter "auto" for what memory allows and the link pays for. `timeout_s`: how long they wait for one of them before
+    it counts as lost.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Job:
     transport: str = "auto"
     feedback: bool = True
     prompt_chunks: Chunks = "auto"
+    replicated: Replicated | Literal["auto"] = "none"
     dtype: Dtype = "auto"
     timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
@@ -62,6 +65,7 @@ class Outcome:
     reference: Literal["whole", "split"] | None = None
     score: Score | None = None
     tasks: AnsweredTasks | None = None
+    replicated: Replicated = "none"
     continuations: list[list[int]] = field(default_factory=list)
     uncompressed: list[list[int]] = field(default_factory=list)
 
@@ -123,8 +127,10 @@ def evaluate_on_ranks(
 
 
 def _on_rank(job: Job, split: Split) -> list[Outcome]:
-    model = load_engine().load(job.model, split=split, dtype=job.dtype)
-    plans = [Plan.load(path) for path in job.plans]
+    engine, plans = load_engine(), [Plan.load(path) for path in job.plans]
+    asked = job.replicated
+    kept = affordable(engine, job.model, plans, dtype=job.dtype, timeout_s=job.timeout_s) if asked == "auto" else asked
+    model = engine.load(job.model, split=split, replicated=kept, dtype=job.dtype)
     if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
         plans = [replace(plan, decisions=Decisions()) for plan in plans]
     names = "algorithm", "transport", "feedback", "prompt_chunks", "timeout_s"
@@ -136,7 +142,7 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
             for path, handle in zip(job.plans, handles, strict=True)
         ]
         outcomes = outcomes or [Outcome(report=_report(model, handle)) for handle in handles]
-    return [replace(outcome, continuations=ids) for outcome, ids in zip(outcomes, said, strict=True)]
+    return [replace(outcome, continuations=ids, replicated=kept) for outcome, ids in zip(outcomes, said, strict=True)]
 
 
 def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Outcome]:

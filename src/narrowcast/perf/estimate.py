@@ -76,10 +76,8 @@ def estimate(
     model itself run, as its routers say how many. What coding costs is measured on this machine, on one thread.
     Raises InvalidInputError for a model, a codec or a length that cannot be served.
     """
-    check_transport(transport)
     recipes = {name: recipe(name) for name in dict.fromkeys((UNCOMPRESSED, *codecs))}
-    skeleton = _skeleton(model, split)
-    _check_length(skeleton, input_len)
+    skeleton = checked_skeleton(model, split, input_len, transport)
     flows = [(census(skeleton, split, num_tokens), num_tokens) for num_tokens in (input_len, 1)]
     found = []
     for name, chosen in recipes.items():
@@ -90,18 +88,17 @@ def estimate(
     return found
 
 
-def _skeleton(model: str | Path, split: Split) -> nn.Module:
+def checked_skeleton(model: str | Path, split: Split, input_len: int, transport: str) -> nn.Module:
+    """A model to be counted, in BF16; InvalidInputError for a transport or a length that there is not."""
+    check_transport(transport)
     engine = load_engine()
     found = engine.load(model) if split.experts == "all_to_all" else engine.skeleton(model)
-    return found.to(torch.bfloat16)
-
-
-def _check_length(skeleton: nn.Module, input_len: int) -> None:
-    config: Any = skeleton.config.get_text_config()  # type: ignore[union-attr, operator]
+    config: Any = found.config.get_text_config()  # type: ignore[union-attr, operator]
     if input_len > (longest := getattr(config, "max_position_embeddings", input_len)):
         raise InvalidInputError(
             "--input-len", expected=f"at most {longest}, the model's context", found=input_len, remedy="Pass fewer."
         )
+    return found.to(torch.bfloat16)
 
 
 def _sites(prompt: Forward, token: Forward) -> Iterator[SiteEstimate]:

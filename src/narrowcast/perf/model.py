@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from narrowcast.attach import attach
 from narrowcast.calibration import moments_needed, observe, recipes_by_kind
 from narrowcast.calibration.moments import MomentsNeeded
-from narrowcast.engines import load_engine
+from narrowcast.engines import Replicated, load_engine
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import Link, run
 from narrowcast.perf.timing import Case, Span, over_ranks
@@ -27,6 +27,7 @@ from narrowcast.runtime.prompts import Chunks
 VOCAB_SIZE, HEAD_SIZE = 32_000, 128
 NUM_CALIBRATION_TOKENS = 64
 WEIGHTS = "weights"
+TWO_RANKS = Split(tp_size=2)
 
 
 @dataclass(frozen=True)
@@ -43,20 +44,21 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """Answers to measure: prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each.
+    """Answers to measure: `batch` prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each.
 
-    `replicate_vocabulary`: each rank keeps all of the embedding and the output layer, and nothing of them travels.
+    `replicated`: of the vocabulary, what each rank keeps whole, so that nothing of it travels.
     """
 
     shape: Shape = Shape()
     codecs: Sequence[str] = ("int4-feature",)
     transports: Sequence[str] = ("auto",)
     prompt_chunks: Sequence[Chunks] = (1,)
-    tp_size: int = 2
+    split: Split = TWO_RANKS
+    batch: int = 1
     prefill: int = 512
     decode: int = 24
     rounds: int = 3
-    replicate_vocabulary: bool = False
+    replicated: Replicated = "none"
 
 
 DEFAULT = Job()
@@ -96,7 +98,8 @@ def prepared(job: Job) -> Iterator[Path]:
         save_random_llama(weights, vocab_size=VOCAB_SIZE, num_heads=num_heads, **asdict(job.shape))
         needed = [moments_needed(recipes_by_kind(codec)) for codec in job.codecs]
         moments = max(needed, key=get_args(MomentsNeeded).index)
-        seen = observe(engine.load(weights), [_ids(NUM_CALIBRATION_TOKENS)], tp_size=job.tp_size, moments=moments)
+        model, ids, split = engine.load(weights), _ids(NUM_CALIBRATION_TOKENS), job.split
+        seen = observe(model, [ids], tp_size=split.tp_size, pp_size=split.pp_size, moments=moments)
         for codec in job.codecs:
             seen.plan(codec, measured=False).save(f"{folder}/{codec}")
         yield Path(folder)
@@ -104,7 +107,7 @@ def prepared(job: Job) -> Iterator[Path]:
 
 def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for the engine's own sums in BF16, then one for each codec: medians of interleaved rounds."""
-    by_rank = run(_on_rank, job.tp_size, job, folder, link=link)
+    by_rank = run(_on_rank, job.split.world_size, job, folder, link=link)
     for way in by_rank[0]:
         answers = [measured[way] for measured in by_rank]
         prefill = over_ranks([[each.prefill for each in own] for own in answers])
@@ -120,8 +123,7 @@ def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
 
 def loaded(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Plan]]:
     """This rank's part of the model, and the plans by codec."""
-    split = Split(tp_size=job.tp_size)
-    model = load_engine().load(folder / WEIGHTS, split=split, replicate_vocabulary=job.replicate_vocabulary)
+    model = load_engine().load(folder / WEIGHTS, split=job.split, replicated=job.replicated)
     return model, {codec: Plan.load(folder / codec) for codec in job.codecs}
 
 
@@ -159,7 +161,7 @@ def _check_agreement(model: nn.Module, codec: str, num_tokens: int) -> None:
 @torch.no_grad()
 def answer(model: nn.Module, job: Job) -> Spans:
     """Time one answer; all ranks begin together."""
-    ids, state = _ids(job.prefill), None
+    ids, state = _ids(job.prefill, job.batch), None
 
     def forward() -> None:
         nonlocal ids, state
@@ -174,5 +176,5 @@ def answer(model: nn.Module, job: Job) -> Spans:
     return Spans(Case(forward).timed(), Case(decode).timed())
 
 
-def _ids(num_tokens: int) -> Tensor:
-    return torch.randint(VOCAB_SIZE, (1, num_tokens), generator=torch.Generator().manual_seed(0))
+def _ids(num_tokens: int, batch: int = 1) -> Tensor:
+    return torch.randint(VOCAB_SIZE, (batch, num_tokens), generator=torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ from narrowcast.codecs import TransformCodec
 from narrowcast.collectives import Hops, Pending, deferred_all_reduce_steps
 from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.collectives.base import Deferred
+from narrowcast.collectives.gather import all_gather_features_steps
 from narrowcast.errors import InvalidInputError
 from narrowcast.launch import run
 from narrowcast.perf.timing import Case, interleaved, seconds
@@ -89,7 +90,8 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
         plain=plain,
         transport=transport.name,
         waits={num_features: [(timing.num_tokens, timing.waiting_s) for timing in timings if timing.measured]},
-        weights_gbps=_of_first_rank(transport, _weights_gbps(dtype)),
+        weights_gbps=_of_first_rank(transport, weights_gbps(dtype)),
+        logits_s=_of_first_rank(transport, _logits_s(plan.model.config.get("vocab_size", 0), transport, dtype)),
     )
     return Tuning(decisions=decisions, timings=timings)
 
@@ -153,12 +155,24 @@ def _waiting_s(case: Case, rounds: int) -> float:
     return max(statistics.median(found), 0.0)
 
 
-def _weights_gbps(dtype: torch.dtype) -> float:
+def weights_gbps(dtype: torch.dtype) -> float:
     """The rate at which a product of few tokens reads its weights, GB/s; they are too many for a cache."""
     x_TF, weight_EF = torch.ones(FEW_TOKENS, 4096, dtype=dtype), torch.ones(8192, 4096, dtype=dtype)
     product = Case(lambda: torch.nn.functional.linear(x_TF, weight_EF))
     taken_s = statistics.median(seconds(interleaved({"": product}, MIN_ROUNDS)[""]))
     return weight_EF.nbytes / taken_s / 1e9
+
+
+def _logits_s(vocab_size: int, transport: Transport, dtype: torch.dtype) -> float:
+    """Median seconds in which all ranks have the logits of one token that they share out."""
+    num_columns = [len(each) for each in torch.empty(vocab_size).tensor_split(transport.world_size)]
+    own_TV = torch.zeros(1, num_columns[transport.rank], dtype=dtype)
+
+    def gather() -> None:
+        steps = all_gather_features_steps(own_TV, uncoded(dtype).codecs[0], num_columns, transport.rank)
+        Pending(steps, transport).wait()
+
+    return statistics.median(seconds(interleaved({"": Case(gather)}, MAX_ROUNDS)[""]))
 
 
 def _ways(

@@ -1,8 +1,9 @@
 """The way that a sum takes, coded or not and by which algorithm: a pure function of what every rank knows.
 
 Few bits pay where they save more time than coding costs, halves of a prompt in turns where waiting costs more than a
-second pass over the weights. From which size on that is so depends on the link and on the machine: `narrowcast tune`
-measures it and writes the table into the plan (perf/tune.py).
+second pass over the weights, an output layer on every rank where logits travel for longer than it takes to be read.
+From which size on that is so depends on the link and on the machine: `narrowcast tune` measures it and writes the table
+into the plan (perf/tune.py).
 """
 
 from bisect import bisect_right
@@ -54,7 +55,7 @@ Thresholds = Sequence[tuple[int, Choice]]
 class Decisions:
     """Choices for sums of `num_features` values a token: for sites that the plan codes, and for all others.
 
-    `transport`: the name of the one that they were measured over.
+    `transport`: the name of the one that they were measured over. `logits_s`: seconds that gathering one token's takes.
     `waits`: seconds that a rank waits in such a sum of so many tokens, by their ascending number. `weights_gbps`: the
     rate at which a product of few tokens reads its weights.
     """
@@ -64,6 +65,7 @@ class Decisions:
     transport: str = ""
     waits: Mapping[int, Sequence[tuple[int, float]]] = field(default_factory=dict)
     weights_gbps: float = 0.0
+    logits_s: float = 0.0
 
     def choice(self, num_tokens: int, num_features: int, *, coded: bool) -> Choice | None:
         """The way for a sum of that size; None where nothing was measured."""
@@ -88,6 +90,10 @@ class Decisions:
             num_tokens *= 2
         return None
 
+    def output_layer_pays(self, nbytes: int) -> bool:
+        """True if it takes longer to gather a token's logits than to read so many bytes of weights more."""
+        return self.weights_gbps > 0 and nbytes / (self.weights_gbps * 1e9) < self.logits_s
+
     def chunks_pay(self, num_features: int, chunk_values: int) -> bool:
         """True if a large sum should travel in chunks of so many values; also where nothing was measured."""
         waits = self.waits.get(num_features)
@@ -101,6 +107,7 @@ class Decisions:
             "transport": self.transport,
             "waits": {str(num_features): [list(each) for each in waits] for num_features, waits in self.waits.items()},
             "weights_gbps": self.weights_gbps,
+            "logits_s": self.logits_s,
         }
 
     @classmethod
@@ -115,6 +122,7 @@ class Decisions:
                 for num_features, waits in values["waits"].items()
             },
             weights_gbps=float(values["weights_gbps"]),
+            logits_s=float(values["logits_s"]),
         )
 
 

@@ -28,7 +28,7 @@ from narrowcast.plan.split import Split
 
 T = TypeVar("T")
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

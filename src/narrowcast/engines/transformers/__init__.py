@@ -8,6 +8,7 @@ from narrowcast.engines.transformers.files import (
     rotate,
     save,
     skeleton,
+    vocabulary,
 )
 from narrowcast.engines.transformers.seam import (
     check_shares,
@@ -38,4 +39,5 @@ __all__ = [
     "skeleton",
     "split_of",
     "take_over",
+    "vocabulary",
 ]

@@ -25,6 +25,11 @@ def own_chunk(weight: Tensor, axis: int) -> slice:
     return slice(0, weight.shape[axis])
 
 
+def own_rows(weight: Tensor, own: slice) -> Tensor:
+    """The rows `own` of a weight, of which this rank holds these or all."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight[own]
+
+
 def chunks(size: int, wires: Wires) -> list[slice]:
     """The chunk of a dimension that each of the ranks computing here holds."""
     return [chunk(size, rank, wires.tp_size) for rank in wires.ranks]

@@ -10,7 +10,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from narrowcast.engines.base import Dtype
+from narrowcast.engines.base import Dtype, Replicated
+from narrowcast.engines.transformers.files.vocabulary import styles
+from narrowcast.engines.transformers.seam import OWN_COLUMNS
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.plan.split import Split
 
@@ -22,7 +24,7 @@ def load(
     path: str | Path,
     *,
     split: Split = WHOLE,
-    replicate_vocabulary: bool = False,
+    replicated: Replicated = "none",
     device: str | None = None,
     dtype: Dtype = "auto",
 ) -> nn.Module:
@@ -30,8 +32,9 @@ def load(
 
     `path`: a folder, a hub name, or a GGUF file, whose weights are unpacked to BF16. `dtype`: of weights and what is
     computed with them; "auto" takes the one that they are stored in.
-    With `replicate_vocabulary` each rank keeps all of the embedding and of the output layer, of which nothing travels
-    then. A whole model goes to `device`; where a part goes, Transformers decides.
+    `replicated`: of the vocabulary, what each rank keeps whole, and of which nothing travels then: the "embedding", or
+    "all", the output layer too. Where both are one matrix, "embedding" still shares out the product with it. A whole
+    model goes to `device`; where a part goes, Transformers decides.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging
@@ -44,7 +47,7 @@ def load(
             with _hushed(path):
                 model = AutoModelForCausalLM.from_pretrained(**located, **_weights(path, dtype))
             return cast(nn.Module, model.to(device))
-        _check_version(split, replicate_vocabulary)
+        _check_version(split, replicated)
         _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             return cast(
@@ -52,7 +55,7 @@ def load(
                 AutoModelForCausalLM.from_pretrained(
                     **located,
                     **_weights(path, dtype),
-                    distributed_config=_distributed_config(split, replicate_vocabulary),
+                    distributed_config=_distributed_config(split, path, replicated),
                 ),
             )
     except InvalidInputError:
@@ -121,31 +124,33 @@ def _check_device(device: str | None) -> None:
         ) from error
 
 
-def _check_version(split: Split, replicate_vocabulary: bool) -> None:
+def _check_version(split: Split, replicated: Replicated) -> None:
     """Refuse older releases where 5.20 has other interfaces, or none: only 5.23 was tried."""
     import transformers
 
     release = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    new = split.experts != "slices" or min(split.tp_size, split.pp_size) > 1 or replicate_vocabulary
+    new = split.experts != "slices" or min(split.tp_size, split.pp_size) > 1 or replicated != "none"
     if new and release < (5, 23):
         raise InvalidInputError(
-            f"{split}{', vocabulary replicated' * replicate_vocabulary}",
+            f"{split}, of the vocabulary replicated: {replicated}",
             expected="Transformers 5.23",
             found=transformers.__version__,
             remedy="Run pip install 'transformers>=5.23', or split by tp_size or pp_size alone.",
         )
 
 
-def _distributed_config(split: Split, replicate_vocabulary: bool) -> Any:
+def _distributed_config(split: Split, path: str | Path, replicated: Replicated) -> Any:
     from transformers.distributed import DistributedConfig
+    from transformers.distributed.parallel_utils import ALL_PARALLEL_STYLES
 
     options: dict[str, Any] = {"tp_size": split.tp_size}
     if split.pp_size > 1:
         options["pp_size"] = split.pp_size
     if split.experts != "slices":
         options |= {"ep_size": split.tp_size, "ep_implementation": split.experts}
-    if replicate_vocabulary:
-        options["tp_plan"] = {"model.embed_tokens": "replicate", "lm_head": "replicate"}
+    if replicated != "none" and (kept := styles(skeleton(path), replicated)):
+        ALL_PARALLEL_STYLES.register(OWN_COLUMNS, ALL_PARALLEL_STYLES["replicate"])
+        options["tp_plan"] = kept
     return DistributedConfig(**options)
 
 

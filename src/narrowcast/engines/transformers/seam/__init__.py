@@ -23,6 +23,7 @@ from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
 
 KEPT_COLUMNS = "colwise"
+OWN_COLUMNS = "narrowcast_own_columns"  # of a weight that each rank has whole: ours, for tied output layers
 SILENT = {KEPT_COLUMNS, "replicate", "replicated_with_grad_allreduce", "local_params", "grouped_gemm"}
 
 
@@ -52,6 +53,7 @@ STYLES = {
     "rowwise_rep": _rows_of_whole_input,
     "colwise_gather_output": _columns,
     "colwise_rep": _columns,
+    OWN_COLUMNS: _columns,
     "embedding_rowwise": Style(embedding.is_lookup, embedding.lookup, _one("embedding")),
     "moe_tp_experts": Style(is_experts, experts.slices, _one("sum")),
 }
@@ -254,6 +256,7 @@ def _unsupported(model: nn.Module, expected: str, found: str) -> InvalidInputErr
 
 
 __all__ = [
+    "OWN_COLUMNS",
     "check_shares",
     "computing_shares",
     "groups",

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrowcast.engines.forwards import Forward, add_bias, chunk
-from narrowcast.engines.transformers.sharding import chunks, local
+from narrowcast.engines.transformers.sharding import chunks, local, own_rows
 from narrowcast.runtime.products import Dense
 from narrowcast.runtime.wires import Wires
 
@@ -48,7 +48,8 @@ def columns(name: str, layer: Any, wires: Wires) -> Forward:
     by_rank = [chunk(size, rank, wires.tp_size) for rank in range(wires.tp_size)]
     all_gather = wires.column_parallel(name, [own.stop - own.start for own in by_rank])
     if not wires.virtual:
-        weight, bias = local(weight), None if bias is None else local(bias)
+        (own,) = chunks(size, wires)
+        weight, bias = own_rows(weight, own), None if bias is None else own_rows(bias, own)
         return lambda x: all_gather(_product(wires.inputs(name, x)[0], weight, bias))
     return lambda x: all_gather(_own_columns(layer, wires.inputs(name, x), by_rank))
 
