@@ -1,6 +1,7 @@
 // The mesh under sanitizers, without Python: tests/test_sanitized.py builds and runs it.
 //   fuzz N       N broken peers, each of which sends frames cut anywhere, of any size, before or after the receives
 //   threads N    N exchanges of each of four threads at both ends, in any order
+//   sums N       N sums of one recording at both ends, then some whose peer goes away in the middle
 // Ends with 0 if every exchange came to a right payload or a clear outcome; sanitizers abort.
 #include <sys/socket.h>
 #include <unistd.h>
@@ -12,7 +13,7 @@
 #include <string>
 #include <thread>
 
-#include "../csrc/mesh/mesh.h"
+#include "../csrc/sums/sum.h"
 
 using namespace narrowcast;
 
@@ -95,9 +96,104 @@ void threads(int rounds) {
   for (std::thread& thread : all) thread.join();
 }
 
+// Two ranks' bytes in place of a codec: what is encoded is copied, what is decoded is added up.
+constexpr size_t kTokens = 4, kFeatures = 512, kNbytes = kTokens * kFeatures;
+
+void copy(const Format&, const Rows& x, size_t, const Payload& out, Counts& counts, const Scratch&, size_t begin, size_t end) {
+  for (size_t row = begin; row < end; ++row)
+    std::memcpy(out.data + row * out.stride, static_cast<const char*>(x.data) + row * x.stride, kFeatures);
+  counts.saturated += end - begin;
+}
+
+void add_up(const Format&, const Payloads& in, const Rows& out, const Scratch&, size_t begin, size_t end) {
+  for (size_t row = begin; row < end; ++row)
+    for (size_t i = 0; i < kFeatures; ++i) {
+      const uint8_t* first = in.first.data + row * in.first.stride + i;
+      static_cast<uint8_t*>(out.data)[row * out.stride + i] = uint8_t(first[0] + first[in.rank_stride]);
+    }
+}
+
+const Kernels copying = {"copying", copy, nullptr, add_up, nullptr};
+
+// A sum of one rank of two, as it is recorded.
+struct Recorded {
+  Recorded(Mesh& mesh, int rank) : payloads(2 * kNbytes), sum(mesh) {
+    static const Format format{};
+    char* own = payloads.data() + rank * kNbytes;
+    Step encode{};
+    encode.action = Action::encode;
+    encode.format = &format;
+    encode.num_tokens = kTokens;
+    encode.num_features = kFeatures;
+    encode.values = {{Base::x, 0}, Dtype{}, kFeatures};
+    encode.payload = {{Base::none, reinterpret_cast<uintptr_t>(own)}, kFeatures};
+    Step decode{};
+    decode.action = Action::decode_sum;
+    decode.format = &format;
+    decode.num_tokens = kTokens;
+    decode.num_features = kFeatures;
+    decode.values = {{Base::y, 0}, Dtype{}, kFeatures};
+    decode.payload = {{Base::none, reinterpret_cast<uintptr_t>(payloads.data())}, kFeatures};
+    decode.num_ranks = 2;
+    decode.rank_stride = kNbytes;
+    sum.add(std::move(encode));
+    sum.add_exchange({{1 - rank, own, kNbytes}}, {{1 - rank, payloads.data() + (1 - rank) * kNbytes, kNbytes}});
+    sum.add(std::move(decode));
+  }
+
+  Outcome run(std::vector<char>& x, std::vector<char>& y, uint64_t tag, std::chrono::milliseconds patience) {
+    const uintptr_t bases[] = {0, reinterpret_cast<uintptr_t>(x.data()), reinterpret_cast<uintptr_t>(y.data()), 0};
+    sum.begin(bases, stats, tag);
+    return sum.proceed(copying, patience);
+  }
+
+  std::vector<char> payloads;
+  int64_t stats[3] = {};
+  Sum sum;
+};
+
+void add_together(Mesh& mesh, int rank, int rounds) {
+  Recorded recorded(mesh, rank);
+  for (int round = 0; round < rounds; ++round) {
+    std::vector<char> x(kNbytes, char(round + 7 * rank)), y(kNbytes);
+    Outcome outcome;
+    const uintptr_t bases[] = {0, reinterpret_cast<uintptr_t>(x.data()), reinterpret_cast<uintptr_t>(y.data()), 0};
+    recorded.sum.begin(bases, recorded.stats, 2 * round);
+    do outcome = recorded.sum.proceed(copying, std::chrono::seconds(20));
+    while (outcome.trouble == Trouble::interrupted);
+    if (outcome.trouble != Trouble::none || y != std::vector<char>(kNbytes, char(2 * round + 7))) std::abort();
+  }
+  if (recorded.stats[0] != int64_t(rounds * kTokens)) std::abort();
+}
+
+void sums(int rounds) {
+  int ends[2];
+  ::socketpair(AF_UNIX, SOCK_STREAM, 0, ends);
+  {
+    Mesh left({-1, ends[0]}, true), right({ends[1], -1}, false);
+    std::thread other([&] { add_together(right, 1, rounds); });
+    add_together(left, 0, rounds);
+    other.join();
+  }
+  for (int round = 0; round < 100; ++round) {  // what travels outlives the sum that gave it up
+    ::socketpair(AF_UNIX, SOCK_STREAM, 0, ends);
+    Mesh mesh({-1, ends[1]}, round % 2);
+    std::vector<char> x(kNbytes), y(kNbytes);
+    Recorded recorded(mesh, 0);
+    if (round % 3 == 0) ::close(ends[0]);
+    const Outcome outcome = recorded.run(x, y, 5, std::chrono::milliseconds(2));
+    if (outcome.trouble != (round % 3 == 0 ? Trouble::lost : Trouble::timeout)) std::abort();
+    const auto left = recorded.sum.abandon();
+    if (left.empty() != (round % 3 == 0)) std::abort();
+    Engine::get().hang_up("the round is over");
+    if (round % 3 != 0) ::close(ends[0]);
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
-  std::string(arguments[1]) == "fuzz" ? fuzz(std::atoi(arguments[2])) : threads(std::atoi(arguments[2]));
+  const std::string what = arguments[1];
+  (what == "fuzz" ? fuzz : what == "sums" ? sums : threads)(std::atoi(arguments[2]));
   std::puts("done");
 }

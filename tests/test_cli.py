@@ -206,7 +206,7 @@ def test_generate_starts_its_ranks_or_uses_those_of_torchrun(plan: Path) -> None
     own = narrowcast(*arguments, "--prompt", "A much longer prompt about", "--dtype", "float32")
     assert own.stdout.startswith("The sea") and "\nA much longer prompt about" in own.stdout
     assert "sent 4.4414 bits a value" in own.stderr  # 15 sums of 4.1875, and the last one of 8.25
-    assert "model.embed_tokens 1024, lm_head" in own.stderr
+    assert "lm_head 5041; embedding whole on every rank" in own.stderr
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "narrowcast"]
     theirs = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=150, check=True)
     assert theirs.stdout.startswith("The sea")
