@@ -284,7 +284,7 @@ def test_wrong_paths_and_values_are_one_sentence(plan: Path, tmp_path: Path) -> 
     calibrate = "calibrate", MODEL, "-tp", 2, "--text"
     assert "a file that exists" in refused(*calibrate, TEXT, "-o", plan)
     assert "no such file" in refused(*calibrate, tmp_path / "none.txt", "-o", out)
-    assert "Create it first" in refused(*calibrate, TEXT, "-o", tmp_path / "no" / "plan")
+    assert "Create it" in refused(*calibrate, TEXT, "-o", tmp_path / "no" / "plan")
     assert "a known name, found int99" in refused(*calibrate, TEXT, "-o", out, "--codec", "int99")
     (tmp_path / "empty.txt").write_text("")
     assert "at least two tokens" in refused(*calibrate, tmp_path / "empty.txt", "-o", out)

@@ -5,6 +5,8 @@ import json
 import os
 import platform
 import secrets
+import stat
+import tempfile
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from narrowcast.errors import InvalidInputError
 
 HTML_MARK = '<meta name="generator" content="narrowcast">'
+PROBE_NBYTES = 1 << 14
 PACKAGES = (
     *("narrowcast", "torch", "numpy", "safetensors"),
     *("transformers", "accelerate", "typer", "rich", "matplotlib", "lm-eval"),
@@ -19,36 +22,82 @@ PACKAGES = (
 
 
 def write_new(path: Path, data: bytes, *, overwrite: bool) -> None:
-    """Write `data` whole or not at all. InvalidInputError if `path` exists and `overwrite` is not set."""
+    """Write `data` where `path` leads, whole or not at all. A link stays one; a device or a pipe is written to.
+
+    InvalidInputError if there is a file, not an empty one, and `overwrite` is not set, or if it cannot be written.
+    """
     check_writable(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        if overwrite or not _link(temporary, path):
-            temporary.replace(path)
+        if _is_special(path):
+            _write_into(path, data)
+        else:
+            _replace(Path(os.path.realpath(path)), data, overwrite=overwrite or _is_empty(path))
     except FileExistsError:
         check_writable(path, overwrite=overwrite)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
-    """InvalidInputError if `path` exists and may not be replaced, or has no folder: before the work, not after."""
-    if path.is_dir() or (path.exists() and not overwrite):
+    """InvalidInputError if `path` exists and may not be replaced, or cannot be written: before the work, not after.
+
+    An empty file, as mktemp makes, may always be replaced.
+    """
+    special = _is_special(path)
+    if path.is_dir() or (path.exists() and not (overwrite or special or _is_empty(path))):
         raise InvalidInputError(
             str(path),
             expected="a new file",
             found="a folder" if path.is_dir() else "a file that exists",
             remedy="Choose another name" + ("." if path.is_dir() else ", or pass overwrite=True (--overwrite)."),
         )
-    if not path.parent.is_dir():
-        raise InvalidInputError(
-            str(path), expected="a folder that exists", found=f"no {path.parent}", remedy="Create it first."
-        )
+    if not special:
+        check_folder(path, Path(os.path.realpath(path)).parent)
+
+
+def check_folder(path: Path, folder: Path) -> None:
+    """InvalidInputError if nothing can be written into `folder`, where `path` is to be: tried with a few KB."""
+    if not folder.is_dir():
+        raise InvalidInputError(str(path), expected="a folder that exists", found=f"no {folder}", remedy="Create it.")
+    try:
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(PROBE_NBYTES))
+            probe.flush()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _is_special(path: Path) -> bool:
+    """True for what is there and no file or folder: a device, a pipe, a socket."""
+    return path.exists() and not (path.is_file() or path.is_dir())
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size == 0
+
+
+def _write_into(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_NONBLOCK)  # a pipe that nobody reads from is an error, not a wait
+    os.set_blocking(descriptor, True)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+
+
+def _replace(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Write a regular file; FileExistsError if there is one, unless it is to be overwritten, which keeps its mode."""
+    temporary = path.with_name(f".narrowcast-{secrets.token_hex(8)}.tmp")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if overwrite and path.exists():
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+        if overwrite or not _link(temporary, path):
+            temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _link(source: Path, path: Path) -> bool:
@@ -62,12 +111,21 @@ def _link(source: Path, path: Path) -> bool:
     return True
 
 
+def _unwritable(path: Path, error: OSError) -> InvalidInputError:
+    return InvalidInputError(
+        str(path),
+        expected="a place that can be written",
+        found=(error.strerror or str(error)).lower(),
+        remedy="Make room or ask for permission there, or choose another place.",
+    )
+
+
 def check_report(path: Path | None, *, html: bool = False) -> None:
     """InvalidInputError if no report can be written to `path`: only an earlier one, of its kind, may be replaced."""
     if path is None:
         return
     check_writable(path, overwrite=True)
-    if path.exists() and not is_report(path, html=html):
+    if path.is_file() and not _is_empty(path) and not is_report(path, html=html):
         raise InvalidInputError(
             str(path), expected="a new file or an earlier report", found="another file", remedy="Choose another name."
         )

@@ -1,5 +1,6 @@
 """`narrowcast inspect`: a plan at a glance."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ from narrowcast.cli.tables import table
 from narrowcast.codecs import Codec, FeatureCodec, TransformCodec
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import drawings
-from narrowcast.files import check_writable
+from narrowcast.files import check_writable, write_new
 from narrowcast.plan import Plan
 from narrowcast.plan.summary import bits_by_site, codec_name, feedback_in_words, short_name, with_ranges
 
@@ -46,11 +47,11 @@ def inspect(
     for hop in range(max((len(site.codecs) for site in plan.sites.values()), default=0)):
         console.print(_table(plan, hop))
     if plot is not None:
-        _draw(plan, plot)
+        _draw(plan, plot, overwrite)
         console.print(f"ranges drawn into {plot}", markup=False)
 
 
-def _draw(plan: Plan, plot: Path) -> None:
+def _draw(plan: Plan, plot: Path, overwrite: bool) -> None:
     if not (sites := with_ranges(plan)):
         raise InvalidInputError(
             "--plot",
@@ -58,7 +59,9 @@ def _draw(plan: Plan, plot: Path) -> None:
             found=f"codecs {', '.join(sorted({codec_name(site.codecs[0]) for site in plan.sites.values()}))}",
             remedy="Inspect it without --plot.",
         )
-    drawings.ranges(sites, str(plan.split)).savefig(plot, dpi=120, format="png")
+    drawn = io.BytesIO()
+    drawings.ranges(sites, str(plan.split)).savefig(drawn, dpi=120, format="png")
+    write_new(plot, drawn.getvalue(), overwrite=overwrite)
 
 
 def _decisions(plan: Plan) -> Iterator[str]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
-from narrowcast.files import is_report, write_report
+from narrowcast.files import check_folder, is_report, write_report
 
 MARK = "rotation.json"
 LEFT_BEHIND = (".*", "config.json", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.index.json")
@@ -33,9 +33,15 @@ def save(model: nn.Module, source: str, out: Path, about: Mapping[str, Any]) -> 
         mode = (folder / MARK).stat().st_mode
         for file in filter(Path.is_file, folder.rglob("*")):
             file.chmod(mode)  # Transformers writes weights for their owner alone
-        if out.exists():
-            out.rename(Path(temporary) / "old")
-        folder.rename(out)
+        if not out.exists():
+            folder.rename(out)
+            return
+        old = out.rename(Path(temporary) / "old")
+        try:
+            folder.rename(out)
+        except BaseException:
+            old.rename(out)
+            raise
 
 
 def check_out(model: Path, out: Path, *, overwrite: bool) -> None:
@@ -48,8 +54,7 @@ def check_out(model: Path, out: Path, *, overwrite: bool) -> None:
         found = "a new folder", "something that rotate has not written", "Choose another name."
     elif exists and not overwrite:
         found = "a new folder", "one that exists", "Choose another name, or pass --overwrite."
-    elif not out.parent.is_dir():
-        found = "a folder that exists", f"no {out.parent}", "Create it first."
     else:
+        check_folder(out, out.parent)
         return
     raise InvalidInputError(str(out), expected=found[0], found=found[1], remedy=found[2])
