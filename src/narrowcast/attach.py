@@ -178,7 +178,7 @@ def _halves_from(model: nn.Module, plan: Plan) -> int | None:
     if not plan.decisions.waits or not num_sums:
         return None
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())  # of all ranks
-    return plan.decisions.halves_from(int(plan.model.config["hidden_size"]), weights / plan.tp_size / num_sums)
+    return plan.decisions.halves_from(engine_of(model).num_features(model), weights / plan.tp_size / num_sums)
 
 
 def check_detached(model: nn.Module) -> None:
@@ -312,6 +312,14 @@ def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bo
             remedy="Load it without distributed_config, or attach without simulate=True.",
         )
     plan.check(engine.fingerprint(model), plan.split if whole else found)
+    reading = {name for norm, reader in plan.feedback.readers.items() for name in (norm, *reader.modules)}
+    if found.pp_size == 1 and (unknown := reading - dict(model.named_modules()).keys()):
+        raise PlanMismatchError(
+            "plan",
+            expected="feedback into modules of this model",
+            found=f"into {min(unknown)!r}",
+            remedy="Calibrate this model.",
+        )
     coded = {site.kind for site in plan.sites.values()}
     here = {name for name, kind in engine.sites(model, plan.split).items() if kind in coded}
     elsewhere = set(plan.sites) - here

@@ -59,6 +59,8 @@ class AllocatedCodec(Codec):
     widths: Tensor
 
     def __post_init__(self) -> None:
+        if self.scale.ndim != 2 or self.order.shape != self.scale.shape:
+            raise _misfit("scales and an order [sources, features]", self.order)
         num_sources, num_features = self.scale.shape
         shape = num_sources, -(-num_features // BLOCK)
         if self.scale.dtype != torch.bfloat16 or not is_positive(self.scale):

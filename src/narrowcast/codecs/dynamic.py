@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, Self, get_type_hints
 
 from torch import Tensor
 
@@ -31,4 +31,8 @@ class DynamicCodec(Spelt, Codec):
 
     @classmethod
     def from_state(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Self:
+        kinds = get_type_hints(cls)
+        for name, value in config.items():
+            if kinds[name] in (bool, int) and type(value) is not kinds[name]:
+                raise TypeError(f"{name} is {kinds[name].__name__}, not {value!r}")
         return cls(**config)

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from narrowcast.collectives import named
+
 # As the plan codes it; in its own dtype, by our algorithms; or by the group's own all_reduce, outside the bit contract.
 FORMS = "coded", "plain", "native"
 
@@ -36,6 +38,8 @@ class Choice(NamedTuple):
         form, _, algorithm = text.partition(" ")
         if form not in FORMS or (form == "native") is bool(algorithm):
             raise ValueError(f"a choice is one of {', '.join(FORMS)} with an algorithm, not {text!r}")
+        if algorithm:
+            named(algorithm)
         return cls(form, algorithm)
 
 

@@ -24,7 +24,8 @@ from narrowcast.files import write_new
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.fingerprint import ModelFingerprint, in_order
-from narrowcast.plan.split import Split
+from narrowcast.plan.header import check_header
+from narrowcast.plan.split import SUMS, Split
 
 T = TypeVar("T")
 
@@ -130,17 +131,23 @@ class Plan:
         if metadata.get("sha256") != _digest(metadata["narrowcast"], tensors):
             raise _unusable(path, expected="the contents that were saved", found="altered ones")
         try:
+            check_header(header)
+            unused = tensors.keys() - {key for name, site in header["sites"].items() for key in _keys(name, site)}
+            if unused:
+                raise ValueError(f"tensors: expected those of its sites, found {min(unused)!r} too")
             return cls(
                 split=Split(**header["split"]),
                 groups=tuple(tuple(group) for group in header["groups"]),
                 model=ModelFingerprint(**header["model"]),
                 calibration=header["calibration"],
-                sites={name: _site(name, entry, tensors) for name, entry in header["sites"].items()},
+                sites={name: _site(name, entry, tensors, header) for name, entry in header["sites"].items()},
                 decisions=Decisions.from_json(header["decisions"]),
                 feedback=Chains.from_json(header["feedback"]),
             )
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise _unusable(path, expected="the header of a plan", found=f"{type(error).__name__}: {error}") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise _unusable(
+                path, expected="the contents of a plan", found=f"{type(error).__name__}: {error}"
+            ) from error
 
     def _contents(self) -> tuple[str, dict[str, Tensor]]:
         sites: dict[str, Any] = {}
@@ -187,14 +194,30 @@ def _parse(path: str | os.PathLike[str], header: str) -> dict[str, Any]:
     return parsed
 
 
-def _site(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Site:
-    codecs = tuple(
-        CODECS[hop["codec"]].from_state(
+def _site(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Site:
+    """The site; ValueError if its codecs are not what was saved, or not of the ranks and features that belong to it."""
+    codecs = []
+    for index, hop in enumerate(entry["stages"]):
+        codec = CODECS[hop["codec"]].from_state(
             hop["config"], {key: tensors[f"{name}/{index}/{key}"] for key in hop["tensors"]}
         )
-        for index, hop in enumerate(entry["stages"])
-    )
-    return Site(kind=entry["kind"], codecs=codecs, error=entry["error"])
+        config, own = codec.state()
+        if json.dumps(config) != json.dumps(hop["config"]) or sorted(own) != hop["tensors"]:
+            raise ValueError(f"{name}, hop {index}: expected {config} and {sorted(own)}, found others")
+        codecs.append(codec)
+    tp_size = header["split"]["tp_size"]
+    fitting = ({tp_size}, {1}, {len(header["groups"])}) if entry["kind"] in SUMS else ({1, tp_size},)
+    for index, (codec, known) in enumerate(zip(codecs, fitting, strict=False)):
+        if codec.num_sources not in {None, *known}:
+            raise ValueError(f"{name}, hop {index}: expected a codec of {max(known)} ranks, found {codec.num_sources}")
+    if len({codec.calibrated_features for codec in codecs} - {None}) > 1:
+        raise ValueError(f"{name}: expected hops of as many features")
+    return Site(kind=entry["kind"], codecs=tuple(codecs), error=entry["error"])
+
+
+def _keys(name: str, entry: Mapping[str, Any]) -> list[str]:
+    """The names of a site's tensors."""
+    return [f"{name}/{index}/{key}" for index, hop in enumerate(entry["stages"]) for key in hop["tensors"]]
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

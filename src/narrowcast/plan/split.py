@@ -13,6 +13,8 @@ SUMS = ("sum", "embedding")  # added up over ranks; the others have one source
 
 UNCODED = ("embedding", "logits")  # unless asked for
 
+MAX_RANKS = 1 << 16  # of a layer, and stages
+
 Experts = Literal["slices", "all_reduce", "all_to_all"]
 
 
@@ -31,10 +33,12 @@ class Split:
 
     def __post_init__(self) -> None:
         sizes = self.tp_size, self.pp_size
-        if not all(isinstance(size, int) and size >= 1 for size in sizes) or self.experts not in get_args(Experts):
+        if not all(type(size) is int and 1 <= size <= MAX_RANKS for size in sizes) or self.experts not in get_args(
+            Experts
+        ):
             raise InvalidInputError(
                 "split",
-                expected=f"tp_size >= 1, pp_size >= 1, experts one of {', '.join(get_args(Experts))}",
+                expected=f"tp_size and pp_size from 1 to {MAX_RANKS}, experts one of {', '.join(get_args(Experts))}",
                 found=f"{self.tp_size!r}, {self.pp_size!r}, {self.experts!r}",
                 remedy="Choose other values.",
             )

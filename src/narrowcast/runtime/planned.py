@@ -4,15 +4,18 @@ import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from narrowcast.codecs import CastCodec, Codec
 from narrowcast.collectives import Hops, choose
 from narrowcast.collectives.base import Deferred, Traffic
+from narrowcast.errors import PlanMismatchError
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice
 from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.feedback import Feedback
+from narrowcast.runtime.operators import Operator
 from narrowcast.runtime.products import Product
 from narrowcast.runtime.sites import Sites, plain
 from narrowcast.runtime.wires import Wires
@@ -29,6 +32,25 @@ class PlannedWires(Wires):
         chains = Chains() if count_only else sites.chains
         Wires.__init__(self, rank, tp_size, Feedback(chains, num_sources))
         self.sites, self._count_only = sites, count_only
+
+    def row_parallel(self, site: str, products: Sequence[Product]) -> Operator:
+        self._check_features(site, products[0].num_features)
+        return super().row_parallel(site, products)
+
+    def column_parallel(self, site: str, num_features: Sequence[int]) -> Operator:
+        self._check_features(site, sum(num_features))
+        return super().column_parallel(site, num_features)
+
+    def _check_features(self, site: str, num_features: int) -> None:
+        """PlanMismatchError unless the plan's codecs are of so many."""
+        for codec in self.sites.hops(site, torch.float32).codecs:
+            if codec.calibrated_features not in (None, num_features):
+                raise PlanMismatchError(
+                    f"plan, {site}",
+                    expected=f"codecs of {num_features} features, as the model has",
+                    found=codec.calibrated_features,
+                    remedy="Calibrate this model.",
+                )
 
     def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         products = self.products(site)

@@ -133,12 +133,16 @@ def summed(model: nn.Module) -> dict[str, nn.Module]:
 def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
     """Replace the forward of every module that communicates, or would if the whole model were split."""
     forwards = Forwards()
-    for name, module, style in _communicating(model, split):
-        forwards.replace(module, style.forward(name, module, wires))
-    if wires.feedback.readers:
-        _take_over_readers(model, split, wires, forwards)
-    if split.pp_size > 1:
-        pipeline.take_over(model, split.pp_size, wires, forwards)
+    try:
+        for name, module, style in _communicating(model, split):
+            forwards.replace(module, style.forward(name, module, wires))
+        if wires.feedback.readers:
+            _take_over_readers(model, split, wires, forwards)
+        if split.pp_size > 1:
+            pipeline.take_over(model, split.pp_size, wires, forwards)
+    except BaseException:
+        forwards.restore()
+        raise
     return forwards
 
 
