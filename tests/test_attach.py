@@ -265,3 +265,64 @@ def check_heads(folder: Path) -> None:
 
 def test_heads_that_cannot_be_shared_out_are_refused(ranks: Pools, folder: Path) -> None:
     ranks(3).run(check_heads, folder)
+
+
+def refused_options(folder: Path, options: list[dict[str, Any]]) -> str:
+    """What this rank is told, which attaches with options of its own."""
+    model, plan = transformers.load(folder, split=Split(tp_size=2)), Plan.load(folder / "two.plan")
+    try:
+        narrowcast.attach(model, plan, **options[dist.get_rank()])
+    except PlanMismatchError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs", "told"),
+    [
+        ({"feedback": True}, {"feedback": False}, "feedback of rank 1: expected that of rank 0, True, found False"),
+        ({}, {"deterministic": True}, "deterministic of rank 1: expected that of rank 0, False, found True"),
+        ({}, {"algorithm": "two_shot"}, "algorithm of rank 1: expected that of rank 0, auto, found two_shot"),
+        (
+            {"prompt_chunks": 2},
+            {"prompt_chunks": 1},
+            "prompt_chunks of rank 1: expected that of rank 0, halves from 32 tokens on, found one forward",
+        ),
+    ],
+)
+def test_ranks_with_other_options_are_told_which(
+    ranks: Pools, tmp_path: Path, mine: dict[str, Any], theirs: dict[str, Any], told: str
+) -> None:
+    model = transformers.load(save_random("llama", tmp_path))
+    narrowcast.calibrate(model, [random_ids(2, 16)], tp_size=2, codec="int4-feature").save(tmp_path / "two.plan")
+    first, second = ranks(2).run(refused_options, tmp_path, [mine, theirs])
+    assert told in first and "rank 0" in second
+
+
+def sampled(folder: Path, seeds: list[int]) -> tuple[list[int], float]:
+    """Tokens, and a number drawn after them, of a rank that was seeded for itself."""
+    torch.manual_seed(seeds[dist.get_rank()])
+    model: Any = transformers.load(folder, split=Split(tp_size=2))
+    with torch.no_grad(), narrowcast.attach(model, Plan.load(folder / "two.plan"), timeout_s=20):
+        text = model.generate(random_ids(1, 8), max_new_tokens=20, do_sample=True)
+        return text[0].tolist(), torch.rand(1).item()
+
+
+def test_ranks_of_other_seeds_sample_the_same_text(ranks: Pools, tmp_path: Path) -> None:
+    model = transformers.load(save_random("llama", tmp_path))
+    narrowcast.calibrate(model, [random_ids(2, 16)], tp_size=2, codec="int4-feature").save(tmp_path / "two.plan")
+    first, second = ranks(2).run(sampled, tmp_path, [1, 2])
+    assert first == second
+    assert first[0] != ranks(2).run(sampled, tmp_path, [3, 4])[0][0], "rank 0's seed decides"
+    alike = ranks(2).run(sampled, tmp_path, [5, 5])
+    assert alike[0] == alike[1] != first
+
+
+@pytest.mark.parametrize("timeout_s", [-1, 0, float("inf"), float("nan"), None, "60", True, 1e9])
+def test_deadlines_that_are_none_are_refused_before_a_group_is_used(folder: Path, timeout_s: Any) -> None:
+    model = transformers.load(folder)
+    plan = narrowcast.calibrate(model, [random_ids(2, 20)], tp_size=2, codec="fp8")
+    with pytest.raises(InvalidInputError, match=r"timeout_s: expected seconds above 0.*Pass 60, say"):
+        narrowcast.attach(model, plan, simulate=True, timeout_s=timeout_s)
+    with pytest.raises(InvalidInputError, match="timeout_s"):
+        narrowcast.launch.Ranks(1, timeout_s=timeout_s)

@@ -359,3 +359,33 @@ def test_every_preset_has_a_recipe_that_serves_both_stages() -> None:
         partial, reduced = calibrated(preset, torch.ones(2, 1, 70))
         assert reduced.num_sources in (None, 1)
         assert partial.num_sources in (None, 2)
+
+
+def with_other_codecs(how: str, kind: Kind) -> str:
+    """What a rank is told that codes with other scales than the rest, of as many bytes."""
+    rank, world_size, group = dist.get_rank(), dist.get_world_size(), kind()
+    x_RTE = torch.stack(partials(world_size, 6, 64))
+    codecs = calibrated("int4-feature", x_RTE * (1 + rank // (world_size - 1)))
+    x_TE, options = x_RTE[rank], {"codec": codecs[1], "group": group}
+    counts = {"send_counts": [2, 2, 2], "recv_counts": [2, 2, 2]}
+    sizes = {"num_tokens": 6, "num_features": 64, "dtype": torch.float32}
+    calls: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: narrowcast.all_reduce(x_TE, codec=codecs, group=group),
+        "reduce_scatter": lambda: narrowcast.reduce_scatter(x_TE, codec=codecs, group=group),
+        "all_gather": lambda: narrowcast.all_gather(x_TE, **options),
+        "all_to_all": lambda: narrowcast.all_to_all(x_TE, **counts, **options),
+        "broadcast": lambda: narrowcast.broadcast(x_TE, src=0, **sizes, **options),
+    }
+    try:
+        calls[how]()
+    except InvalidInputError as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize("how", ["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast"])
+@over_both
+def test_ranks_with_other_codecs_of_the_same_size_are_refused(ranks: Pools, how: str, kind: Kind) -> None:
+    told = ranks(3).run(with_other_codecs, how, kind)
+    assert [each.partition(":")[0] for each in told] == ["codec of rank 2", "codec of rank 2", "codec of rank 0"]
+    assert all("Pass the same codecs on every rank" in each for each in told)

@@ -1,5 +1,6 @@
 """The front door: `attach` makes a loaded model send what a plan says."""
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -25,7 +26,7 @@ from narrowcast.runtime.prompts import MIN_TOKENS, PIPELINED_TOKENS, Chunks, Pro
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
 from narrowcast.runtime.turns import import_greenlet
-from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, transports_of
+from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_timeout, check_transport, transports_of
 
 logger = logging.getLogger(__name__)
 
@@ -127,11 +128,13 @@ def attach(
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
     `timeout_s`: how long to wait for a rank before it counts as lost.
+    Ranks whose random states differ are seeded alike, by rank 0's, so that all sample the same tokens.
     Raises InvalidInputError for a model that cannot be served, PlanMismatchError for a plan that is not for this
     model or not the same on every rank, PeerLostError when a rank does not come.
     """
     engine, device = engine_of(model), device_of(model)
     _check_arguments(plan, algorithm, transport, prompt_chunks, deterministic)
+    check_timeout(timeout_s)
     decided = prompt_chunks == "auto" and algorithm == "auto" and not deterministic
     halves_from = MIN_TOKENS if prompt_chunks == 2 else _halves_from(model, plan) if decided else None
     prompts = None if halves_from is None else Prompts(halves_from)
@@ -153,8 +156,10 @@ def attach(
     else:
         _check_split(engine, model, plan)
         tp, pp = transports_of(engine.groups(model), transport=transport, device=device, timeout_s=timeout_s)
-        options = f"{count_only=}, {deterministic=}, {feedback=}"
-        mine = {"plan": plan.fingerprint, "algorithm": algorithm, "options": options, "halves": f"from {halves_from}"}
+        options = {"count_only": count_only, "deterministic": deterministic, "feedback": feedback}
+        chunks = "one forward" if halves_from is None else f"halves from {halves_from} tokens on"
+        mine = {"plan": plan.fingerprint, "algorithm": algorithm, "prompt_chunks": chunks}
+        mine |= {name: str(value) for name, value in options.items()}
         connected = [each for each in (tp, pp) if each is not None]
         in_turns = prompts is not None and plan.split.pp_size == 1
         _check_on_all_ranks(engine, model, plan, connected, mine, in_turns=in_turns)
@@ -265,6 +270,18 @@ def _check_on_all_ranks(
         refusal = _agree(each, mine, refusal)
     if refusal is not None:
         raise refusal
+    for each in connected:
+        _agree_on_seed(each)
+
+
+def _agree_on_seed(transport: Transport) -> None:
+    """Seed torch alike on all ranks where it is not: each samples tokens by itself, and all must sample the same."""
+    states = [torch.get_rng_state()] + ([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])
+    mine = hashlib.sha256(b"".join(state.numpy().tobytes() for state in states)).hexdigest()
+    every = transport.share(mine, "comparing random states")
+    if len(set(every)) > 1:
+        logger.info("ranks were seeded differently: they go on as rank 0 is seeded")
+        torch.manual_seed(int(every[0][:15], 16))
 
 
 def _halve(
@@ -354,8 +371,13 @@ def _agree(transport: Transport, mine: Mapping[str, str], refusal: NarrowcastErr
             if theirs[key] != value:
                 return PlanMismatchError(
                     f"{key} of rank {rank}",
-                    expected=f"that of rank {transport.rank}, {value[:12]}",
-                    found=theirs[key][:12],
+                    expected=f"that of rank {transport.rank}, {_shown(key, value)}",
+                    found=_shown(key, theirs[key]),
                     remedy="Give every rank the same plan and options.",
                 )
     return None
+
+
+def _shown(key: str, value: str) -> str:
+    """An option as it is, the beginning of a plan's fingerprint."""
+    return value[:12] if key == "plan" else value

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
+from narrowcast.collectives.agreement import agree
 from narrowcast.collectives.algorithms import source_of
 from narrowcast.collectives.base import Exchange, Steps, check_matrix, new_payload, without
 from narrowcast.collectives.pending import Group, Pending, finish, transport_of
@@ -56,6 +57,7 @@ def all_to_all(
     rank, world_size = transport.rank, transport.world_size
     check_counts(send_counts, recv_counts, len(x_TE), rank, world_size)
     source_of(codec, rank, world_size)
+    agree([codec], transport, x_TE.device)
     return finish(Pending(all_to_all_steps(x_TE, codec, send_counts, recv_counts, rank), transport), async_op)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
+from narrowcast.collectives.agreement import agree
 from narrowcast.collectives.algorithms import source_of
 from narrowcast.collectives.base import Exchange, Steps, check_matrix, check_peer, new_payload, to_all
 from narrowcast.collectives.pending import Group, Pending, finish, transport_of
@@ -58,6 +59,7 @@ def all_gather(
             remedy="Pass the same list on every rank.",
         )
     source_of(codec, transport.rank, transport.world_size)
+    agree([codec], transport, x_TE.device)
     return finish(Pending(all_gather_steps(x_TE, codec, counts, transport.rank), transport), async_op)
 
 
@@ -151,6 +153,7 @@ def broadcast(
             remedy="Pass it on the rank that it comes from, and its shape on every rank.",
         )
     y_TE = torch.empty(num_tokens, num_features, dtype=dtype, device=device)
+    agree([codec], transport, y_TE.device)
     steps = broadcast_steps(x_TE if rank == src else None, y_TE, codec, src, rank, world_size)
     return finish(Pending(steps, transport), async_op)
 

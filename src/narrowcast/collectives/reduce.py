@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
+from narrowcast.collectives.agreement import agree
 from narrowcast.collectives.algorithms import checked_hops, choose, named
 from narrowcast.collectives.base import (
     Begin,
@@ -86,6 +87,7 @@ def all_reduce(
             found=f"{list(out.shape)} in {out.dtype}",
             remedy="Pass torch.empty_like(x), or nothing.",
         )
+    agree(hops.codecs, transport, x.device)
     name = choose(algorithm, hops, x.shape[:-1].numel(), x.shape[-1], transport.world_size)
     return finish(Pending(all_reduce_steps(x, hops, transport, name, out=out), transport), async_op)
 
@@ -184,6 +186,7 @@ def reduce_scatter(
     transport = transport_of(group)
     hops = checked_hops(codec, transport.world_size)
     check_matrix(x_TE)
+    agree(hops.codecs, transport, x_TE.device)
     steps = reduce_scatter_steps(x_TE, hops.codecs[0], transport.rank, transport.world_size)
     return finish(Pending(steps, transport), async_op)
 

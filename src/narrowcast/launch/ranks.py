@@ -20,7 +20,7 @@ from narrowcast.launch import emulation
 from narrowcast.launch.link import Link
 from narrowcast.launch.process import Answer, Outcome, Place, as_rank, serve
 from narrowcast.launch.torchrun import check_world, under_torchrun
-from narrowcast.transport import DEFAULT_TIMEOUT_S
+from narrowcast.transport import DEFAULT_TIMEOUT_S, check_timeout
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -45,6 +45,7 @@ class Ranks:
         timeout_s: float = DEFAULT_TIMEOUT_S,
         num_threads: int | None = None,
     ) -> None:
+        check_timeout(timeout_s)
         if link is not None:
             emulation.check_possible(world_size)
         self.world_size = world_size

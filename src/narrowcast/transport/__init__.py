@@ -2,7 +2,7 @@
 
 from narrowcast.transport.base import Buffers, Collectives, Transport, Work
 from narrowcast.transport.choice import TRANSPORTS, Groups, check_transport, connect_group, transports_of
-from narrowcast.transport.group import DEFAULT_TIMEOUT_S
+from narrowcast.transport.group import DEFAULT_TIMEOUT_S, check_timeout
 from narrowcast.transport.tcp import TcpTransport
 from narrowcast.transport.torch_distributed import TorchDistributedTransport, connect
 
@@ -16,6 +16,7 @@ __all__ = [
     "TorchDistributedTransport",
     "Transport",
     "Work",
+    "check_timeout",
     "check_transport",
     "connect",
     "connect_group",

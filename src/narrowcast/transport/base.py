@@ -24,11 +24,13 @@ class Work(Protocol):
 class Collectives:
     """The collectives of a group: their numbers, alike on every rank that starts the same ones in the same order,
     and those that are under way. `between`: numbers of the transfers from one rank to another, alike on these two.
+    `agreed`: digests of the codecs that all ranks are known to have.
     """
 
     numbers: Iterator[int] = field(default_factory=itertools.count)
     between: defaultdict[tuple[int, int], Iterator[int]] = field(default_factory=lambda: defaultdict(itertools.count))
     under_way: dict[int, Any] = field(default_factory=dict)
+    agreed: set[bytes] = field(default_factory=set)
 
 
 class Transport(ABC):

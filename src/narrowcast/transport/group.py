@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 60.0
+LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
 LINGER = timedelta(seconds=3)
 
 # Of every group that a transport was made for, whichever kind: tags must not meet.
@@ -35,10 +36,22 @@ collectives_of: WeakKeyDictionary[dist.ProcessGroup, Collectives] = WeakKeyDicti
 hang_ups: list[Callable[[], None]] = []
 
 
+def check_timeout(timeout_s: float) -> None:
+    """InvalidInputError unless it is a number of seconds above nothing, up to a week: before a group is used for it."""
+    if isinstance(timeout_s, bool) or not isinstance(timeout_s, int | float) or not 0 < timeout_s <= LONGEST_TIMEOUT_S:
+        raise InvalidInputError(
+            "timeout_s",
+            expected=f"seconds above 0, up to {LONGEST_TIMEOUT_S:.0f}",
+            found=repr(timeout_s),
+            remedy=f"Pass {DEFAULT_TIMEOUT_S:g}, say.",
+        )
+
+
 class GroupTransport(Transport):
     """The ranks of `group` (None: the default group). A wait lasts `timeout_s` seconds at most."""
 
     def __init__(self, group: dist.ProcessGroup | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        check_timeout(timeout_s)
         if not dist.is_initialized():
             raise InvalidInputError(
                 "process group",

@@ -17,7 +17,14 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from narrowcast.errors import PeerLostError
 from narrowcast.transport.base import Buffers
-from narrowcast.transport.group import DEFAULT_TIMEOUT_S, GroupTransport, collectives_of, hang_ups, roll_call
+from narrowcast.transport.group import (
+    DEFAULT_TIMEOUT_S,
+    GroupTransport,
+    check_timeout,
+    collectives_of,
+    hang_ups,
+    roll_call,
+)
 
 ENGINE_TIMEOUT = timedelta(hours=2)
 
@@ -92,6 +99,7 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S, store: Store | None = None)
     Does nothing where torch.distributed is initialised. Until all have come, the store is all that they share: by
     default, the one at MASTER_ADDR.
     """
+    check_timeout(timeout_s)
     if dist.is_initialized():
         return
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
