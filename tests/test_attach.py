@@ -4,6 +4,7 @@ On one machine matrix products of a rank's slice give the same bits in a rank an
 each); docs/architecture.md says what is promised elsewhere.
 """
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -256,6 +257,72 @@ def test_layers_that_compute_something_else_are_refused_by_name(folder: Path) ->
     model.get_submodule("model.layers.1.mlp.down_proj").__class__ = Quantized
     with pytest.raises(InvalidInputError, match=r"found model.layers.1.mlp.down_proj of style 'rowwise' \(Quantized\)"):
         narrowcast.calibrate(model, [random_ids(1, 8)], tp_size=2)
+
+
+class Codes(Tensor):
+    """A tensor that stands for other values."""
+
+
+def give_a_forward(layer: Any) -> None:
+    layer.forward = lambda x: nn.functional.linear(x, 2 * layer.weight)
+
+
+def give_codes(layer: Any) -> None:
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Codes), requires_grad=False)
+
+
+def offload(layer: Any) -> None:
+    layer.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (give_a_forward, "found another one at model.layers.1.mlp.down_proj"),
+        (give_codes, "found Codes in model.layers.1.mlp.down_proj"),
+        (offload, "found none of model.layers.1.mlp.down_proj.weight: offloaded"),
+    ],
+)
+def test_layers_that_are_not_what_they_seem_are_refused_by_name(
+    folder: Path, change: Callable[[Any], None], told: str
+) -> None:
+    plan = narrowcast.calibrate(transformers.load(folder), [random_ids(1, 8)], tp_size=2, codec="fp8")
+    model = transformers.load(folder)
+    change(model.get_submodule("model.layers.1.mlp.down_proj"))
+    with pytest.raises(InvalidInputError, match=told):
+        narrowcast.calibrate(model, [random_ids(1, 8)], tp_size=2)
+    with pytest.raises(InvalidInputError, match=told):
+        narrowcast.attach(model, plan, simulate=True)
+
+
+def test_a_model_with_a_plan_is_not_copied(folder: Path) -> None:
+    model = transformers.load(folder)
+    plan = narrowcast.calibrate(model, [random_ids(2, 20)], tp_size=2)
+    with torch.no_grad():
+        plain = model(random_ids(1, 5)).logits
+        handle = narrowcast.attach(model, plan, simulate=True)
+        for part in (model, model.get_submodule("model.layers.0")):
+            with pytest.raises(InvalidInputError, match=r"one that has a plan attached.*Copy it before"):
+                copy.deepcopy(part)
+        handle.suspend()
+        again: Any = copy.deepcopy(model)
+        handle.resume()
+        assert torch.equal(again(random_ids(1, 5)).logits, plain)
+        handle.remove()
+        assert torch.equal(copy.deepcopy(model)(random_ids(1, 5)).logits, plain)
+
+
+@torch.no_grad()
+def test_weights_that_are_changed_under_a_plan_count(folder: Path) -> None:
+    """In place: nothing is kept of a forward before, under a transform neither."""
+    model, other = transformers.load(folder), transformers.load(folder)
+    plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=2, codec="transform(bits=4, axes=site)")
+    with narrowcast.attach(model, plan, simulate=True), narrowcast.attach(other, plan, simulate=True):
+        before = model(random_ids(1, 5)).logits
+        for each in (model, other):
+            each.get_submodule("model.layers.0.mlp.down_proj").weight.mul_(2)  # type: ignore[operator, union-attr]
+        changed = model(random_ids(1, 5)).logits
+        assert torch.equal(other(random_ids(1, 5)).logits, changed) and not torch.equal(before, changed)
 
 
 def check_heads(folder: Path) -> None:

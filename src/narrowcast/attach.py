@@ -186,6 +186,18 @@ def _halves_from(model: nn.Module, plan: Plan) -> int | None:
     return plan.decisions.halves_from(engine_of(model).num_features(model), weights / plan.tp_size / num_sums)
 
 
+def check_loaded(model: nn.Module) -> None:
+    """InvalidInputError if weights of `model` are elsewhere: offloaded, or never loaded."""
+    missing = next((name for name, weight in model.named_parameters() if weight.is_meta), None)
+    if missing is not None:
+        raise InvalidInputError(
+            type(model).__name__,
+            expected="a model whose weights are in memory",
+            found=f"none of {missing}: offloaded, or never loaded",
+            remedy="Load it without device_map or offloading.",
+        )
+
+
 def check_detached(model: nn.Module) -> None:
     """InvalidInputError if a plan is attached to `model`."""
     if hasattr(model, _ATTACHED):
@@ -328,6 +340,7 @@ def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bo
             found=f"one split by {found}",
             remedy="Load it without distributed_config, or attach without simulate=True.",
         )
+    check_loaded(model)
     plan.check(engine.fingerprint(model), plan.split if whole else found)
     reading = {name for norm, reader in plan.feedback.readers.items() for name in (norm, *reader.modules)}
     if found.pp_size == 1 and (unknown := reading - dict(model.named_modules()).keys()):

@@ -11,7 +11,7 @@ from typing import get_args
 
 from torch import Tensor, nn
 
-from narrowcast.attach import check_detached
+from narrowcast.attach import check_detached, check_loaded
 from narrowcast.calibration.batches import Batch, sequences
 from narrowcast.calibration.build import Observations
 from narrowcast.calibration.moments import (
@@ -117,6 +117,7 @@ def observe(
     engine = engine_of(model)
     _check_options(first_tokens, num_first)
     check_detached(model)
+    check_loaded(model)
     split = _split(engine, model, tp_size, pp_size, experts)
     if moments == "full" and engine.split_of(model) != Split():
         raise InvalidInputError(

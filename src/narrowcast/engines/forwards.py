@@ -13,6 +13,21 @@ from narrowcast.errors import InvalidInputError
 Forward = Callable[..., Any]
 
 
+def has_own_forward(module: nn.Module) -> bool:
+    """True if somebody else has given this very module a forward, as quantizers and offloading do."""
+    forward = vars(module).get("forward")
+    return forward is not None and not hasattr(forward, "narrowcast")
+
+
+def _refuse_copy(_: object) -> Any:
+    raise InvalidInputError(
+        "model",
+        expected="one without a plan, to be copied",
+        found="one that has a plan attached: its copy would compute with the weights of this one",
+        remedy="Copy it before, or call remove() or suspend() on its handle first.",
+    )
+
+
 class Forwards:
     """Attributes of modules that were replaced, `forward` above all."""
 
@@ -34,7 +49,9 @@ class Forwards:
             with torch.no_grad():
                 return forward(*args, **kwargs)
 
+        inference.narrowcast = True  # type: ignore[attr-defined]
         self.set(module, "forward", inference)
+        self.set(module, "__deepcopy__", _refuse_copy)
 
     def set(self, owner: Any, name: str, value: Any) -> None:
         """Give `owner` an attribute of its own."""

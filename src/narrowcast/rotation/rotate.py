@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from narrowcast.attach import check_detached
+from narrowcast.attach import check_detached, check_loaded
 from narrowcast.engines import engine_of
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Split
@@ -21,6 +21,7 @@ def rotate(model: nn.Module, rotation_EE: Tensor) -> None:
     """
     engine = engine_of(model)
     check_detached(model)
+    check_loaded(model)
     if (found := engine.split_of(model)) != Split():
         raise InvalidInputError(
             type(model).__name__, expected="a whole model", found=f"one split by {found}", remedy="Rotate, then split."

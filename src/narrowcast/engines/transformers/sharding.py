@@ -35,6 +35,11 @@ def chunks(size: int, wires: Wires) -> list[slice]:
     return [chunk(size, rank, wires.tp_size) for rank in wires.ranks]
 
 
+def is_plain(weight: Tensor) -> bool:
+    """True for a tensor of numbers: not for a subclass that stands for others, such as torchao's."""
+    return type(local(weight.detach())) is Tensor
+
+
 def is_linear(module: nn.Module) -> bool:
     """True for a layer that computes what ours do: a quantized one, say, does not."""
     return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward

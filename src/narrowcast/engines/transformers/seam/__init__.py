@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from narrowcast.engines.forwards import Forward, Forwards
+from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline
 from narrowcast.engines.transformers.seam.halves import halve_prompts
-from narrowcast.engines.transformers.sharding import is_experts, is_linear, reading_weight
+from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_plain, reading_weight
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
 from narrowcast.runtime.wires import Wires
@@ -222,7 +222,7 @@ def _communicating(model: nn.Module, split: Split) -> list[tuple[str, nn.Module,
             )
         plan = {name: style for name, style in plan.items() if not name.startswith(whole)} | ep_plan
         table = STYLES | {"ep_dispatch_experts": EXPERT_STYLES[split.experts]}
-    found = []
+    found, is_split = [], bool(_meshes(model))
     for name, module, style in _styled(model, plan):
         if style in SILENT:
             continue
@@ -232,6 +232,11 @@ def _communicating(model: nn.Module, split: Split) -> list[tuple[str, nn.Module,
                 "layers that are summed, gathered or looked up as in Llama, Gemma, Phi-3 or Mixtral",
                 f"{name} of style {style!r} ({type(module).__name__})",
             )
+        if not is_split and has_own_forward(module):
+            raise _unsupported(model, "layers with the forwards of their classes", f"another one at {name}")
+        if not all(is_plain(weight) for weight in module.parameters(recurse=False)):
+            kinds = sorted({type(weight.data).__name__ for weight in module.parameters(recurse=False)})
+            raise _unsupported(model, "weights that are plain tensors", f"{' and '.join(kinds)} in {name}")
         if style == "ep_dispatch_experts":
             experts.check_divisible(name, module, split.tp_size)
         found.append((name, module, table[style]))
