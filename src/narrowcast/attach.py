@@ -231,6 +231,7 @@ def _check_arguments(plan: Plan, algorithm: str, transport: str, prompt_chunks: 
 
 
 def _check_split(engine: Engine, model: nn.Module, plan: Plan) -> None:
+    plan.check_real()
     if engine.split_of(model) == Split():
         raise InvalidInputError(
             type(model).__name__,

@@ -7,7 +7,7 @@ without their padding, so that neither the batch size nor the padding can change
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -141,7 +141,9 @@ def observe(
             run(model, ids)
     chains = _chains(model, split, text[0], sites)
     of_sums, tried = ({}, {}) if moments == "none" else _moments(model, split, of_moments, text, sites, chains, track)
-    about = {"num_sequences": len(text), "num_tokens": sum(map(len, text)), "num_held_out": num_held_out}
+    obstacle = engine.obstacle(model, split) if engine.split_of(model) == Split() else ""
+    about: dict[str, Any] = {"simulated_only": obstacle} if obstacle else {}
+    about |= {"num_sequences": len(text), "num_tokens": sum(map(len, text)), "num_held_out": num_held_out}
     return Observations(
         model=model,
         split=split,

@@ -80,6 +80,8 @@ def calibrate(
         bits = mean_bits(plan)
         what = spelling(plan.calibration["codec"]) + ("" if bits is None else f", {bits:.4g} bits a value")
         typer.echo(f"{output}: {number}, {split}, {what}, from {len(found)} sequences")
+        if plan.simulated_only:
+            typer.echo(f"simulated only: {plan.simulated_only}")
         tell(plan.calibration["kl_nats"], "on text that was held out")
 
 

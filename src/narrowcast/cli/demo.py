@@ -80,6 +80,11 @@ def demo(
     tp = tp or (REAL_TP if folder == REAL else DEFAULT_TP)
     if tp < 2:
         raise InvalidInputError("-tp", expected="2 or more", found=tp, remedy="One rank has nobody to send to.")
+    engine = load_engine()
+    if obstacle := engine.obstacle(engine.skeleton(folder), Split(tp_size=tp)):
+        raise InvalidInputError(
+            "-tp", expected="ranks that have as many each", found=obstacle, remedy="Choose another."
+        )
     dtype: Dtype = "auto" if computes_bf16() else "float32"
     contestants = [PLAIN, *(each for each in PEERS if each.codec != codec or not each.feedback), chosen]
     tokenizer = load_engine().load_tokenizer(folder)

@@ -20,6 +20,7 @@ from narrowcast.cli.options import (
     checked_split,
 )
 from narrowcast.cli.tables import table
+from narrowcast.engines import load_engine
 from narrowcast.files import check_report, write_report
 from narrowcast.launch import Link
 from narrowcast.perf import estimate as perf
@@ -56,6 +57,9 @@ def estimate(
         whole = [asdict(each) for each in kept]
         write_report(json, {**asked, "link": None if wire is None else str(wire), "codecs": rows, "replication": whole})
     console = Console(highlight=False)
+    engine = load_engine()
+    if obstacle := engine.obstacle(engine.skeleton(model), split):
+        console.print(f"no ranks can be split so: {obstacle}")
     console.print(_bytes(found, f"{Path(model).name}, {split}: a prompt of {input_len} tokens, and a token after it"))
     console.print("Payload bytes that the first rank of each stage sends by the algorithm that sends fewest.")
     if wire is not None:

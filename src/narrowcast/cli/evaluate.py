@@ -67,6 +67,7 @@ def evaluate(
     if earlier is not None:  # before the work, not after it
         earlier.check(conditions(loaded, batches, algorithm))
     if real:
+        loaded.check_real()
         found = evaluate_on_ranks(model, plan, batches, dtype=dtype, timeout_s=timeout, **asked)
     else:
         whole = load_engine().load(model, device=device, dtype=dtype)
@@ -80,7 +81,8 @@ def evaluate(
         _write(json, found, about, changes)
     if report is not None:
         write_new(report, page(found, plan.name, about).encode(), overwrite=True)
-    _print(found, f"{model}, {plan}, {loaded.split}, {'real ranks' if real else 'simulated'}")
+    only = f" only ({loaded.simulated_only})" if loaded.simulated_only else ""
+    _print(found, f"{model}, {plan}, {loaded.split}, {'real ranks' if real else f'simulated{only}'}")
     _print_texts(found.continued, tokenizer)
     if changes:
         tables.print_changes(changes, f"against {baseline}")

@@ -36,7 +36,9 @@ def generate(
 ) -> None:
     """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
     check_transport(transport)
-    split = Plan.load(plan).split
+    loaded = Plan.load(plan)
+    loaded.check_real()
+    split = loaded.split
     tokenizer = load_engine().load_tokenizer(model)
     prompts = [tokenizer(each, return_tensors="pt").input_ids for each in prompt]
     if any(ids.shape[1] == 0 for ids in prompts):

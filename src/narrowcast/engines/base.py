@@ -112,6 +112,10 @@ class ModelFiles(Protocol):
         """The model of a folder or hub name as its config describes it: shapes, and no weights."""
         ...
 
+    def obstacle(self, model: nn.Module, split: Split) -> str:
+        """The reason why a whole model, or a skeleton, cannot be split so, and how it can; "" for none."""
+        ...
+
     def vocabulary(self, model: nn.Module) -> Vocabulary:
         """The sizes of a whole model, or of its skeleton."""
         ...

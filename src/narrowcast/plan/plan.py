@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from narrowcast.codecs import CODECS, CastCodec, Codec
-from narrowcast.errors import PlanFormatError, PlanMismatchError
+from narrowcast.errors import InvalidInputError, PlanFormatError, PlanMismatchError
 from narrowcast.files import write_new
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Decisions
@@ -68,6 +68,21 @@ class Plan:
     def tp_size(self) -> int:
         """Ranks that share a layer."""
         return self.split.tp_size
+
+    @property
+    def simulated_only(self) -> str:
+        """The reason why no ranks can be split so, and what would do; "" if they can."""
+        return str(self.calibration.get("simulated_only", ""))
+
+    def check_real(self) -> None:
+        """InvalidInputError for a plan that is simulated only."""
+        if self.simulated_only:
+            raise InvalidInputError(
+                "plan",
+                expected="one for ranks that there can be",
+                found=f"one that is simulated only ({self.simulated_only})",
+                remedy="Calibrate with such a tp_size, or simulate it.",
+            )
 
     @cached_property
     def fingerprint(self) -> str:

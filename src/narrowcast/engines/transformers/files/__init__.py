@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from narrowcast.engines.transformers.files import rotation
 from narrowcast.engines.transformers.files.fingerprint import fingerprint
-from narrowcast.engines.transformers.files.loading import load, load_tokenizer, save, skeleton
+from narrowcast.engines.transformers.files.loading import load, load_tokenizer, obstacle, save, skeleton
 from narrowcast.engines.transformers.files.vocabulary import vocabulary
 from narrowcast.engines.transformers.seam import summed
 from narrowcast.errors import InvalidInputError
@@ -29,4 +29,14 @@ def rotate(model: nn.Module, rotation_EE: Tensor) -> None:
     rotation.rotate(model, summed(model), rotation_EE)
 
 
-__all__ = ["fingerprint", "load", "load_tokenizer", "num_features", "rotate", "save", "skeleton", "vocabulary"]
+__all__ = [
+    "fingerprint",
+    "load",
+    "load_tokenizer",
+    "num_features",
+    "obstacle",
+    "rotate",
+    "save",
+    "skeleton",
+    "vocabulary",
+]

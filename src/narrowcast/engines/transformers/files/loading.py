@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
@@ -177,22 +178,35 @@ def _stages_may_be_split() -> Iterator[None]:
         mixin.apply_tensor_parallelism = original
 
 
-def _check_divisible(config: Any, split: Split) -> None:
+def obstacle(model: nn.Module, split: Split) -> str:
+    """The heads or experts of a whole model, or of its skeleton, that cannot be shared out so; "" if there are none."""
+    return _obstacle(cast(Any, model).config.get_text_config(), split)
+
+
+def _obstacle(config: Any, split: Split) -> str:
     """Transformers splits by whole heads and experts, and fails deep inside where that cannot be."""
     plan = config.base_model_tp_plan or {}
     by_heads = any(name.endswith(("q_proj", "k_proj")) and style == "colwise" for name, style in plan.items())
-    fields = ["num_attention_heads", "num_key_value_heads"] if by_heads else []
-    fields += ["num_local_experts", "num_experts"] if split.experts != "slices" else []
-    for field in fields:
-        number = getattr(config, field, split.tp_size)
-        if number % split.tp_size:
-            raise InvalidInputError(
-                f"tp_size {split.tp_size}",
-                expected=f"a divisor of the model's {field}",
-                found=number,
-                remedy="Choose another tp_size"
-                + ("; simulation takes any." if field in ("num_attention_heads", "num_key_value_heads") else "."),
-            )
+    fields = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads"} if by_heads else {}
+    if split.experts != "slices":
+        fields |= {"num_local_experts": "experts", "num_experts": "experts"}
+    numbers = {name: getattr(config, field) for field, name in fields.items() if getattr(config, field, None)}
+    shared = math.gcd(*numbers.values())
+    if not numbers or shared % split.tp_size == 0:
+        return ""
+    *few, most = (str(size) for size in range(1, shared + 1) if shared % size == 0)
+    fitting = f"{', '.join(few)} or {most} ranks" if few else "1 rank"
+    return f"{', '.join(f'{number} {name}' for name, number in numbers.items())}: {fitting}"
+
+
+def _check_divisible(config: Any, split: Split) -> None:
+    if found := _obstacle(config, split):
+        raise InvalidInputError(
+            f"tp_size {split.tp_size}",
+            expected="ranks that have as many each",
+            found=found,
+            remedy="Choose another tp_size" + ("; simulation takes any." if split.experts == "slices" else "."),
+        )
 
 
 def load_tokenizer(path: str | Path) -> Any:
