@@ -118,27 +118,25 @@ const Kernels copying = {"copying", copy, nullptr, add_up, nullptr};
 // A sum of one rank of two, as it is recorded.
 struct Recorded {
   Recorded(Mesh& mesh, int rank) : payloads(2 * kNbytes), sum(mesh) {
-    static const Format format{};
     char* own = payloads.data() + rank * kNbytes;
-    Step encode{};
-    encode.action = Action::encode;
-    encode.format = &format;
-    encode.num_tokens = kTokens;
-    encode.num_features = kFeatures;
-    encode.values = {{Base::x, 0}, Dtype{}, kFeatures};
-    encode.payload = {{Base::none, reinterpret_cast<uintptr_t>(own)}, kFeatures};
-    Step decode{};
-    decode.action = Action::decode_sum;
-    decode.format = &format;
-    decode.num_tokens = kTokens;
-    decode.num_features = kFeatures;
-    decode.values = {{Base::y, 0}, Dtype{}, kFeatures};
-    decode.payload = {{Base::none, reinterpret_cast<uintptr_t>(payloads.data())}, kFeatures};
+    Step encode = coding(Action::encode, Base::x, own), decode = coding(Action::decode_sum, Base::y, payloads.data());
     decode.num_ranks = 2;
     decode.rank_stride = kNbytes;
     sum.add(std::move(encode));
     sum.add_exchange({{1 - rank, own, kNbytes}}, {{1 - rank, payloads.data() + (1 - rank) * kNbytes, kNbytes}});
     sum.add(std::move(decode));
+  }
+
+  static Step coding(Action action, Base values, char* payload) {
+    static const Format format{};
+    Step step{};
+    step.action = action;
+    step.format = &format;
+    step.num_tokens = kTokens;
+    step.num_features = kFeatures;
+    step.values = {{values, 0}, Dtype{}, kFeatures};
+    step.payload = {{Base::none, reinterpret_cast<uintptr_t>(payload)}, kFeatures};
+    return step;
   }
 
   Outcome run(std::vector<char>& x, std::vector<char>& y, uint64_t tag, std::chrono::milliseconds patience) {

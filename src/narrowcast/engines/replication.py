@@ -58,11 +58,18 @@ def allowed(vocabulary: Vocabulary, plans: Sequence[Plan], free: int, num_ranks:
 
 
 def free_nbytes() -> int:
-    """Bytes that the ranks of this machine may take: what is free of a GPU or of the machine, within their limits."""
+    """Bytes that the ranks of this machine may take: what is free of a GPU or of the machine, within their limits.
+
+    0 where nothing tells: Linux does.
+    """
     if torch.cuda.is_available():
         return torch.cuda.mem_get_info()[0]
-    available = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    return min(1024 * int(available.split()[1]), *limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+    try:
+        told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        available = 1024 * int(told["MemAvailable"].split()[0])
+        return min(available, *limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+    except (OSError, KeyError):
+        return 0
 
 
 def limits(own: Path, mounted: Path) -> Iterator[int]:
