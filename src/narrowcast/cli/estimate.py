@@ -49,6 +49,9 @@ def estimate(
     """
     check_report(json)
     split, wire = checked_split(tp, pp, experts), None if link is None else Link.parse(link)
+    console, engine = Console(highlight=False), load_engine()
+    if obstacle := engine.obstacle(engine.skeleton(model), split):
+        console.print(f"no ranks can be split so: {obstacle}")
     found = perf.estimate(model, split, codec, input_len=input_len, link=wire, transport=transport)
     kept = replication(model, split, input_len=input_len, link=wire, transport=transport) if tp > 1 else []
     if json is not None:
@@ -56,10 +59,6 @@ def estimate(
         rows = [asdict(each) for each in found]
         whole = [asdict(each) for each in kept]
         write_report(json, {**asked, "link": None if wire is None else str(wire), "codecs": rows, "replication": whole})
-    console = Console(highlight=False)
-    engine = load_engine()
-    if obstacle := engine.obstacle(engine.skeleton(model), split):
-        console.print(f"no ranks can be split so: {obstacle}")
     console.print(_bytes(found, f"{Path(model).name}, {split}: a prompt of {input_len} tokens, and a token after it"))
     console.print("Payload bytes that the first rank of each stage sends by the algorithm that sends fewest.")
     if wire is not None:
