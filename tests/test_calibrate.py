@@ -1,10 +1,7 @@
 """Calibration: the paper's moving averages, whatever the batches and the padding."""
 
-import itertools
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,6 +15,7 @@ from narrowcast.calibration.observers import EMA_FACTOR
 from narrowcast.codecs import FeatureCodec, FeatureRecipe
 from narrowcast.engines import load_engine
 from narrowcast.engines.forwards import chunk
+from narrowcast.progress import Progress, heard_by
 
 transformers = load_engine()
 
@@ -163,13 +161,12 @@ def test_an_interrupt_leaves_the_model_as_it_was(model: nn.Module) -> None:
     phases = "calibrating", "trying errors", "calibrating under feedback"
     for phase in phases:
 
-        def interrupted(steps: Iterable[Any], what: str, phase: str = phase) -> Iterator[Any]:
-            yield from itertools.islice(steps, 2 if what == phase else None)
-            if what == phase:
+        def interrupt(said: object, phase: str = phase) -> None:
+            if isinstance(said, Progress) and said.doing == phase and said.done == 2:
                 raise KeyboardInterrupt
 
-        with pytest.raises(KeyboardInterrupt):
-            narrowcast.calibrate(model, sequences(), tp_size=2, track=interrupted)
+        with pytest.raises(KeyboardInterrupt), heard_by(interrupt):
+            narrowcast.calibrate(model, sequences(), tp_size=2)
         assert all("forward" not in module.__dict__ for module in model.modules())
 
 

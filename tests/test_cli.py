@@ -17,6 +17,7 @@ from commands import run, typed
 from conftest import MODEL
 from models import save_random
 from narrowcast import Plan, calibrate
+from narrowcast.__main__ import TRACEBACK
 from narrowcast.calibration.text import sequences
 from narrowcast.cli import app
 from narrowcast.codecs import PRESETS, FeatureCodec, TransformCodec
@@ -44,6 +45,7 @@ def refused(*arguments: object) -> str:
     done = narrowcast(*arguments, check=False)
     assert done.returncode == 1
     assert done.stderr.count("narrowcast: error: ") == 1, done.stderr
+    assert TRACEBACK not in done.stderr, "the error was not expected"
     return done.stderr
 
 
@@ -74,8 +76,10 @@ COMMANDS = {
     ),
     "inspect": "--overwrite --plot",
     "tune": "--output --overwrite --timeout --transport",
-    "generate": "--dtype --max-new-tokens --no-feedback --plan --prompt --prompt-chunks --replicate --timeout "
-    "--transport",
+    "generate": (
+        "--chat --dtype --file --json --max-new-tokens --no-feedback --plan --prompt --prompt-chunks --replicate "
+        "--seed --temperature --timeout --transport"
+    ),
     "rotate": "--axes --device --max-seq-len --num-samples --overwrite --tensor-parallel-size --text",
     "bench": "--codec --json --link --prompt-chunks --replicate --size --tensor-parallel-size --timeline --transport",
     "codecs": "",
@@ -93,9 +97,9 @@ def options() -> dict[str, dict[str, Any]]:
 
 
 def test_commands_and_options_are_pinned() -> None:
-    """Eleven commands, 77 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
+    """Eleven commands, 82 options: someone who adds one adds it here, too, and says so in the CHANGELOG."""
     assert {command: " ".join(sorted(found)) for command, found in options().items()} == COMMANDS
-    assert sum(map(len, options().values())) == 77
+    assert sum(map(len, options().values())) == 82
 
 
 def test_an_option_has_one_default() -> None:
@@ -185,7 +189,7 @@ def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
     assert "boundary" in narrowcast("inspect", path).stdout
     prompts = ["--prompt", "The sea", "--prompt", "A much longer prompt about"]
     done = narrowcast("generate", MODEL, "--plan", path, *prompts, "--max-new-tokens", 8)
-    assert done.stdout.startswith("The sea") and "\nA much longer prompt about" in done.stdout
+    assert done.stdout.startswith("==> The sea <==\n") and "\n==> A much longer prompt about <==\n" in done.stdout
     assert "uncompressed" not in done.stderr
     reports = []
     for extra in ([], ["--real"]):  # what both stages send, however it runs
@@ -204,22 +208,51 @@ def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
 def test_generate_starts_its_ranks_or_uses_those_of_torchrun(plan: Path) -> None:
     arguments = ["generate", str(MODEL), "--plan", str(plan), "--prompt", "The sea", "--max-new-tokens", "8"]
     own = narrowcast(*arguments, "--prompt", "A much longer prompt about", "--dtype", "float32")
-    assert own.stdout.startswith("The sea") and "\nA much longer prompt about" in own.stdout
+    assert own.stdout.startswith("==> The sea <==\n") and "\n==> A much longer prompt about <==\n" in own.stdout
     assert "sent 4.4414 bits a value" in own.stderr  # 15 sums of 4.1875, and the last one of 8.25
     assert "lm_head 5041; embedding whole on every rank" in own.stderr
+    alone = narrowcast(*arguments, "--dtype", "float32").stdout
+    assert "The sea" not in alone and f"==> The sea <==\n{alone}" in own.stdout
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "narrowcast"]
     theirs = subprocess.run([*torchrun, *arguments], capture_output=True, text=True, timeout=150, check=True)
-    assert theirs.stdout.startswith("The sea")
-    assert theirs.stdout.count("The sea") == 1  # one rank prints
+    assert len(theirs.stdout.splitlines()) == 1  # one rank prints
+    assert theirs.stderr.count("8 tokens: the first after ") == 1
+
+
+def test_generate_draws_alike_on_all_ranks_and_reports(plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_text("It was a dark\n")
+    arguments = "generate", MODEL, "--plan", plan, "--file", tmp_path / "prompt", "--max-new-tokens", 12
+    drawn = narrowcast(*arguments, "--temperature", 0.9, "--seed", 3, "--json", tmp_path / "said.json")
+    said = json.loads((tmp_path / "said.json").read_text(encoding="utf8"))
+    (answer,) = said["answers"]
+    assert drawn.stdout == f"{answer['text']}\n" and answer["prompt"] == "It was a dark"
+    assert 0 < len(answer["tokens"]) <= 12 and said["tokens_per_s"] > 0 and said["prompt_s"] > 0
+    assert said["report"]["bits_per_value"] == pytest.approx(4.4414, abs=1e-3)
+    tokens = f"{len(answer['tokens'])} tokens: the first after {said['prompt_s']:.2f} s, then"
+    assert tokens in drawn.stderr
+
+
+def test_generate_wants_a_prompt(plan: Path, tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes(b"caf\xe9")
+    generate = "generate", MODEL, "--plan", plan
+    assert "found nothing. Pass --prompt TEXT, or --file FILE" in refused(*generate)
+    assert "found nothing" in refused(*generate, "--prompt", "")
+    assert "expected a text file, found No such file" in refused(*generate, "--file", tmp_path / "none")
+    assert "expected UTF-8 text" in refused(*generate, "--file", tmp_path / "latin")
+    assert "expected a model with a chat template" in refused(*generate, "--prompt", "x", "--chat")
+    under_torchrun = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    done = narrowcast(*generate, "--file", "-", check=False, **under_torchrun)
+    assert "expected a file, which all ranks can read" in done.stderr
 
 
 def test_inspect_shows_and_draws(plan: Path, tmp_path: Path) -> None:
     picture = tmp_path / "ranges [not markup]"
     shown = narrowcast("inspect", plan, "--plot", picture).stdout
     assert "tp_size 2" in shown and "hidden_size 256" in shown
-    rows = [line for line in shown.splitlines() if "self_attn.o_proj" in line]
+    rows = [line for line in shown.splitlines() if "self_attn.o_proj" in line and "the largest" not in line]
     assert len(rows) == 16  # eight layers, two hops
     assert all("feature" in row and "4.1875" in row and "…" not in row for row in rows)
+    assert shown.count("\n16 sites: ") == 2 and "the largest at " in shown
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert "a file that exists" in refused("inspect", plan, "--plot", picture)
 
@@ -228,7 +261,8 @@ def test_inspect_of_codecs_that_calibrate_nothing(tmp_path: Path) -> None:
     path = tmp_path / "plan"
     arguments = "-tp", 2, "--text", TEXT, "--num-samples", 1, "--max-seq-len", 32
     narrowcast("calibrate", MODEL, *arguments, "-o", path, "--codec", "int2-group32-spike")
-    rows = [line for line in narrowcast("inspect", path).stdout.splitlines() if "self_attn.o_proj" in line]
+    shown = narrowcast("inspect", path).stdout.splitlines()
+    rows = [line for line in shown if "self_attn.o_proj" in line and "the largest" not in line]
     assert len(rows) == 16
     assert all("int2-group32-spike" in row and "4.5000" in row and "…" not in row for row in rows)
     assert "Inspect it without --plot." in refused("inspect", path, "--plot", tmp_path / "picture")
@@ -248,7 +282,7 @@ def test_inspect_of_fitted_codecs_counts_features(tmp_path: Path, axes: str) -> 
     assert (
         ("depth feedback at 0 of 16 sums" in head) == ("a rank's own axes have no place" in head) == (axes == "ranks")
     )
-    rows = [line.split() for line in tables.splitlines() if "self_attn.o_proj" in line or "mlp.down_proj" in line]
+    rows = [line.split() for line in tables.splitlines() if line[:1] == " " and line.strip()[:1].isdigit()]
     assert len(rows) == 32 and "…" not in shown
     assert sum(float(row[-2]) for row in rows) / 32 == pytest.approx(2.0, abs=0.05)
     plan = Plan.load(path)
@@ -291,9 +325,7 @@ def test_wrong_paths_and_values_are_one_sentence(plan: Path, tmp_path: Path) -> 
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
     assert "UTF-8 text" in refused(*calibrate, tmp_path / "latin.txt", "-o", out)
     assert not out.exists()
-    assert "can load" in refused("calibrate", tmp_path / "none", "-tp", 2, "--text", TEXT, "-o", out)
     assert "no such file" in refused("generate", MODEL, "--plan", out, "--prompt", "x")
-    assert "found nothing" in refused("generate", MODEL, "--plan", plan, "--prompt", "")
     assert "another kind" in refused("inspect", MODEL / "model.safetensors")
     bare = save_random("llama", tmp_path / "bare")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -315,12 +347,12 @@ def test_wrong_flags_show_the_usage(arguments: list[str]) -> None:
     assert "Usage" in done.stderr
 
 
-def test_a_plan_for_another_model_is_refused_by_the_ranks(plan: Path, tmp_path: Path) -> None:
+def test_a_plan_for_another_model_is_refused_before_ranks_start(plan: Path, tmp_path: Path) -> None:
     folder = save_random("llama", tmp_path / "model")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).symlink_to(MODEL / name)
     message = refused("generate", folder, "--plan", plan, "--prompt", "x")
-    assert "Calibrate this model." in message
+    assert "Calibrate this model." in message and "rank" not in message
 
 
 def test_without_the_extra_one_sentence_says_what_to_install(tmp_path: Path) -> None:
@@ -388,14 +420,16 @@ def test_ctrl_c_ends_all_and_leaves_nothing(plan: Path, tmp_path: Path) -> None:
         time.sleep(0.1)
     os.killpg(calibrating.pid, signal.SIGINT)
     _, errors = calibrating.communicate(timeout=60)
-    assert errors == "narrowcast: interrupted; no file was left half-written\n"
+    assert errors.splitlines()[-1] == "narrowcast: interrupted; no file was left half-written"
+    assert "Traceback" not in errors
     assert calibrating.returncode in INTERRUPTED
     assert list(tmp_path.iterdir()) == []
 
-    generating = started("generate", MODEL, "--plan", plan, "--prompt", "x", "--max-new-tokens", 490)
+    generating = started("generate", MODEL, "--plan", plan, "--prompt", "The", "--max-new-tokens", 490)
     ranks = ranks_of(generating)
     os.killpg(generating.pid, signal.SIGINT)
-    _, errors = generating.communicate(timeout=60)
+    said, errors = generating.communicate(timeout=60)
+    assert len(said) > 50  # what was said until then
     assert generating.returncode in INTERRUPTED
     assert "narrowcast: interrupted" in errors and "Traceback" not in errors
     assert not any(running(pid) for pid in ranks)
@@ -415,7 +449,7 @@ def test_the_end_of_text_ends_a_continuation(plan: Path, tmp_path: Path) -> None
     arguments = "--plan", plan, "--prompt", "The sea", "--max-new-tokens", 8
     said = narrowcast("generate", MODEL, *arguments).stdout
     tokenizer = load_engine().load_tokenizer(MODEL)
-    second = tokenizer(said).input_ids[len(tokenizer("The sea").input_ids) + 1]
+    second = tokenizer(f"The sea{said}").input_ids[len(tokenizer("The sea").input_ids) + 1]
     folder = tmp_path / "model"
     folder.mkdir()
     for path in MODEL.iterdir():
@@ -425,7 +459,7 @@ def test_the_end_of_text_ends_a_continuation(plan: Path, tmp_path: Path) -> None
     (folder / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [1, second]}))
     ended = narrowcast("generate", folder, *arguments).stdout
     assert said.startswith(ended.rstrip("\n"))
-    assert len(tokenizer(ended.rstrip("\n")).input_ids) == len(tokenizer("The sea").input_ids) + 1
+    assert len(tokenizer(f"The sea{ended}".rstrip("\n")).input_ids) == len(tokenizer("The sea").input_ids) + 1
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -27,6 +27,7 @@ from narrowcast.evaluation import ranks as on_ranks
 from narrowcast.evaluation.continuations import continuations
 from narrowcast.evaluation.ranks import Job, Outcome
 from narrowcast.plan.split import Split
+from narrowcast.progress import Progress, heard_by
 from narrowcast.runtime.counters import Report
 from narrowcast.scores import Items, Score, compare, log_probs
 from narrowcast.scores.intervals import holm, t_quantile, t_within
@@ -257,13 +258,13 @@ def test_nothing_of_a_batch_outlives_it(model: nn.Module) -> None:
     plan = narrowcast.calibrate(model, [random_ids(1, 24)], tp_size=2, codec="int4-feature")
     alive = []
 
-    def watched(steps: Sequence[Tensor], what: str, total: int | None = None) -> Iterator[Tensor]:
-        for ids in steps:
+    def watch(said: object) -> None:
+        if isinstance(said, Progress) and said.doing == "scoring":
             gc.collect()
             alive.append(sum(type(each) is Tensor and each.shape == (1, 24, 101) for each in gc.get_objects()))
-            yield ids
 
-    evaluate(model, plan, [random_ids(1, 24, seed=seed) for seed in range(4)], track=watched)
+    with heard_by(watch):
+        evaluate(model, plan, [random_ids(1, 24, seed=seed) for seed in range(4)])
     assert max(alive) <= 2  # those of the batch before, until the loop takes the next
 
 

@@ -5,7 +5,9 @@ import json
 import os
 import platform
 import secrets
+import shlex
 import stat
+import sys
 import tempfile
 from datetime import date
 from pathlib import Path
@@ -138,6 +140,11 @@ def is_report(path: Path, *, html: bool = False) -> bool:
         return HTML_MARK in text[:1000] if html else "narrowcast" in json.loads(text)
     except (OSError, ValueError, TypeError):
         return False
+
+
+def command_line() -> str:
+    """The command that runs, as one would type it again."""
+    return shlex.join(["narrowcast", *sys.argv[1:]])
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:

@@ -9,7 +9,6 @@ from narrowcast.calibration.recipes import (
     moments_needed,
     recipes_by_kind,
 )
-from narrowcast.calibration.tracking import Track, untold
 
 __all__ = [
     "DEFAULT_CODEC",
@@ -18,10 +17,8 @@ __all__ = [
     "DEFAULT_TARGET_KL",
     "CodecByKind",
     "Observations",
-    "Track",
     "calibrate",
     "moments_needed",
     "observe",
     "recipes_by_kind",
-    "untold",
 ]

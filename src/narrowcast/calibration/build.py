@@ -19,7 +19,6 @@ from narrowcast.calibration.observers import ErrorObserver, FirstTokens, RangeOb
 from narrowcast.calibration.observing import CodedWires, observed, over_wires, run
 from narrowcast.calibration.recipes import DEFAULT_CODEC, LAST, CodecByKind, of_last, recipes_by_kind, spelt
 from narrowcast.calibration.sensitivity import Sensitivity
-from narrowcast.calibration.tracking import Track, untold
 from narrowcast.codecs import Codec, FittedRecipe, Ranges, Recipe, TransformRecipe
 from narrowcast.codecs import recipe as recipe_of_one
 from narrowcast.engines import engine_of
@@ -27,6 +26,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.plan import ModelFingerprint, Plan, Site
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import SUMS, Split
+from narrowcast.progress import told
 from narrowcast.transport import transports_of
 
 # A plan of a wanted quality is looked for among multiples of this many bits a value. The first try suits most models; a
@@ -38,7 +38,7 @@ CAREFUL_BITS = 8  # of the last sum of a stream, which sums of as many bits have
 NUM_ERROR_SEQUENCES = 4  # the first ones, run again to measure the error that the finished plan makes
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Observations:
     """Everything that calibration saw of a model.
 
@@ -68,7 +68,6 @@ class Observations:
         within: str | Recipe = "bf16",
         feedback: bool = True,
         measured: bool = True,
-        track: Track = untold,
     ) -> Plan:
         """The plan of these codecs, asked for as in `calibrate`; `within` serves in nodes.
 
@@ -79,7 +78,7 @@ class Observations:
         chains = self.chains if feedback else self.chains.turned_off()
         moments = self._minded(chains, recipes.get("sum"))
         given = dataclasses.replace(self, chains=chains, moments=moments)
-        maker = Maker(given, recipes, recipe_of_one(within), self.judge, track)
+        maker = Maker(given, recipes, recipe_of_one(within), self.judge)
         return maker.measured(maker.plan()) if measured else maker.plan()
 
     def _minded(self, chains: Chains, of_sums: Recipe | None) -> dict[str, Moments]:
@@ -127,10 +126,8 @@ class Observations:
 class Maker:
     """Makes a plan: a draft from what was seen uncoded, then a plan from what is coded where the draft is at work."""
 
-    def __init__(
-        self, given: Observations, recipes: Mapping[str, Recipe], within: Recipe, judge: Judge, track: Track
-    ) -> None:
-        self._given, self._recipes, self._within, self._judge, self._track = given, recipes, within, judge, track
+    def __init__(self, given: Observations, recipes: Mapping[str, Recipe], within: Recipe, judge: Judge) -> None:
+        self._given, self._recipes, self._within, self._judge = given, recipes, within, judge
         sites = engine_of(given.model).sites(given.model, given.split)
         self._kinds = {name: kind for name, kind in sites.items() if kind in recipes}
         of_sums = recipes.get("sum")
@@ -214,7 +211,7 @@ class Maker:
         if not _at_any_stage(given.model, wires.feed_back and calibrated):
             return given
         with over_wires(wires, given.model, given.split):
-            for ids in self._track(given.text, "calibrating under feedback"):
+            for ids in told(given.text, "calibrating under feedback"):
                 run(given.model, ids)
         means = of_all_stages(given.model, of_moments.means())
         moments = {

@@ -26,7 +26,6 @@ from narrowcast.calibration.observing import observed, run
 from narrowcast.calibration.recipes import DEFAULT_CODEC, CodecByKind, moments_needed, recipes_by_kind
 from narrowcast.calibration.sensitivity import Sensitivity, sensitivities
 from narrowcast.calibration.stream import chains_of
-from narrowcast.calibration.tracking import Track, untold
 from narrowcast.codecs import Recipe, recipe
 from narrowcast.collectives import checked_groups
 from narrowcast.engines import Engine, device_of, engine_of
@@ -35,6 +34,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Plan
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import Experts, Split
+from narrowcast.progress import told
 
 DEFAULT_FIRST_TOKENS: FirstTokens = "count"
 DEFAULT_NUM_FIRST = 4
@@ -56,7 +56,6 @@ def calibrate(
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
     num_first: int = DEFAULT_NUM_FIRST,
     feedback: bool = True,
-    track: Track = untold,
 ) -> Plan:
     """Watch what the ranks of `model` would send each other, and fit codecs to it.
 
@@ -76,7 +75,6 @@ def calibrate(
     `first_tokens`: how the first `num_first` tokens of each sequence count: "count" for all (the paper), for
     "choosing" outliers but not for scales, or "skip" for both.
     `feedback=False`: for serving without depth feedback; the plan then has none.
-    `track(steps, what)` passes long loops on as they are, and may tell how far they are.
     Raises InvalidInputError for a model or codec that cannot be served, for text without tokens, and for a target that
     8 bits a value do not meet.
     """
@@ -91,9 +89,8 @@ def calibrate(
         first_tokens=first_tokens,
         num_first=num_first,
         moments=moments_needed(recipes),
-        track=track,
     )
-    return seen.plan(recipes, within=of_nodes, feedback=feedback, track=track)
+    return seen.plan(recipes, within=of_nodes, feedback=feedback)
 
 
 def observe(
@@ -107,7 +104,6 @@ def observe(
     first_tokens: FirstTokens = DEFAULT_FIRST_TOKENS,
     num_first: int = DEFAULT_NUM_FIRST,
     moments: MomentsNeeded = "none",
-    track: Track = untold,
 ) -> Observations:
     """The first half of `calibrate`, which one run over the text does for any number of codecs.
 
@@ -137,10 +133,10 @@ def observe(
     ranges = RangeObserver(first_tokens, num_first, nodes)
     of_moments = MomentObserver(nodes, full=moments == "full")
     with observed([ranges] if moments == "none" else [ranges, of_moments], model, split):
-        for ids in track(text, "calibrating"):
+        for ids in told(text, "calibrating"):
             run(model, ids)
     chains = _chains(model, split, text[0], sites)
-    of_sums, tried = ({}, {}) if moments == "none" else _moments(model, split, of_moments, text, sites, chains, track)
+    of_sums, tried = ({}, {}) if moments == "none" else _moments(model, split, of_moments, text, sites, chains)
     obstacle = engine.obstacle(model, split) if engine.split_of(model) == Split() else ""
     about: dict[str, Any] = {"simulated_only": obstacle} if obstacle else {}
     about |= {"num_sequences": len(text), "num_tokens": sum(map(len, text)), "num_held_out": num_held_out}
@@ -174,16 +170,15 @@ def _moments(
     text: Sequence[Tensor],
     sites: Mapping[str, str],
     chains: Chains,
-    track: Track,
 ) -> tuple[dict[str, Moments], dict[str, Sensitivity]]:
     """Moments of the sums of all stages; and how much the loss minds errors in these, where that was tried."""
     means = of_all_stages(model, {name: each for name, each in seen.means().items() if sites[name] == "sum"})
     power = {site: total.diagonal(dim1=1, dim2=2) if seen.full else total for site, (_, total) in means.items()}
-    tried = sensitivities(model, split, chains, power, text[0], track)
+    tried = sensitivities(model, split, chains, power, text[0])
     fishers = {site: each.fed_back for site, each in tried.items()}
     if seen.full:
         with evaluating(model):
-            fishers = fisher_information(model, track(text, "gradients"), means)
+            fishers = fisher_information(model, told(text, "gradients"), means)
     moments = {
         site: Moments(partial=partial, total=total, fisher=fishers[site]) for site, (partial, total) in means.items()
     }

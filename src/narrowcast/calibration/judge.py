@@ -11,6 +11,7 @@ from narrowcast.engines import engine_of
 from narrowcast.engines.forwards import evaluating
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
+from narrowcast.progress import Progress, tell
 from narrowcast.scores import kl_nats, log_probs
 from narrowcast.transport import transports_of
 
@@ -32,6 +33,7 @@ class Judge:
 
     def kl(self, plan: Plan, *, algorithm: str = "auto") -> float:
         """Mean over tokens, in nats; on all ranks of a split model the first one's."""
+        tell(Progress("judging a plan"))
         real, reference = engine_of(self._model).split_of(self._model) != Split(), self._reference
         attached = attach(self._model, plan, simulate=not real, algorithm=algorithm)
         with evaluating(self._model), attached:

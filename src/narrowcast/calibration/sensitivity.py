@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from narrowcast.calibration.observing import ObservedWires, over_wires
 from narrowcast.calibration.reading import reading
-from narrowcast.calibration.tracking import Track, untold
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import Split
+from narrowcast.progress import told
 from narrowcast.scores import kl_nats, log_probs
 
 MAX_TOKENS = 128  # of text that is tried
@@ -69,7 +69,7 @@ class Sensitivity(NamedTuple):
 
 
 def sensitivities(
-    model: nn.Module, split: Split, chains: Chains, power: Mapping[str, Tensor], ids: Tensor, track: Track = untold
+    model: nn.Module, split: Split, chains: Chains, power: Mapping[str, Tensor], ids: Tensor
 ) -> dict[str, Sensitivity]:
     """The sensitivity of each site of `power`.
 
@@ -83,7 +83,7 @@ def sensitivities(
         plain = log_probs(model, ids_BT)
         largest = max((mean.mean().item() for mean in power.values()), default=0.0) or 1.0  # all may be nothing
         sizes = [FIRST_NOISE * largest**0.5] * 2
-        for site, mean in track(power.items(), "trying errors"):
+        for site, mean in told(list(power.items()), "trying errors"):
             if site not in following:  # both last, and are the same
                 sizes = [sizes[0]] * 2
             for _ in range(MAX_TRIES):

@@ -19,7 +19,8 @@ def sequences(tokenizer: Any, path: Path, *, length: int, limit: int | None = No
     A scrap at a document's end (less than half of `length`) is left out.
     """
     if not path.is_file():
-        raise InvalidInputError(str(path), expected="a text file", found="no such file", remedy="Pass one with --text.")
+        there = "a folder" if path.is_dir() else "no such file"
+        raise InvalidInputError(str(path), expected="a text file", found=there, remedy="Pass one with --text.")
     found = list(itertools.islice(_pieces(tokenizer, path, length), limit))
     if not found:
         raise InvalidInputError(

@@ -1,7 +1,5 @@
 """`narrowcast bench`: the speed of codecs, sums over ranks and whole models here, each beside its yardstick."""
 
-import shlex
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from json import dumps
@@ -9,15 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from narrowcast.cli import options
 from narrowcast.cli.options import DEFAULT_TP, JsonOption, TensorParallel
-from narrowcast.cli.tables import table
+from narrowcast.cli.progress import shown
+from narrowcast.cli.tables import screen, table
 from narrowcast.codecs import PRESETS, recipe
 from narrowcast.engines import Replicated
 from narrowcast.errors import InvalidInputError
-from narrowcast.files import check_report, check_writable, write_new, write_report
+from narrowcast.files import check_report, check_writable, command_line, write_new, write_report
 from narrowcast.launch import Link
 from narrowcast.perf import codec as codecs
 from narrowcast.perf import collective as collectives
@@ -26,6 +24,7 @@ from narrowcast.perf.machine import machine
 from narrowcast.perf.sizes import parse_sizes, written
 from narrowcast.perf.timeline import trace
 from narrowcast.plan.split import Split
+from narrowcast.progress import Progress, tell
 from narrowcast.runtime.prompts import Chunks
 from narrowcast.transport.tcp import COMPILED
 
@@ -108,7 +107,7 @@ def bench(
         parts = _models(codec, tp, links, transports, chunks, replicate or "none", timeline)
     rows = _measured(parts)
     if json is not None:
-        write_report(json, {"command": shlex.join(["narrowcast", *sys.argv[1:]]), "machine": machine(), "rows": rows})
+        write_report(json, {"command": command_line(), "machine": machine(), "rows": rows})
     for each in dict.fromkeys(row.get("link") for row in rows):
         title = "on one thread" if subject == "codec" else f"{tp} ranks on {each or NO_LINK}"
         _print([row for row in rows if row.get("link") == each], title, *COLUMNS[subject])
@@ -154,9 +153,9 @@ def _models(
 def _measured(parts: Iterator[Part]) -> Rows:
     """The rows of all parts, each of which is told on the screen while it is measured."""
     rows: Rows = []
-    with Console(stderr=True).status("preparing") as status:
+    with shown():
         for name, part in parts:
-            status.update(f"measuring {name}")
+            tell(Progress(f"measuring {name}"))
             rows += part
     return rows
 
@@ -165,7 +164,7 @@ def _print(rows: Rows, title: str, words: Sequence[str], figures: Mapping[str, s
     found = table(title, words, figures.values())
     for row in rows:
         found.add_row(*(_cell(column, row[column]) for column in (*words, *figures)))
-    Console().print(found)
+    screen().print(found)
 
 
 def _cell(column: str, value: str | float | None) -> str:

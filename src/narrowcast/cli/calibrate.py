@@ -14,7 +14,7 @@ from narrowcast.calibration.observers import FirstTokens
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli import options
 from narrowcast.cli.options import OUTPUT, SPLIT, TEXT, option
-from narrowcast.cli.progress import tracked
+from narrowcast.cli.progress import shown
 from narrowcast.cli.verdicts import tell
 from narrowcast.codecs import FittedRecipe, Recipe, TransformRecipe, recipe
 from narrowcast.engines import Dtype, load_engine
@@ -22,6 +22,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
+from narrowcast.plan.plan import spelling
 from narrowcast.plan.split import Split
 from narrowcast.plan.summary import mean_bits
 from narrowcast.transport import DEFAULT_TIMEOUT_S
@@ -66,14 +67,14 @@ def calibrate(
             remedy="Leave --real and --nnodes out, or choose allocated.",
         )
     asked = {**asdict(split), "groups": groups, "first_tokens": first_tokens, "moments": moments_needed(chosen)}
-    found = sequences(load_engine().load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
-    given = found, chosen, asked, not no_feedback
-    if real:
-        plan = Plan.from_bytes(
-            run(_on_rank, split.world_size, model, split, dtype, *given, timeout_s=timeout)[0], output
-        )
-    else:
-        plan = _plan(model, {"device": device, "dtype": dtype}, *given)
+    with shown():
+        found = sequences(load_engine().load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
+        given = found, chosen, asked, not no_feedback
+        if real:
+            plans = run(_on_rank, split.world_size, model, split, dtype, *given, timeout_s=timeout)
+            plan = Plan.from_bytes(plans[0], output)
+        else:
+            plan = _plan(model, {"device": device, "dtype": dtype}, *given)
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
         number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
@@ -114,11 +115,6 @@ def codec_by_kind(
     return recipes_by_kind({**recipes_by_kind(rest), **single})
 
 
-def spelling(codec: str | Mapping[str, str]) -> str:
-    """A codec, or those of each kind, as one would ask for them."""
-    return codec if isinstance(codec, str) else ", ".join(f"{kind}={each}" for kind, each in codec.items())
-
-
 def _groups(tp_size: int, num_nodes: int) -> list[range]:
     if tp_size % num_nodes:
         raise InvalidInputError(
@@ -141,5 +137,4 @@ def _plan(
     feedback: bool,
 ) -> Plan:
     """The plan of a model that is loaded in this way: whole, or the part of this rank."""
-    seen = observe(load_engine().load(model, **load), found, **asked, track=tracked)
-    return seen.plan(codec, feedback=feedback, track=tracked)
+    return observe(load_engine().load(model, **load), found, **asked).plan(codec, feedback=feedback)

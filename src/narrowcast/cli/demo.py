@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from torch import Tensor
 
@@ -16,8 +15,9 @@ from narrowcast.calibration.moments import MomentsNeeded
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli.generate import summary
 from narrowcast.cli.options import DEFAULT_TP, RUN, SPLIT, JsonOption, option
-from narrowcast.cli.progress import tracked
-from narrowcast.cli.tables import table
+from narrowcast.cli.progress import shown
+from narrowcast.cli.prompts import encode
+from narrowcast.cli.tables import screen, table
 from narrowcast.codecs import Recipe
 from narrowcast.engines import Dtype, computes_bf16, load_engine
 from narrowcast.errors import InvalidInputError
@@ -89,7 +89,7 @@ def demo(
     contestants = [PLAIN, *(each for each in PEERS if each.codec != codec or not each.feedback), chosen]
     tokenizer = load_engine().load_tokenizer(folder)
     prompts = _prompts(tokenizer)
-    with tempfile.TemporaryDirectory(prefix="narrowcast-") as plans:
+    with shown(), tempfile.TemporaryDirectory(prefix="narrowcast-") as plans:
         paths = [Path(plans) / str(place) for place in range(len(contestants))]
         _calibrate(folder, dtype, tokenizer, tp, moments, dict(zip(paths, contestants, strict=True)))
         job = Job(
@@ -100,7 +100,6 @@ def demo(
             prompts=list(prompts.values()),
             max_new_tokens=MAX_NEW_TOKENS,
             silent=paths[:-1],
-            track=tracked,
         )
         outcomes = run_on_ranks(job, Split(tp_size=tp))
     rows = [_row(each.name, outcome) for each, outcome in zip(contestants, outcomes, strict=True)]
@@ -108,8 +107,8 @@ def demo(
         write_report(json, {"model": folder.name, "dtype": dtype, "tp_size": tp, "codecs": rows})
     _print(rows, contestants, f"{folder.name} split over {tp} processes")
     if dtype != "auto":
-        Console().print(f"computed in {dtype}: this CPU has no BF16 arithmetic")
-    Console().print(f"{chosen.name}: {summary(outcomes[-1].report, Split(tp_size=tp))}")
+        screen().print(f"computed in {dtype}: this CPU has no BF16 arithmetic")
+    screen().print(f"{chosen.name}: {summary(outcomes[-1].report, Split(tp_size=tp))}")
     said = {"uncompressed": outcomes[-1].uncompressed, chosen.name: outcomes[-1].continuations}
     _print_texts(said, prompts, tokenizer)
 
@@ -134,10 +133,8 @@ def _default_model() -> Path:
 def _prompts(tokenizer: Any) -> dict[str, Tensor]:
     """Questions in chat format, or beginnings of texts, as ids [1, T]."""
     if not tokenizer.chat_template:
-        return {text: tokenizer(text, return_tensors="pt").input_ids for text in BEGINNINGS}
-    asked = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
-    chats = {text: [{"role": "user", "content": text}] for text in QUESTIONS}
-    return {text: tokenizer.apply_chat_template(chat, **asked).input_ids for text, chat in chats.items()}
+        return dict(zip(BEGINNINGS, encode(tokenizer, BEGINNINGS), strict=True))
+    return dict(zip(QUESTIONS, encode(tokenizer, QUESTIONS, chat=True), strict=True))
 
 
 def _calibrate(
@@ -151,9 +148,9 @@ def _calibrate(
     """A plan for each, in the file that is named."""
     text = sequences(tokenizer, folder / "calibration.txt", length=DEFAULT_LENGTH, limit=NUM_CALIBRATION)
     whole = load_engine().load(folder, dtype=dtype)
-    seen = observe(whole, text, tp_size=tp_size, moments=moments, track=tracked)
+    seen = observe(whole, text, tp_size=tp_size, moments=moments)
     for path, each in contestants.items():
-        seen.plan(each.codec, feedback=each.feedback, measured=False, track=tracked).save(path)
+        seen.plan(each.codec, feedback=each.feedback, measured=False).save(path)
 
 
 def _row(name: str, outcome: Outcome) -> dict[str, Any]:
@@ -172,7 +169,7 @@ def _row(name: str, outcome: Outcome) -> dict[str, Any]:
 
 def _print(rows: Sequence[Mapping[str, Any]], contestants: Sequence[Contestant], title: str) -> None:
     columns = "bits/value", "B/token", "perplexity", "KL, nats", "top-1", "verdict"
-    shown, console = table(title, ("codec",), columns), Console()
+    shown, console = table(title, ("codec",), columns), screen()
     for row in rows:
         shown.add_row(
             row["name"],
@@ -191,7 +188,7 @@ def _print(rows: Sequence[Mapping[str, Any]], contestants: Sequence[Contestant],
 
 def _print_texts(said: Mapping[str, list[list[int]]], prompts: Iterable[str], tokenizer: Any) -> None:
     """The two texts side by side."""
-    console = Console()
+    console = screen()
     shown = table(f"first {MAX_NEW_TOKENS} tokens of each answer", ())
     for name in said:
         shown.add_column(name, width=(console.width - 3) // len(said))

@@ -4,9 +4,8 @@ import os
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 
+from narrowcast.cli.tables import screen, table
 from narrowcast.codecs import kernels
 from narrowcast.engines import computes_bf16
 from narrowcast.errors import InvalidInputError
@@ -17,25 +16,25 @@ from narrowcast.transport.tcp import COMPILED
 
 def doctor() -> None:
     """Show versions, devices, kernels and transports."""
-    table = Table("what", "found", title="narrowcast doctor")
+    found = table("narrowcast doctor", ("what", "found"))
     for package, version in versions().items():
-        table.add_row(package, version or "[yellow]not installed[/]")
-    table.add_section()
+        found.add_row(package, version or "[yellow]not installed[/]")
+    found.add_section()
     threads = torch.get_num_threads()
-    table.add_row("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
+    found.add_row("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
     if not computes_bf16():
-        table.add_row("", "[yellow]no BF16 arithmetic[/]: with --dtype float32, BF16 models run several times faster")
-    table.add_row("cuda", ", ".join(_gpus()) or "none")
-    table.add_section()
-    table.add_row("kernels on cpu", _cpu_kernels())
+        found.add_row("", "[yellow]no BF16 arithmetic[/]: with --dtype float32, BF16 models run several times faster")
+    found.add_row("cuda", ", ".join(_gpus()) or "none")
+    found.add_section()
+    found.add_row("kernels on cpu", _cpu_kernels())
     if _gpus():
-        table.add_row("kernels on cuda", "reference (plain PyTorch)")
-    table.add_section()
+        found.add_row("kernels on cuda", "reference (plain PyTorch)")
+    found.add_section()
     for backend, available in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())):
-        table.add_row(f"transport torch.distributed, {backend}", "available" if available else "not in this PyTorch")
-    table.add_row("transport tcp", "available" if COMPILED else "needs the compiled module")
-    table.add_row("emulated links, for benchmarks", _emulated_links())
-    Console().print(table)
+        found.add_row(f"transport torch.distributed, {backend}", "available" if available else "not in this PyTorch")
+    found.add_row("transport tcp", "available" if COMPILED else "needs the compiled module")
+    found.add_row("emulated links, for benchmarks", _emulated_links())
+    screen().print(found)
 
 
 def _cpu_kernels() -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from narrowcast.cli.options import (
@@ -19,7 +18,8 @@ from narrowcast.cli.options import (
     TransportOption,
     checked_split,
 )
-from narrowcast.cli.tables import table
+from narrowcast.cli.progress import shown
+from narrowcast.cli.tables import screen, table
 from narrowcast.engines import load_engine
 from narrowcast.files import check_report, write_report
 from narrowcast.launch import Link
@@ -49,11 +49,13 @@ def estimate(
     """
     check_report(json)
     split, wire = checked_split(tp, pp, experts), None if link is None else Link.parse(link)
-    console, engine = Console(highlight=False), load_engine()
-    if obstacle := engine.obstacle(engine.skeleton(model), split):
+    console, engine = screen(), load_engine()
+    with shown():
+        obstacle = engine.obstacle(engine.skeleton(model), split)
+        found = perf.estimate(model, split, codec, input_len=input_len, link=wire, transport=transport)
+        kept = replication(model, split, input_len=input_len, link=wire, transport=transport) if tp > 1 else []
+    if obstacle:
         console.print(f"no ranks can be split so: {obstacle}")
-    found = perf.estimate(model, split, codec, input_len=input_len, link=wire, transport=transport)
-    kept = replication(model, split, input_len=input_len, link=wire, transport=transport) if tp > 1 else []
     if json is not None:
         asked = {"model": model, **asdict(split), "input_len": input_len, "transport": transport}
         rows = [asdict(each) for each in found]

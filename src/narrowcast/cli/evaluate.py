@@ -1,21 +1,18 @@
 """`narrowcast evaluate`: what a plan costs in answers, and whether they got worse than in a baseline."""
 
-import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli import evaluation_tables as tables
 from narrowcast.cli import options
 from narrowcast.cli.generate import summary
 from narrowcast.cli.options import OUTPUT, TEXT, option
-from narrowcast.cli.progress import tracked
-from narrowcast.cli.tables import table
+from narrowcast.cli.progress import shown
+from narrowcast.cli.tables import screen, table
 from narrowcast.cli.verdicts import tell
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
@@ -25,7 +22,7 @@ from narrowcast.evaluation.drawings import check_possible
 from narrowcast.evaluation.evaluation import Continued, conditions
 from narrowcast.evaluation.report import page
 from narrowcast.evaluation.tasks import TaskSet, load_tasks
-from narrowcast.files import check_report, write_new, write_report
+from narrowcast.files import check_report, command_line, write_new, write_report
 from narrowcast.plan import Plan
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
@@ -59,19 +56,19 @@ def evaluate(
         raise InvalidInputError("--sites", expected="without --real", found="both", remedy="Leave one of them out.")
     asked: dict[str, Any] = {"algorithm": algorithm, "feedback": not no_feedback}
     asked |= {"prompt_chunks": options.prompt_chunks(prompt_chunks)}
-    asked |= {"tasks": _tasks(tasks, limit), "track": tracked}
+    asked |= {"tasks": _tasks(tasks, limit)}
     text = text or Path(model) / "scoring.txt"
-    loaded, tokenizer = Plan.load(plan), load_engine().load_tokenizer(model)
-    batches = sequences(tokenizer, text, length=max_seq_len, limit=num_samples)
-    earlier = None if baseline is None else Baseline.load(baseline)
-    if earlier is not None:  # before the work, not after it
-        earlier.check(conditions(loaded, batches, algorithm))
-    if real:
-        loaded.check_real()
-        found = evaluate_on_ranks(model, plan, batches, dtype=dtype, timeout_s=timeout, **asked)
-    else:
-        whole = load_engine().load(model, device=device, dtype=dtype)
-        found = evaluate_simulated(whole, loaded, batches, sites=sites, tokenizer=tokenizer, **asked)
+    with shown():
+        loaded, tokenizer = Plan.load(plan), load_engine().load_tokenizer(model)
+        batches = sequences(tokenizer, text, length=max_seq_len, limit=num_samples)
+        earlier = None if baseline is None else Baseline.load(baseline)
+        if earlier is not None:  # before the work, not after it
+            earlier.check(conditions(loaded, batches, algorithm))
+        if real:
+            found = evaluate_on_ranks(model, plan, batches, dtype=dtype, timeout_s=timeout, **asked)
+        else:
+            whole = load_engine().load(model, device=device, dtype=dtype)
+            found = evaluate_simulated(whole, loaded, batches, sites=sites, tokenizer=tokenizer, **asked)
     if found is None:
         return
     changes = {} if earlier is None else earlier.changes(found)
@@ -120,9 +117,8 @@ def _tasks(names: str, limit: int | None) -> TaskSet | None:
 
 
 def _write(path: Path, found: Evaluation, about: dict[str, str], changes: Mapping[str, Change]) -> None:
-    command = shlex.join(["narrowcast", *sys.argv[1:]])
     compared = {"changes": {name: each.to_json() for name, each in changes.items()}} if changes else {}
-    write_report(path, {"command": command, **about, **found.to_json(), **compared})
+    write_report(path, {"command": command_line(), **about, **found.to_json(), **compared})
 
 
 def _print_texts(continued: Continued, tokenizer: Any) -> None:
@@ -135,7 +131,7 @@ def _print_texts(continued: Continued, tokenizer: Any) -> None:
 
 
 def _print(found: Evaluation, title: str) -> None:
-    console = Console()
+    console = screen()
     figures = table(title, ("figure",), ("value", "uncompressed", "95 % interval"))
     for row in found.figures():
         figures.add_row(*row)
@@ -146,6 +142,7 @@ def _print(found: Evaluation, title: str) -> None:
         )
     if found.sites:
         console.print(tables.sites(found))
+        console.print(tables.sites_together(found))
     console.print(summary(found.report, found.plan.split))
     if found.tasks is not None:
         tables.print_tasks(found.tasks)

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from rich.console import Console
 from rich.table import Table
 
-from narrowcast.cli.tables import table
+from narrowcast.cli.tables import screen, table
 from narrowcast.evaluation import Change, Evaluation
 from narrowcast.evaluation.tasks import AnsweredTasks, Figures
 from narrowcast.evaluation.verdict import LEVEL
@@ -30,9 +29,16 @@ def sites(found: Evaluation) -> Table:
     return shown
 
 
+def sites_together(found: Evaluation) -> str:
+    """A line on all sites: how many make up most of what all of them add."""
+    added = sorted((max(each.added_kl_nats.mean, 0.0) for each in found.sites), reverse=True)
+    most = next((number for number in range(1, len(added)) if sum(added[:number]) >= sum(added) / 2), len(added))
+    return f"{len(added)} sites, alone and added up: {sum(added):.5f} nats, half of it from {most} of them\n"
+
+
 def print_tasks(tasks: AnsweredTasks) -> None:
     """A row for each task, and one for all."""
-    comparison, console = tasks.comparison, Console()
+    comparison, console = tasks.comparison, screen()
     columns = "items", "plain", "coded", "kept (95 %)", "changed (95 %)"
     shown = table("zero-shot accuracy, in percent", ("task",), columns)
     for name, figures in comparison.tasks.items():
@@ -51,7 +57,7 @@ def print_tasks(tasks: AnsweredTasks) -> None:
 def print_changes(found: Mapping[str, Change], title: str) -> None:
     """A row for each figure: what moved, how surely, and the verdict."""
     columns = "before", "now", "change", "95 % interval", "limit", "p", "verdict"
-    shown, console = table(f"{title}, in nats and shares", ("figure",), columns), Console(highlight=False)
+    shown, console = table(f"{title}, in nats and shares", ("figure",), columns), screen()
     for name, change in found.items():
         shown.add_row(LABELS.get(name, name), *_change_cells(change), change.verdict)
     console.print(shown)

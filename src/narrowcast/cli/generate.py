@@ -1,17 +1,23 @@
 """`narrowcast generate`: prompts continued by a split model with a plan."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from narrowcast.cli import options
-from narrowcast.cli.options import TEXT, option
+from narrowcast.cli.answers import Answers
+from narrowcast.cli.options import RUN, TEXT, option
+from narrowcast.cli.progress import shown
+from narrowcast.cli.prompts import encode, read
 from narrowcast.engines import Replicated, load_engine
-from narrowcast.errors import InvalidInputError
+from narrowcast.evaluation.continuations import Said, Sampling
 from narrowcast.evaluation.ranks import Job, run_on_ranks
+from narrowcast.files import check_report, command_line, write_report
 from narrowcast.launch import is_first_rank
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
+from narrowcast.progress import Progress, heard_by
 from narrowcast.runtime.counters import Report
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
@@ -25,42 +31,65 @@ KEPT: dict[Replicated, str] = {
 def generate(
     model: options.ModelArgument,
     plan: options.PlanOption,
-    prompt: Annotated[list[str], option(TEXT, "TEXT", "To continue; again and again for several.")],
+    prompt: Annotated[list[str], option(TEXT, "TEXT", "To continue; again and again for several.")] = [],  # noqa: B006
+    file: Annotated[list[Path], option(TEXT, "FILE", "A prompt in a file; - for standard input.")] = [],  # noqa: B006
+    chat: Annotated[bool, option(TEXT, None, "Prompts are a user's words to a chat model.", "--chat")] = False,
     max_new_tokens: Annotated[int, option(TEXT, "N", "Tokens to add at most.", min=1)] = 64,
+    temperature: Annotated[float, option(RUN, "T", "0 for the likeliest tokens.", min=0.0)] = 0.0,
+    seed: Annotated[int, option(RUN, "N", "Of the draw, at a temperature.", min=0)] = 0,
     transport: options.TransportOption = "auto",
     no_feedback: options.NoFeedback = False,
     prompt_chunks: options.PromptChunks = "auto",
     replicate: options.Replicate = "auto",
     dtype: options.DtypeOption = "auto",
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
+    json: options.JsonOption = None,
 ) -> None:
-    """Continue prompts greedily on the ranks of a plan: started here, or those of torchrun."""
+    """Continue a prompt on the ranks of a plan, started here, or those of torchrun: text comes as it is said.
+
+    Several prompts run as one batch, whose texts come in the end. Speed and what was sent go to stderr.
+    """
     check_transport(transport)
-    loaded = Plan.load(plan)
-    loaded.check_real()
-    split = loaded.split
-    tokenizer = load_engine().load_tokenizer(model)
-    prompts = [tokenizer(each, return_tensors="pt").input_ids for each in prompt]
-    if any(ids.shape[1] == 0 for ids in prompts):
-        raise InvalidInputError("--prompt", expected="text", found="nothing", remedy="Pass at least a word.")
-    job = Job(
-        model=model,
-        plans=[plan],
-        transport=transport,
-        feedback=not no_feedback,
-        prompt_chunks=options.prompt_chunks(prompt_chunks),
-        replicated=replicate,
-        dtype=dtype,
-        timeout_s=timeout,
-        prompts=prompts,
-        max_new_tokens=max_new_tokens,
-    )
-    (outcome,) = run_on_ranks(job, split)
-    if not is_first_rank():
-        return
-    for start, ids in zip(prompts, outcome.continuations, strict=True):
-        typer.echo(tokenizer.decode([*start[0].tolist(), *ids], skip_special_tokens=True))
-    typer.echo(summary(outcome.report, split, outcome.replicated), err=True)
+    check_report(json)
+    split = Plan.load(plan).split
+    prompts = [*prompt, *map(read, file)]
+    with shown() as screen:
+        tokenizer = load_engine().load_tokenizer(model)
+        job = Job(
+            model=model,
+            plans=[plan],
+            transport=transport,
+            feedback=not no_feedback,
+            prompt_chunks=options.prompt_chunks(prompt_chunks),
+            replicated=replicate,
+            dtype=dtype,
+            timeout_s=timeout,
+            prompts=encode(tokenizer, prompts, chat=chat),
+            max_new_tokens=max_new_tokens,
+            sampling=Sampling(temperature=temperature, seed=seed),
+        )
+        answers = Answers(tokenizer, prompts)
+
+        def hear(said: object) -> None:
+            screen.hear(said)
+            if isinstance(said, Said) and is_first_rank():
+                if said.ids and len(prompts) == 1:
+                    screen.close()
+                answers.hear(said)
+                screen.hear(Progress("answering, token", max(map(len, answers.ids)), max_new_tokens))
+
+        try:
+            with heard_by(hear):
+                (outcome,) = run_on_ranks(job, split)
+        finally:  # what was said before an error or Ctrl-C is not lost
+            screen.close()
+            answers.close()
+    if is_first_rank():
+        typer.echo(f"{answers.speed()}\n{summary(outcome.report, split, outcome.replicated)}", err=True)
+        if json is not None:
+            about = {"command": command_line(), "model": model, "plan": str(plan), "dtype": dtype, "chat": chat}
+            about |= {"temperature": temperature, "seed": seed}
+            write_report(json, {**about, **answers.to_json(), "report": outcome.report.to_json()})
 
 
 def summary(report: Report, split: Split, replicated: Replicated = "none") -> str:

@@ -1,23 +1,23 @@
 """`narrowcast inspect`: a plan at a glance."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from narrowcast.cli.options import OUTPUT, Overwrite, option
-from narrowcast.cli.tables import table
+from narrowcast.cli.tables import screen, table
 from narrowcast.codecs import Codec, FeatureCodec, TransformCodec
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import drawings
 from narrowcast.files import check_writable, write_new
 from narrowcast.plan import Plan
-from narrowcast.plan.summary import bits_by_site, codec_name, feedback_in_words, short_name, with_ranges
+from narrowcast.plan.plan import spelling
+from narrowcast.plan.summary import bits_by_site, codec_name, feedback_in_words, short_name, span, with_ranges
 
 # By hop: its title, and what the expected error is of: an algorithm, or a value that is coded once.
 HOPS = (
@@ -36,19 +36,25 @@ def inspect(
     if plot is not None:
         check_writable(plot, overwrite=overwrite)
     plan = Plan.load(path)
-    console = Console()
+    console = screen()
     console.print(f"[bold]{escape(str(path))}[/]  {plan.split}  fingerprint {plan.fingerprint[:16]}")
-    console.print("model: " + ", ".join(f"{key} {value}" for key, value in plan.model.config.items()))
-    console.print("calibration: " + ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
+    console.print(f"model: {_listed(plan.model.config)}", markup=False)
+    calibration = {**plan.calibration, "codec": spelling(plan.calibration["codec"])}
+    console.print(f"calibration: {_listed(calibration)}", markup=False)
     if plan.groups:
         console.print(f"nodes: {', '.join(str(list(group)) for group in plan.groups)}", highlight=False)
     for line in (*_decisions(plan), *feedback_in_words(plan)):
         console.print(line, highlight=False)
     for hop in range(max((len(site.codecs) for site in plan.sites.values()), default=0)):
         console.print(_table(plan, hop))
+        console.print(_together(plan, hop))
     if plot is not None:
         _draw(plan, plot, overwrite)
         console.print(f"ranges drawn into {plot}", markup=False)
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _draw(plan: Plan, plot: Path, overwrite: bool) -> None:
@@ -96,6 +102,20 @@ def _table(plan: Plan, hop: int) -> Table:
     for row in rows:
         found.add_row(*(row[place] for place in shown))
     return found
+
+
+def _together(plan: Plan, hop: int) -> str:
+    """A line on all sites of a hop: bits and expected errors, with the site that has the largest."""
+    _, errors = HOPS[hop]
+    bits = bits_by_site(plan)
+    here = {name: site for name, site in plan.sites.items() if hop < len(site.codecs)}
+    each = [bits[name][hop] for name in here]
+    line = f"{len(here)} sites: {sum(each) / len(each):.4f} bits a value on average ({span(each, '{:.4f}')})"
+    error = {name: site.error[way] for name, site in here.items() for way in errors if way in site.error}
+    if error:
+        worst = max(error, key=error.__getitem__)
+        line += f"; errors {span(list(error.values()), '{:.3f}')}, the largest at {short_name(worst)}"
+    return f"{line}\n"
 
 
 def _components(codec: Codec) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli import options
 from narrowcast.cli.options import TEXT, option
+from narrowcast.cli.progress import shown
 from narrowcast.cli.verdicts import tell
 from narrowcast.engines import load_engine
 from narrowcast.errors import InvalidInputError
@@ -43,16 +44,17 @@ def rotate(
     _check_text(axes, text)
     folder.check_out(Path(model), out, overwrite=overwrite)
     engine, found = load_engine(), []
-    whole, tokenizer = engine.load(model, device=device), engine.load_tokenizer(model)
-    about: dict[str, Any] = {"axes": axes}
-    if text is not None:
-        found = sequences(tokenizer, text, length=max_seq_len, limit=num_samples)
-        about |= {"text": str(text), "tp_size": tp, "sequences": len(found)}
-    judged = found[:NUM_JUDGED] or [_own_words(whole, tokenizer)]
-    before = [log_probs(whole, ids) for ids in judged]
-    rotate_model(whole, search(whole, axes, found, tp_size=tp))
-    kl = compare(before, (log_probs(whole, ids) for ids in judged), judged).kl_nats
-    folder.save(whole, model, out, about | {"kl_nats": float(f"{kl:.4g}")})
+    with shown():
+        whole, tokenizer = engine.load(model, device=device), engine.load_tokenizer(model)
+        about: dict[str, Any] = {"axes": axes}
+        if text is not None:
+            found = sequences(tokenizer, text, length=max_seq_len, limit=num_samples)
+            about |= {"text": str(text), "tp_size": tp, "sequences": len(found)}
+        judged = found[:NUM_JUDGED] or [_own_words(whole, tokenizer)]
+        before = [log_probs(whole, ids) for ids in judged]
+        rotate_model(whole, search(whole, axes, found, tp_size=tp))
+        kl = compare(before, (log_probs(whole, ids) for ids in judged), judged).kl_nats
+        folder.save(whole, model, out, about | {"kl_nats": float(f"{kl:.4g}")})
     typer.echo(f"{out}: {model} on {axes} axes")
     tell(kl, f"on {sum(ids.numel() for ids in judged)} tokens", to_try="other --axes, or the model as it is")
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from narrowcast.cli.options import Overwrite, Timeout, TransportOption
-from narrowcast.cli.tables import table
+from narrowcast.cli.progress import shown
+from narrowcast.cli.tables import screen, table
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank
 from narrowcast.perf.tune import Tuning, tune_on_ranks
@@ -37,11 +37,12 @@ def tune(
     if output is not None:
         check_writable(output, overwrite=overwrite)
     plan = Plan.load(path)
-    tuning = tune_on_ranks(plan, transport=transport, timeout_s=timeout)
+    with shown():
+        tuning = tune_on_ranks(plan, transport=transport, timeout_s=timeout)
     if is_first_rank():
         tuned = replace(plan, decisions=tuning.decisions)
         tuned.save(output or path, overwrite=overwrite or output is None)
-        console = Console()
+        console = screen()
         console.print(_timings(tuning))
         console.print(f"decisions written into {output or path}", markup=False)
 

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from narrowcast.aligned import aligned
 from narrowcast.evaluation.sites import SiteError
 from narrowcast.evaluation.tasks import AnsweredTasks
 from narrowcast.plan import Plan
@@ -33,9 +34,11 @@ class Continued:
     coded: Sequence[int]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Evaluation:
     """A plan's effect on a model's answers: `score` against the uncompressed model, `report` of what was sent.
+
+    Printed, it is a table.
 
     `reference`: the uncompressed model was "whole", or "split" over the ranks, which rounds otherwise. `feedback`: what
     a sum lost was fed back where the plan says so. `continued`: a few tokens that both say. If asked for: errors by
@@ -52,6 +55,12 @@ class Evaluation:
     continued: Continued
     sites: Sequence[SiteError] = ()
     tasks: AnsweredTasks | None = None
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self.plan!r}, KL {self.score.kl_nats:.3g} nats: {in_words(self.score.kl_nats)})"
+
+    def __str__(self) -> str:
+        return f"{self!r}\n\n{aligned([('figure', 'value', 'uncompressed', '95 % interval'), *self.figures()])}"
 
     def figures(self) -> list[tuple[str, str, str, str]]:
         """Names of figures, their values, those of the uncompressed model, and 95 % intervals, as users read them."""

@@ -9,10 +9,9 @@ from typing import Literal
 from torch import Tensor, nn
 
 from narrowcast.attach import Handle
-from narrowcast.calibration import Track, untold
 from narrowcast.engines import Dtype, Replicated, load_engine
 from narrowcast.engines.replication import affordable
-from narrowcast.evaluation.continuations import continuations
+from narrowcast.evaluation.continuations import GREEDY, Sampling, continuations
 from narrowcast.evaluation.evaluation import NUM_SHOWN, Continued, Evaluation, beginning, conditions
 from narrowcast.evaluation.reference import Reference
 from narrowcast.evaluation.scoring import at_work, scored, standing_by
@@ -21,6 +20,7 @@ from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.split import Split
+from narrowcast.progress import told
 from narrowcast.runtime.counters import Report
 from narrowcast.runtime.prompts import Chunks
 from narrowcast.scores import Score
@@ -50,8 +50,8 @@ class Job:
     tasks: TaskSet | None = None
     prompts: Sequence[Tensor] = ()
     max_new_tokens: int = 0
+    sampling: Sampling = GREEDY
     silent: Collection[Path] = ()
-    track: Track = untold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,16 @@ class Outcome:
 
 
 def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
-    """One outcome a plan. Under torchrun, ranks but the first know their reports and continuations alone."""
+    """One outcome a plan. Under torchrun, ranks but the first know their reports and continuations alone.
+
+    Plans for another model, or for ranks that there cannot be, are refused before any rank is started.
+    """
+    engine = load_engine()
+    described = engine.fingerprint(engine.skeleton(job.model))
+    for path in job.plans:
+        plan = Plan.load(path)
+        plan.check_real()
+        plan.check(described, split)
     return run(_on_rank, split.world_size, job, split, timeout_s=job.timeout_s)[0]
 
 
@@ -86,7 +95,6 @@ def evaluate_on_ranks(
     dtype: Dtype = "auto",
     tasks: TaskSet | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
-    track: Track = untold,
 ) -> Evaluation | None:
     """Evaluate the plan in `path` on real ranks, as `evaluate` does on virtual ones of the same model.
 
@@ -105,7 +113,6 @@ def evaluate_on_ranks(
         tasks=tasks,
         prompts=[prompt],
         max_new_tokens=NUM_SHOWN,
-        track=track,
     )
     (outcome,) = run_on_ranks(job, plan.split)
     if not is_first_rank():
@@ -148,7 +155,7 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
 def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Outcome]:
     """Scores and tasks, beside the uncompressed model."""
     reference = Reference(job.model, model, job.dtype)
-    batches = job.track(job.batches, "scoring")
+    batches = told(job.batches, "scoring")
     scores: Sequence[Score | None] = scored(model, handles, batches, reference.log_probs(job.batches))
     said = reference.ask(lambda whole: continuations(whole, job.prompts, job.max_new_tokens)) if job.prompts else []
     outcomes = [
@@ -169,7 +176,7 @@ def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Out
 
 def _said(job: Job, model: nn.Module, handle: Handle) -> list[list[int]]:
     with at_work(handle):
-        return continuations(model, job.prompts, job.max_new_tokens) if job.prompts else []
+        return continuations(model, job.prompts, job.max_new_tokens, job.sampling) if job.prompts else []
 
 
 def _report(model: nn.Module, handle: Handle) -> Report:

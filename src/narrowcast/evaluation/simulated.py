@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from narrowcast.calibration import Track, untold
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.continuations import continuations
 from narrowcast.evaluation.evaluation import NUM_SHOWN, Continued, Evaluation, beginning, conditions
@@ -15,6 +14,7 @@ from narrowcast.evaluation.sites import SiteError, site_errors
 from narrowcast.evaluation.tasks import AnsweredTasks, TaskSet, answer
 from narrowcast.plan import Plan
 from narrowcast.plan.decisions import Decisions
+from narrowcast.progress import told
 from narrowcast.runtime.prompts import Chunks
 from narrowcast.scores import log_probs
 
@@ -33,7 +33,6 @@ def evaluate(
     sites: bool = False,
     tasks: TaskSet | None = None,
     tokenizer: Any = None,
-    track: Track = untold,
 ) -> Evaluation:
     """Score `plan` on text: token ids [B, T], each row a sequence of two tokens or more.
 
@@ -55,7 +54,7 @@ def evaluate(
     coded, prompts = replace(plan, decisions=Decisions()), [beginning(batches)]
     options: dict[str, Any] = {"algorithm": algorithm, "feedback": feedback, "prompt_chunks": prompt_chunks}
     with standing_by(model, [coded], simulate=True, **options) as (handle,):
-        (score,) = scored(model, [handle], track(batches, "scoring"), uncompressed(len(batches)))
+        (score,) = scored(model, [handle], told(batches, "scoring"), uncompressed(len(batches)))
         report = handle.report()
         before = continuations(model, prompts, NUM_SHOWN)
         with at_work(handle):
@@ -68,7 +67,7 @@ def evaluate(
     errors: Sequence[SiteError] = ()
     if sites:
         first = batches[:NUM_SITE_BATCHES]
-        seen = track(first, "sites")
+        seen = told(first, "scoring sites")
         errors = site_errors(model, coded, seen, uncompressed(len(first)), **options)
     return Evaluation(
         plan=plan,

@@ -7,7 +7,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from multiprocessing.connection import Connection
@@ -22,6 +22,7 @@ from narrowcast.errors import NarrowcastError, PeerLostError
 from narrowcast.launch import emulation
 from narrowcast.launch.link import Link
 from narrowcast.launch.parent import end_with_parent
+from narrowcast.progress import heard_by
 from narrowcast.transport import connect
 
 T = TypeVar("T")
@@ -39,6 +40,13 @@ class Outcome(IntEnum):
 
 
 Answer = tuple[Outcome, Any]  # and the result or the error
+
+
+@dataclass(frozen=True)
+class Told:
+    """Something that the first rank tells while it runs."""
+
+    said: object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +89,8 @@ def serve(pipe: Connection, place: Place) -> None:
     end_with_parent()
     try:
         place.enter()
-        with _joined(place.timeout_s, FileStore(place.store, place.world_size), place.num_threads):
+        store = FileStore(place.store, place.world_size)
+        with _joined(place.timeout_s, store, place.num_threads), _heard(pipe, place.rank):
             gc.freeze()
             while True:
                 message = pipe.recv_bytes()
@@ -91,6 +100,11 @@ def serve(pipe: Connection, place: Place) -> None:
         pass
     except Exception as error:  # before there was anything to run
         pipe.send_bytes(pickle.dumps(_failure(error, place.rank)))
+
+
+def _heard(pipe: Connection, rank: int) -> AbstractContextManager[None]:
+    """Whoever holds the other end of the first rank's pipe hears what it tells."""
+    return heard_by(lambda said: pipe.send_bytes(pickle.dumps(Told(said)))) if rank == 0 else nullcontext()
 
 
 @contextmanager

@@ -18,8 +18,9 @@ from typing import Any, Self, TypeVar, TypeVarTuple, cast
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import emulation
 from narrowcast.launch.link import Link
-from narrowcast.launch.process import Answer, Outcome, Place, as_rank, serve
+from narrowcast.launch.process import Answer, Outcome, Place, Told, as_rank, serve
 from narrowcast.launch.torchrun import check_world, under_torchrun
+from narrowcast.progress import Progress, tell
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_timeout
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Ranks:
         num_threads: int | None = None,
     ) -> None:
         check_timeout(timeout_s)
+        tell(Progress(f"starting {world_size} ranks"))
         if link is not None:
             emulation.check_possible(world_size)
         self.world_size = world_size
@@ -104,9 +106,14 @@ class Ranks:
                 pipe.send_bytes(message)
 
     def answer(self, rank: int) -> Answer:
-        """Wait for the answer of `rank` to what was started."""
+        """Wait for the answer of `rank` to what was started; what it tells before is told here."""
+        while isinstance(message := self._message(rank), Told):
+            tell(message.said)
+        return message
+
+    def _message(self, rank: int) -> Answer | Told:
         try:
-            return cast(Answer, pickle.loads(self.pipes[rank].recv_bytes()))
+            return cast(Answer | Told, pickle.loads(self.pipes[rank].recv_bytes()))
         except (EOFError, ConnectionResetError):
             self.processes[rank].join()
             return Outcome.ENDED, NarrowcastError(f"rank {rank} {_end(self.processes[rank].exitcode)}")
@@ -144,7 +151,10 @@ class Ranks:
             for pipe in ready:
                 if not isinstance(pipe, Connection):
                     raise NarrowcastError("the emulator of the link ended")
-                answers[waiting[pipe]] = self.answer(waiting[pipe])
+                if isinstance(message := self._message(waiting[pipe]), Told):
+                    tell(message.said)
+                else:
+                    answers[waiting[pipe]] = message
             worst = min((outcome for outcome, _ in answers.values()), default=worst)
         if worst != Outcome.RETURNED:
             raise next(error for outcome, error in answers.values() if outcome == worst)

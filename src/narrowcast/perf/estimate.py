@@ -18,6 +18,7 @@ from narrowcast.perf.cost import CostModel, measure_coding, plain_coding
 from narrowcast.perf.forward import Forward, ways
 from narrowcast.plan.decisions import Choice
 from narrowcast.plan.split import Split
+from narrowcast.progress import told
 from narrowcast.transport import check_transport
 
 UNCOMPRESSED, NATIVE = "bf16", "native"
@@ -80,7 +81,7 @@ def estimate(
     skeleton = checked_skeleton(model, split, input_len, transport)
     flows = [(census(skeleton, split, num_tokens), num_tokens) for num_tokens in (input_len, 1)]
     found = []
-    for name, chosen in recipes.items():
+    for name, chosen in told(list(recipes.items()), "estimating codecs"):
         prompt, token = (Forward.of(each, chosen, split, num_tokens) for each, num_tokens in flows)
         times = [] if link is None else list(_times(name, prompt, token, link, transport, split.tp_size))
         sites = list(_sites(prompt, token))

@@ -22,6 +22,7 @@ from narrowcast.launch import Link, run
 from narrowcast.perf.timing import Case, Span, over_ranks
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
+from narrowcast.progress import Progress, tell
 from narrowcast.runtime.prompts import Chunks
 
 VOCAB_SIZE, HEAD_SIZE = 32_000, 128
@@ -136,6 +137,7 @@ def _on_rank(job: Job, folder: Path) -> dict[Way, list[Spans]]:
     model, plans = loaded(job, folder)
     measured: dict[Way, list[Spans]] = {way: [] for way in (NATIVE, *ways(job))}
     for round in range(-1, job.rounds):
+        tell(Progress("measuring, round", round + 1, job.rounds + 1))
         for way in measured:
             plan = plans.get(way.codec)
             with nullcontext() if plan is None else attach(model, plan, **way.options):

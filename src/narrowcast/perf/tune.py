@@ -21,6 +21,7 @@ from narrowcast.launch import run
 from narrowcast.perf.timing import Case, interleaved, seconds
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
+from narrowcast.progress import Progress, tell
 from narrowcast.runtime import feedback
 from narrowcast.runtime.sites import plain as uncoded
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
@@ -77,6 +78,7 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
         rounds = _of_first_rank(transport, _affordable_rounds(times, deadline, budget_s))
         timing = Timing(num_tokens=num_tokens, nbytes=nbytes, seconds=times, measured=rounds > 0)
         if rounds:
+            tell(Progress(f"timing sums of {num_tokens} tokens"))
             x_TE = torch.zeros(num_tokens, num_features, dtype=dtype)
             ways = _ways(site, plan.groups, x_TE, transport, feeds_back=bool(plan.feedback.chains))
             timing = replace(timing, seconds=_measured(ways, rounds, transport))

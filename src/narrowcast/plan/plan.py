@@ -46,9 +46,9 @@ class Site:
     error: Mapping[str, float]
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Plan:
-    """The calibrated artifact: for one model, spread as `split` says.
+    """The calibrated artifact: for one model, spread as `split` says. Printed, it is a table.
 
     `groups`: the tensor-parallel ranks of each node, where sums go within nodes first.
     `calibration` says how it was made (JSON values); `sites` maps a layer's name to its codecs. What travels
@@ -63,6 +63,16 @@ class Plan:
     sites: Mapping[str, Site]
     decisions: Decisions = field(default_factory=Decisions)
     feedback: Chains = field(default_factory=Chains)
+
+    def __repr__(self) -> str:
+        asked, kinds = self.calibration.get("codec", ""), {site.kind for site in self.sites.values()}
+        codec = asked if isinstance(asked, str) else {kind: each for kind, each in asked.items() if kind in kinds}
+        return f"Plan({len(self.sites)} sites, {self.split}, {spelling(codec)})"
+
+    def __str__(self) -> str:
+        from narrowcast.plan.summary import in_words  # which is of plans
+
+        return in_words(self)
 
     @property
     def tp_size(self) -> int:
@@ -103,6 +113,9 @@ class Plan:
 
     def check(self, model: ModelFingerprint, split: Split) -> None:
         """PlanMismatchError unless the plan is for this model, spread in this way."""
+        if difference := self.model.difference(model, whole=split.pp_size == 1):
+            expected, found = difference
+            raise PlanMismatchError("plan", expected=expected, found=found, remedy="Calibrate this model.")
         if split != self.split:
             raise PlanMismatchError(
                 "plan",
@@ -110,9 +123,6 @@ class Plan:
                 found=str(split),
                 remedy=f"Calibrate with {split}.",
             )
-        if difference := self.model.difference(model, whole=split.pp_size == 1):
-            expected, found = difference
-            raise PlanMismatchError("plan", expected=expected, found=found, remedy="Calibrate this model.")
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the plan whole or not at all. InvalidInputError if `path` exists and `overwrite` is not set."""
@@ -233,6 +243,11 @@ def _site(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], he
 def _keys(name: str, entry: Mapping[str, Any]) -> list[str]:
     """The names of a site's tensors."""
     return [f"{name}/{index}/{key}" for index, hop in enumerate(entry["stages"]) for key in hop["tensors"]]
+
+
+def spelling(codec: str | Mapping[str, str]) -> str:
+    """The codec of a plan, or those of each kind, as one would ask for them."""
+    return codec if isinstance(codec, str) else ", ".join(f"{kind}={each}" for kind, each in codec.items())
 
 
 def _digest(header: str, tensors: Mapping[str, Tensor]) -> str:

@@ -1,7 +1,8 @@
 """A plan in words and figures: short names, bits a value."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
+from narrowcast.aligned import aligned
 from narrowcast.codecs import Codec, FeatureCodec
 from narrowcast.codecs.dynamic import DynamicCodec
 from narrowcast.plan.plan import Plan, Site
@@ -51,6 +52,32 @@ def mean_bits(plan: Plan) -> float | None:
     hop = -1 if plan.groups else 0
     bits = [each[hop] for each in bits_by_site(plan).values()]
     return sum(bits) / len(bits) if bits else None
+
+
+def in_words(plan: Plan) -> str:
+    """A line on the whole plan, then a row for each kind of site and codec."""
+    lines = [f"{plan!r}, of {plan.model.config.get('model_type', 'a model')}"]
+    if (mean := mean_bits(plan)) is not None:
+        lines[0] += f", {mean:.4g} bits a value"
+    if (kl := plan.calibration.get("kl_nats")) is not None:
+        lines.append(f"KL {kl:.3g} nats from the uncompressed model, on text that was held out")
+    if plan.simulated_only:
+        lines.append(f"simulated only: {plan.simulated_only}")
+    rows = [("kind", "codec", "sites", "bits a value", "expected error")]
+    hop, all_bits = -1 if plan.groups else 0, bits_by_site(plan)
+    alike = {name: (site.kind, codec_name(site.codecs[hop])) for name, site in plan.sites.items()}
+    for kind, codec in dict.fromkeys(alike.values()):
+        here = [name for name in plan.sites if alike[name] == (kind, codec)]
+        bits = [all_bits[name][hop] for name in here]
+        errors = [error for name in here for error in list(plan.sites[name].error.values())[:1]]
+        rows.append((kind, codec, str(len(here)), span(bits, "{:.4g}"), span(errors, "{:.3f}")))
+    return "\n".join([*lines, *feedback_in_words(plan), "", aligned(rows)])
+
+
+def span(figures: Collection[float], form: str) -> str:
+    """From the least to the largest."""
+    ends = dict.fromkeys(form.format(end) for end in (min(figures), max(figures))) if figures else {}
+    return " to ".join(ends)
 
 
 def with_ranges(plan: Plan) -> dict[str, FeatureCodec]:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from narrowcast.progress import Progress, tell
+
 Moments = Mapping[str, Tensor]
 
 RIDGE = 1e-4  # of the mean variance: what is smaller is noise of few tokens, and no axis should be chosen for it
@@ -68,7 +70,8 @@ def joint(covariances: Moments, fishers: Moments) -> Tensor:
     value, length = _log_diagonals(matrix.diagonal() for matrix in matrices), 1.0
     slope_EE, newton_EE = _slope_and_newton_step(matrices)
     turn_EE = newton_EE
-    for _ in range(MAX_STEPS):
+    for step in range(MAX_STEPS):
+        tell(Progress("turning axes, step", step))
         step_EE, gained, length = _shortened(turn_EE, length, matrices, value)
         if gained <= ENOUGH * len(covariances) * len(turn_EE):
             break

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from narrowcast.aligned import aligned
 from narrowcast.codecs import Codec
 from narrowcast.codecs.base import GUARDED, NON_FINITE, SATURATED
 from narrowcast.collectives.base import Hops, Traffic
 from narrowcast.collectives.clock import Clock, Span
+from narrowcast.plan.summary import short_name
 from narrowcast.transport import Transport
 
 # Figures, and their places in stats.
@@ -101,15 +103,30 @@ class SiteReport:
         return replace(self, **{name: sum(getattr(rank, name) for rank in ranks) for name in COUNTS})
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Report:
     """The figures of one rank, or, simulated, of the first rank of every pipeline stage; sites not coded kept apart.
 
+    Printed, it is a table.
     `prompts`: long prompts by how they ran, in turns or why not, where they were to.
     """
 
     sites: Mapping[str, SiteReport]
     prompts: Mapping[str, int] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        bits = "nothing sent" if self.bits_per_value is None else f"{self.bits_per_value:.4g} bits a value"
+        sent = f"{bits}, {self.wire_bytes_per_token:.0f} bytes a token"
+        return f"Report({len(self.sites)} sites, {self.num_tokens} tokens, {sent})"
+
+    def __str__(self) -> str:
+        rows = [("site", "bits a value", "bytes a token", "clipped", "not finite", "guarded")]
+        for name, site in self.sites.items():
+            bits = "not coded" if not site.coded else f"{site.bits_per_value or 0:.4f}"
+            nbytes = f"{site.wire_bytes / max(site.num_tokens, 1):.0f}"
+            counts = str(site.num_saturated), str(site.num_non_finite), str(site.num_guarded)
+            rows.append((short_name(name), bits, nbytes, *counts))
+        return f"{self!r}\n\n{aligned(rows)}"
 
     @property
     def num_saturated(self) -> int:

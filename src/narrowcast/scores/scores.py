@@ -17,7 +17,7 @@ PERCENTILES = 50, 90, 99, 99.9, 100
 FIGURES = "kl_nats", "top1_agreement", "top5_agreement"  # of what both models say next
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Score:
     """A coded model against the uncompressed one, the reference, on the same text.
 

@@ -4,18 +4,17 @@ import contextlib
 import functools
 import io
 import logging
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.evaluation.tasks.figures import Answer, TaskAnswers
-from narrowcast.launch import is_first_rank
+from narrowcast.progress import Progress, tell
 
 BATCH_SIZE = 8  # requests; prompts are short, and the harness sorts them by length
 
@@ -41,7 +40,7 @@ def load_tasks(tasks: TaskSet) -> dict[str, Any]:
         )
     if tasks.limit is not None and tasks.limit < 1:
         raise InvalidInputError("limit", expected="1 item or more", found=tasks.limit, remedy="Leave it out for all.")
-    with _hushed(progress=False):
+    with _hushed():
         found = _loaded(list(tasks.names))
     for name, task in found.items():
         _check_scored_by_likelihood(name, task)
@@ -53,15 +52,23 @@ def answer(model: nn.Module, tokenizer: Any, tasks: TaskSet) -> dict[str, TaskAn
     """Answers of `model` by task; with a plan at work, coded. Ranks of a split model all call this, and get the same.
 
     Log-probabilities are taken in FP32, where the harness would stay in the model's dtype: sums of BF16 ones come in
-    steps of up to 0.5, so that answers would tie. The harness's bars go to stderr where somebody watches.
+    steps of up to 0.5, so that answers would tie.
     """
     loaded = load_tasks(tasks)
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    with _hushed(progress=is_first_rank() and sys.stderr.isatty()):
+    class Told(HFLM):  # type: ignore[misc]
+        num_batches = 0
+
+        def _model_call(self, *args: Any, **kwargs: Any) -> Tensor:
+            self.num_batches += 1
+            tell(Progress("answering tasks, batch", self.num_batches))
+            return cast(Tensor, super()._model_call(*args, **kwargs))
+
+    with _hushed():
         # A model that is passed ready-made is one model to the harness, whatever ranks there are: nothing is sharded.
-        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE, softmax_dtype="float32")
+        lm = Told(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE, softmax_dtype="float32")
         found = lm_eval.evaluate(lm, {"tasks": loaded}, limit=tasks.limit, bootstrap_iters=0)
     return {
         name: TaskAnswers(
@@ -137,13 +144,13 @@ def _is_truncated(lm: Any, sample: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def _hushed(*, progress: bool) -> Iterator[None]:
-    """No remarks of the harness (truncation, its only one on items, is counted); its bars only with `progress`."""
+def _hushed() -> Iterator[None]:
+    """No bars and no remarks of the harness: truncation, its only one on items, is counted."""
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with contextlib.nullcontext() if progress else contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

@@ -35,7 +35,10 @@ NUM_SAMPLES = 16  # of each weight: a rank of 16 or fewer holds at least one
 
 
 def fingerprint(model: nn.Module) -> ModelFingerprint:
-    """Config fields; digests of columns of the weights whose outputs are summed and of rows of the embedding."""
+    """Config fields; digests of columns of the weights whose outputs are summed and of rows of the embedding.
+
+    Of a skeleton, which holds no weights, no sample is known.
+    """
     config = cast(Any, model).config.get_text_config()
     known = {name: module for name, module in summed(model).items() if is_linear(module) or is_experts(module)}
     samples = {name: _digests(summed_weight(module), dim=-1) for name, module in known.items()}
@@ -49,6 +52,8 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
 
 def _digests(weight: Tensor, dim: int) -> list[str | None]:
     """Digests in BF16 of slices at fixed places along `dim` (of experts: each from one expert)."""
+    if weight.is_meta:
+        return [None] * NUM_SAMPLES
     held = [own_chunk(weight, axis) for axis in range(weight.ndim)]
     digests: list[str | None] = []
     for sample in range(NUM_SAMPLES):

@@ -3,7 +3,8 @@
 import importlib.util
 import io
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +15,15 @@ from torch import nn
 from narrowcast.engines.base import Dtype, Replicated
 from narrowcast.engines.transformers.files.vocabulary import styles
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
-from narrowcast.errors import InvalidInputError, MissingDependencyError
+from narrowcast.errors import InvalidInputError, MissingDependencyError, NarrowcastError
 from narrowcast.plan.split import Split
+from narrowcast.progress import Progress, tell
 
 WHOLE = Split()
 GGUF = ".gguf"
+CONFIG = "config.json"
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+TOKENIZERS = "tokenizer*", "*.model", "vocab*"
 
 
 def load(
@@ -37,34 +42,44 @@ def load(
     "all", the output layer too. Where both are one matrix, "embedding" still shares out the product with it. A whole
     model goes to `device`; where a part goes, Transformers decides.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a rank would garble the screen
+    tell(Progress(f"loading {path}"))
     located = _located(path)
     try:
         if split == WHOLE:
             _check_device(device)
             with _hushed(path):
-                model = AutoModelForCausalLM.from_pretrained(**located, **_weights(path, dtype))
-            return cast(nn.Module, model.to(device))
+                model = _from_pretrained(path, located | _weights(path, dtype))
+            return model.to(device)
         _check_version(split, replicated)
         _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
-            return cast(
-                nn.Module,
-                AutoModelForCausalLM.from_pretrained(
-                    **located,
-                    **_weights(path, dtype),
-                    distributed_config=_distributed_config(split, path, replicated),
-                ),
-            )
-    except InvalidInputError:
+            distributed = {"distributed_config": _distributed_config(split, path, replicated)}
+            return _from_pretrained(path, located | _weights(path, dtype) | distributed)
+    except NarrowcastError:
         raise
-    except (OSError, ValueError) as error:
-        raise _not_loaded(path, error) from error
     except ImportError as error:  # splitting a model needs accelerate besides
         raise MissingDependencyError(error.name or "accelerate", "transformers") from error
+    except Exception as error:  # of Transformers, safetensors or PyTorch, as files can be wrong in many ways
+        raise _not_loaded(path, error) from error
+
+
+def _from_pretrained(path: str | Path, arguments: Mapping[str, Any]) -> nn.Module:
+    """The model; InvalidInputError if weights are missing, in whose place there would be random ones."""
+    from transformers import AutoModelForCausalLM
+
+    model, about = AutoModelForCausalLM.from_pretrained(**arguments, output_loading_info=True)
+    if missing := sorted(about["missing_keys"]):
+        raise InvalidInputError(
+            f"model {path}",
+            expected="all weights of its config",
+            found=f"none for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            remedy="Copy or download it again.",
+        )
+    return cast(nn.Module, model)
 
 
 def save(model: nn.Module, path: str | Path) -> None:
@@ -83,19 +98,35 @@ def skeleton(path: str | Path) -> nn.Module:
     try:
         with torch.device("meta"):
             return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**located)))
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _not_loaded(path, error) from error
 
 
 def _located(path: str | Path) -> dict[str, Any]:
-    """The arguments by which Transformers finds a model: a GGUF file is one in a folder."""
-    if Path(path).suffix != GGUF:
-        return {"pretrained_model_name_or_path": path}
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError("gguf", "gguf")
-    if not Path(path).is_file():
-        raise InvalidInputError(f"model {path}", expected="a file", found="none", remedy="Check the name.")
-    return {"pretrained_model_name_or_path": Path(path).parent, "gguf_file": Path(path).name}
+    """The arguments by which Transformers finds a model: a GGUF file is one in a folder.
+
+    InvalidInputError for a path at which there is no model, which Transformers would look for at the hub.
+    """
+    place = Path(path)
+    if place.suffix == GGUF:
+        if importlib.util.find_spec("gguf") is None:
+            raise MissingDependencyError("gguf", "gguf")
+        if not place.is_file():
+            raise _no_model(path, "no such file")
+        return {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
+    if place.is_file():
+        raise _no_model(path, "a file that is not GGUF's")
+    if place.is_dir() and not (place / CONFIG).is_file():
+        raise _no_model(path, f"a folder without {CONFIG}")
+    if not place.is_dir() and not HUB_NAME.fullmatch(str(path)):
+        raise _no_model(path, "no such folder")
+    return {"pretrained_model_name_or_path": path}
+
+
+def _no_model(path: str | Path, found: str) -> InvalidInputError:
+    return InvalidInputError(
+        f"model {path}", expected="a model's folder, hub name or GGUF file", found=found, remedy="Check the path."
+    )
 
 
 def _weights(path: str | Path, dtype: Dtype) -> dict[str, Any]:
@@ -214,16 +245,27 @@ def load_tokenizer(path: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     located = _located(path)
+    tell(Progress(f"reading the tokenizer of {path}"))
     try:
         return AutoTokenizer.from_pretrained(**located)
-    except (OSError, ValueError) as error:
-        raise _not_loaded(path, error) from error
+    except Exception as error:
+        if not Path(path).is_dir() or any(file for pattern in TOKENIZERS for file in Path(path).glob(pattern)):
+            raise _not_loaded(path, error) from error
+        raise InvalidInputError(
+            f"model {path}",
+            expected="a tokenizer beside the weights, such as tokenizer.json",
+            found="none",
+            remedy="Copy it into the folder.",
+        ) from error
 
 
 def _not_loaded(path: str | Path, error: Exception) -> InvalidInputError:
+    """The words that Transformers has for a model that is there, or of the hub."""
+    (reason, *_) = str(error).strip().splitlines() or [type(error).__name__]
+    whole = isinstance(error, OSError | ValueError)
     return InvalidInputError(
         f"model {path}",
-        expected="a folder, hub name or GGUF file that Transformers can load",
-        found=str(error).strip().splitlines()[0].rstrip("."),
-        remedy="Check the name; offline, pass a folder.",
+        expected="one that Transformers can load" if Path(path).exists() else "a folder, or a name that the hub knows",
+        found=(reason if whole else f"{type(error).__name__}: {reason}").rstrip("."),
+        remedy="Copy or download it again." if Path(path).exists() else "Check the name; offline, pass a folder.",
     )
