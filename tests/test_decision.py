@@ -22,7 +22,7 @@ from narrowcast.cli import app
 from narrowcast.codecs import AllocatedRecipe, Ranges, TransformCodec, recipe
 from narrowcast.collectives import simulate
 from narrowcast.engines import load_engine
-from narrowcast.perf.tune import GROWTH, LARGEST_NBYTES, Timing, tune
+from narrowcast.perf.tune import GROWTH, LARGEST_NBYTES, Timing, Tuning, Way, changes, tune
 from narrowcast.plan import ModelFingerprint, Site
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
@@ -309,6 +309,23 @@ def test_an_attached_model_follows_its_plan(ranks: Callable[[int], Ranks], tmp_p
         assert (plain_logits - exact).abs().max() < (coded_logits - exact).abs().max()
 
 
+def test_tuning_says_what_it_changes() -> None:
+    """Between three ranks: coded by two_shot before, now in one's own dtype, and natively, with what these send."""
+    plan = a_plan(3)
+    timings = [
+        Timing(num_tokens=1, nbytes=128, seconds={PLAIN: 1e-4, TWO: 2e-4, ONE: 3e-4}, measured=True),
+        Timing(num_tokens=256, nbytes=1 << 15, seconds={NATIVE: 1e-3, ONE: 3e-3}, measured=True),
+    ]
+    decisions = Decisions(coded={NUM_FEATURES: ((1, PLAIN), (64, NATIVE))})
+    found = changes(plan, Tuning(decisions=decisions, timings=timings))
+    before, after = found[1]
+    assert (before.choice, before.seconds) == (TWO, 2e-4)
+    assert before.nbytes < 2 * NUM_FEATURES and after == Way(choice=PLAIN, seconds=1e-4, nbytes=2 * 2 * NUM_FEATURES)
+    before, after = found[256]
+    assert (before.choice, before.seconds) == (TWO, None)
+    assert after == Way(choice=NATIVE, seconds=1e-3, nbytes=2 * 2 * 2 * 256 * NUM_FEATURES // 3)
+
+
 def run_cli(*arguments: str) -> Any:
     return CliRunner().invoke(app, list(arguments), catch_exceptions=False)
 
@@ -330,6 +347,7 @@ def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.Monk
     told = run_cli("inspect", str(new)).output
     assert f"sums of {NUM_FEATURES} features" in told and "us at 1 tokens" in told
     assert "coded one_shot" in done.output
+    assert "sums of a token: coded one_shot, " in done.output and "sums of 256 tokens: coded one_shot, " in done.output
     assert plan.read_bytes() == before
     tuned = Plan.load(new)
     assert tuned.decisions.choice(1, NUM_FEATURES, coded=True) is not None

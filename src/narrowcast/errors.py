@@ -7,6 +7,8 @@ NarrowcastError
 │       └── PlanMismatchError             made for another model or tp_size, or not the same on every rank
 ├── PeerLostError (also RuntimeError)     another rank died, hangs, or never came; `ranks` names it
 └── MissingDependencyError (also ImportError)
+
+CalibrationWarning (a UserWarning)            too little text, or a few of its tokens leave little of the others
 """
 
 from collections.abc import Sequence
@@ -61,6 +63,10 @@ class MissingDependencyError(NarrowcastError, ImportError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (MissingDependencyError, (self.package, self.extra))
+
+
+class CalibrationWarning(UserWarning):
+    """A plan that was made from too little text, or that leaves little of most tokens for a few far larger ones."""
 
 
 def _rebuild(kind: type[InvalidInputError], message: str) -> InvalidInputError:

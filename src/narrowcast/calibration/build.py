@@ -205,7 +205,9 @@ class Maker:
         """All that is coded while the draft is at work: sums with what was lost of those before."""
         given = self._given
         ranges = RangeObserver(given.first_tokens, given.num_first, given.groups)
-        of_moments = MomentObserver(given.groups, full=isinstance(self._fitted, TransformRecipe))
+        num_left_out = 0 if given.first_tokens == "count" else given.num_first
+        full = isinstance(self._fitted, TransformRecipe)
+        of_moments = MomentObserver(given.groups, full=full, num_left_out=num_left_out)
         wires = CodedWires([ranges, of_moments] if given.moments else [ranges], draft)
         calibrated = any(codec.num_sources is not None for site in draft.sites.values() for codec in site.codecs)
         if not _at_any_stage(given.model, wires.feed_back and calibrated):

@@ -6,6 +6,8 @@ Where sums feed back what they lose, a second run over the text sees what is cod
 without their padding, so that neither the batch size nor the padding can change the plan.
 """
 
+import json
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -21,7 +23,7 @@ from narrowcast.calibration.moments import (
     fisher_information,
     of_all_stages,
 )
-from narrowcast.calibration.observers import EMA_FACTOR, FirstTokens, RangeObserver
+from narrowcast.calibration.observers import EMA_FACTOR, FirstTokens, PowerObserver, RangeObserver
 from narrowcast.calibration.observing import observed, run
 from narrowcast.calibration.recipes import DEFAULT_CODEC, CodecByKind, moments_needed, recipes_by_kind
 from narrowcast.calibration.sensitivity import Sensitivity, sensitivities
@@ -30,11 +32,14 @@ from narrowcast.codecs import Recipe, recipe
 from narrowcast.collectives import checked_groups
 from narrowcast.engines import Engine, device_of, engine_of
 from narrowcast.engines.forwards import evaluating
-from narrowcast.errors import InvalidInputError
+from narrowcast.errors import CalibrationWarning, InvalidInputError
+from narrowcast.launch import is_first_rank
 from narrowcast.plan import Plan
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import Experts, Split
+from narrowcast.plan.summary import doubts
 from narrowcast.progress import told
+from narrowcast.transport import transports_of
 
 DEFAULT_FIRST_TOKENS: FirstTokens = "count"
 DEFAULT_NUM_FIRST = 4
@@ -76,7 +81,8 @@ def calibrate(
     "choosing" outliers but not for scales, or "skip" for both.
     `feedback=False`: for serving without depth feedback; the plan then has none.
     Raises InvalidInputError for a model or codec that cannot be served, for text without tokens, and for a target that
-    8 bits a value do not meet.
+    8 bits a value do not meet. Warns where the text is too short for the codec, and where a few of its tokens leave
+    little of all others.
     """
     recipes, of_nodes = recipes_by_kind(codec), recipe(within)
     seen = observe(
@@ -90,7 +96,11 @@ def calibrate(
         num_first=num_first,
         moments=moments_needed(recipes),
     )
-    return seen.plan(recipes, within=of_nodes, feedback=feedback)
+    plan = seen.plan(recipes, within=of_nodes, feedback=feedback)
+    if is_first_rank():
+        for doubt in doubts(plan):
+            warnings.warn(doubt, CalibrationWarning, stacklevel=2)
+    return plan
 
 
 def observe(
@@ -111,7 +121,7 @@ def observe(
     R + 2 matrices [E, E] a site, and gradients, so that the model must be whole) for transforms as well.
     """
     engine = engine_of(model)
-    _check_options(first_tokens, num_first)
+    _check_options(first_tokens, num_first, moments)
     check_detached(model)
     check_loaded(model)
     split = _split(engine, model, tp_size, pp_size, experts)
@@ -131,8 +141,10 @@ def observe(
     num_held_out = min(len(found) // HELD_OUT_SHARE, MAX_HELD_OUT)
     text, held_out = found[num_held_out:], found[:num_held_out] or found[:1]
     ranges = RangeObserver(first_tokens, num_first, nodes)
-    of_moments = MomentObserver(nodes, full=moments == "full")
-    with observed([ranges] if moments == "none" else [ranges, of_moments], model, split):
+    num_left_out = 0 if first_tokens == "count" else num_first
+    of_moments = MomentObserver(nodes, full=moments == "full", num_left_out=num_left_out)
+    powers = PowerObserver(num_left_out)
+    with observed([ranges, powers] if moments == "none" else [ranges, powers, of_moments], model, split):
         for ids in told(text, "calibrating"):
             run(model, ids)
     chains = _chains(model, split, text[0], sites)
@@ -140,6 +152,8 @@ def observe(
     obstacle = engine.obstacle(model, split) if engine.split_of(model) == Split() else ""
     about: dict[str, Any] = {"simulated_only": obstacle} if obstacle else {}
     about |= {"num_sequences": len(text), "num_tokens": sum(map(len, text)), "num_held_out": num_held_out}
+    if ruled := _of_all_stages(model, powers.ruled_by_few()):
+        about["ruled_by_few"] = ruled
     return Observations(
         model=model,
         split=split,
@@ -185,8 +199,22 @@ def _moments(
     return moments, tried
 
 
-def _check_options(first_tokens: str, num_first: int) -> None:
+def _of_all_stages(model: nn.Module, sites: list[str]) -> list[str]:
+    pp = transports_of(engine_of(model).groups(model))[1]
+    if pp is None:
+        return sites
+    return [site for stage in pp.share(json.dumps(sites), "sharing sites") for site in json.loads(stage)]
+
+
+def _check_options(first_tokens: str, num_first: int, moments: MomentsNeeded) -> None:
     ways = get_args(FirstTokens)
+    if first_tokens == "choosing" and moments != "none":
+        raise InvalidInputError(
+            "first_tokens",
+            expected="count or skip, as allocated and transform choose no outliers",
+            found=first_tokens,
+            remedy="Choose skip, or a codec of outliers, such as int4-feature.",
+        )
     if num_first < 0 or first_tokens not in ways:
         raise InvalidInputError(
             "calibrate",

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from narrowcast.calibration.observers import first_counted
 from narrowcast.engines import engine_of
 from narrowcast.plan.fingerprint import in_order
 from narrowcast.transport import transports_of
@@ -50,10 +51,13 @@ Means = tuple[Tensor, Tensor]  # of moments: of partial sums, and of their sum
 
 
 class MomentObserver:
-    """Sums of moments of partial sums, or where there are `groups` of the sums of these nodes, and of their sum."""
+    """Sums of moments of partial sums, or where there are `groups` of the sums of these nodes, and of their sum.
 
-    def __init__(self, groups: Sequence[Sequence[int]] = (), *, full: bool = False) -> None:
-        self.full, self._groups = full, groups
+    The first `num_left_out` tokens of a sequence do not count.
+    """
+
+    def __init__(self, groups: Sequence[Sequence[int]] = (), *, full: bool = False, num_left_out: int = 0) -> None:
+        self.full, self._groups, self._num_left_out = full, groups, num_left_out
         self._moments: dict[str, list[Tensor]] = {}
         self._num_tokens: dict[str, int] = {}
 
@@ -62,7 +66,8 @@ class MomentObserver:
         parts = torch.stack([x.flatten(0, -2) for x in partials]).float()
         if self._groups:
             parts = torch.stack([parts[list(group)].sum(dim=0) for group in self._groups])
-        hops = parts, total.flatten(0, -2)[None].float()
+        first = first_counted(self._num_left_out, parts.shape[1])
+        hops = parts[:, first:], total.flatten(0, -2)[None, first:].float()
         new = [second_moment(x_RTE, full=self.full) for x_RTE in hops]
         old = self._moments.get(site)
         self._moments[site] = new if old is None else [a + b for a, b in zip(old, new, strict=True)]

@@ -19,7 +19,44 @@ EMA_FACTOR = 0.01  # weight of each new sequence (gamma in peers' words; the fir
 FirstTokens = Literal["count", "choosing", "skip"]
 
 
+# Times the median power of a site's tokens: those beyond are few, and would hide what becomes of all others.
+ORDINARY = 16.0
+
 Groups = Sequence[Sequence[int]]
+
+
+class PowerObserver:
+    """Squares of each token's values at every site, without the first `num_left_out` of a sequence."""
+
+    def __init__(self, num_left_out: int = 0) -> None:
+        self._num_left_out = num_left_out
+        self._power: dict[str, list[Tensor]] = {}
+
+    def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
+        """Look at a sum."""
+        self.see(total, site)
+
+    def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
+        """Look at all features."""
+        self.see(torch.cat(list(parts), dim=-1), site)
+
+    def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
+        """Look at values. Of tokens that are in no order, all count."""
+        power_T = _power(_flat(x))
+        self._power.setdefault(site, []).append(
+            power_T[first_counted(self._num_left_out if ordered else 0, len(power_T)) :]
+        )
+
+    def ruled_by_few(self) -> list[str]:
+        """Sites at which tokens that are not ordinary hold more than half of the power."""
+        powers = {site: torch.cat(powers) for site, powers in self._power.items()}
+        return [site for site, power_T in powers.items() if power_T[ordinary(power_T)].sum() < power_T.sum() / 2]
+
+
+def ordinary(power_T: Tensor) -> Tensor:
+    """True for tokens of no more than 16 times the median power [T], or for all of them where most have none."""
+    most = ORDINARY * power_T.median()
+    return power_T <= most if most > 0 else torch.ones_like(power_T, dtype=torch.bool)
 
 
 class RangeObserver:
@@ -67,7 +104,7 @@ class RangeObserver:
 
 
 class ErrorObserver:
-    """Relative RMS error of each site's codecs by algorithm, all that comes before the site being exact.
+    """Relative RMS error of each site's codecs by algorithm on `ordinary` tokens, all before the site being exact.
 
     It is the error of the sum, or at the sites `read` the one that ranks see on average, without their own.
     """
@@ -75,8 +112,8 @@ class ErrorObserver:
     def __init__(self, sites: Mapping[str, Site], groups: Groups = (), read: Collection[str] = ()) -> None:
         self._codecs = {name: site.codecs for name, site in sites.items()}
         self._groups, self._read = groups, read
-        self._power: dict[str, float] = {}
-        self._noise: dict[str, dict[str, float]] = {}
+        self._power: dict[str, list[Tensor]] = {}
+        self._noise: dict[str, dict[str, list[Tensor]]] = {}
 
     def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
         """Compare every algorithm's sum with the exact one."""
@@ -111,19 +148,21 @@ class ErrorObserver:
             self._count(site, wide, {"once": [simulate.send(wide, src=0, world_size=1, codec=self._codecs[site][0])]})
 
     def _count(self, site: str, exact: Tensor, coded: Mapping[str, Sequence[Tensor]]) -> None:
-        self._power[site] = self._power.get(site, 0.0) + _power(exact)
-        noise = self._noise.setdefault(site, dict.fromkeys(coded, 0.0))
+        self._power.setdefault(site, []).append(_power(exact))
+        noise = self._noise.setdefault(site, {algorithm: [] for algorithm in coded})
         for algorithm, found in coded.items():
-            noise[algorithm] += sum(_power(each - exact) for each in found) / len(found)
+            noise[algorithm].append(torch.stack([_power(each - exact) for each in found]).mean(dim=0))
 
     def errors(self) -> dict[str, dict[str, float]]:
         """By site and algorithm, to six digits: further ones depend on the order in which tokens came."""
-        return {
-            site: {
-                name: float(f"{(noise / max(self._power[site], 1e-30)) ** 0.5:.6g}") for name, noise in noises.items()
-            }
-            for site, noises in self._noise.items()
-        }
+        found: dict[str, dict[str, float]] = {}
+        for site, noises in self._noise.items():
+            power_T = torch.cat(self._power[site])
+            counted_T = ordinary(power_T)
+            power = max(power_T[counted_T].sum().item(), 1e-30)
+            sums = {name: torch.cat(noise)[counted_T].sum().item() for name, noise in noises.items()}
+            found[site] = {name: float(f"{(noise / power) ** 0.5:.6g}") for name, noise in sums.items()}
+        return found
 
 
 def exact_sum(partials: Sequence[Tensor]) -> Tensor:
@@ -134,17 +173,23 @@ def exact_sum(partials: Sequence[Tensor]) -> Tensor:
     return total.to(partials[0].dtype)
 
 
-def _power(x: Tensor) -> float:
-    return x.double().square().sum().item()
+def _power(x_TE: Tensor) -> Tensor:
+    """Of each token [T]."""
+    return x_TE.double().square().sum(dim=1).cpu()
 
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
+def first_counted(num_left_out: int, num_tokens: int) -> int:
+    """The place from which on tokens of a sequence count: a short one counts with its last token."""
+    return max(0, min(num_left_out, num_tokens - 1))
+
+
 def _extremes(x_RTE: Tensor, num_left_out: int) -> Tensor:
-    """Smallest and largest over tokens, in fp32, stacked: [2, R, E]. A short sequence counts with its last token."""
-    counted = x_RTE[:, min(num_left_out, x_RTE.shape[1] - 1) :]
+    """Smallest and largest over tokens, in fp32, stacked: [2, R, E]."""
+    counted = x_RTE[:, first_counted(num_left_out, x_RTE.shape[1]) :]
     return torch.stack([counted.amin(dim=1), counted.amax(dim=1)]).float()
 
 

@@ -16,7 +16,7 @@ DEFAULT_LENGTH = 256
 def sequences(tokenizer: Any, path: Path, *, length: int, limit: int | None = None) -> list[Tensor]:
     """Token ids [1, T] of the documents in `path` (split by form feeds), in pieces of `length` tokens at most.
 
-    A scrap at a document's end (less than half of `length`) is left out.
+    A scrap at a document's end (less than half of `length`) is left out, and so is a blank document.
     """
     if not path.is_file():
         there = "a folder" if path.is_dir() else "no such file"
@@ -36,7 +36,7 @@ def _pieces(tokenizer: Any, path: Path, length: int) -> Iterator[Tensor]:
         raise InvalidInputError(
             str(path), expected="UTF-8 text", found=f"bytes that are not ({error.reason})", remedy="Convert it."
         ) from error
-    for document in text.split("\f"):
+    for document in filter(str.strip, text.split("\f")):
         ids = torch.tensor([tokenizer(document, verbose=False).input_ids], dtype=torch.long)
         first, *others = ids.split(length, dim=1)
         yield from (piece for piece in (first, *others) if piece.shape[1] >= (2 if piece is first else length // 2))

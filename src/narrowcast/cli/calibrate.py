@@ -24,7 +24,7 @@ from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
 from narrowcast.plan.plan import spelling
 from narrowcast.plan.split import Split
-from narrowcast.plan.summary import mean_bits
+from narrowcast.plan.summary import doubts, mean_bits
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 OF_ONE_KIND = re.compile(r"\w+=")  # not allocated(bits=2)
@@ -80,7 +80,11 @@ def calibrate(
         number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
         bits = mean_bits(plan)
         what = spelling(plan.calibration["codec"]) + ("" if bits is None else f", {bits:.4g} bits a value")
-        typer.echo(f"{output}: {number}, {split}, {what}, from {len(found)} sequences")
+        text_seen = f"{plan.calibration['num_sequences']} sequences, {plan.calibration['num_tokens']:,} tokens"
+        held_out = plan.calibration["num_held_out"]
+        typer.echo(f"{output}: {number}, {split}, {what}, from {text_seen}; {held_out} held out")
+        for doubt in doubts(plan):
+            typer.echo(f"warning: {doubt}", err=True)
         if plan.simulated_only:
             typer.echo(f"simulated only: {plan.simulated_only}")
         tell(plan.calibration["kl_nats"], "on text that was held out")

@@ -17,7 +17,7 @@ from narrowcast.evaluation import drawings
 from narrowcast.files import check_writable, write_new
 from narrowcast.plan import Plan
 from narrowcast.plan.plan import spelling
-from narrowcast.plan.summary import bits_by_site, codec_name, feedback_in_words, short_name, span, with_ranges
+from narrowcast.plan.summary import bits_by_site, codec_name, doubts, feedback_in_words, short_name, span, with_ranges
 
 # By hop: its title, and what the expected error is of: an algorithm, or a value that is coded once.
 HOPS = (
@@ -39,12 +39,13 @@ def inspect(
     console = screen()
     console.print(f"[bold]{escape(str(path))}[/]  {plan.split}  fingerprint {plan.fingerprint[:16]}")
     console.print(f"model: {_listed(plan.model.config)}", markup=False)
-    calibration = {**plan.calibration, "codec": spelling(plan.calibration["codec"])}
+    calibration = {**plan.calibration, "codec": spelling(plan.calibration.get("codec", "of its sites"))}
+    calibration.pop("ruled_by_few", None)  # told of below
     console.print(f"calibration: {_listed(calibration)}", markup=False)
     if plan.groups:
         console.print(f"nodes: {', '.join(str(list(group)) for group in plan.groups)}", highlight=False)
-    for line in (*_decisions(plan), *feedback_in_words(plan)):
-        console.print(line, highlight=False)
+    for line in (*_decisions(plan), *feedback_in_words(plan), *(f"warning: {doubt}" for doubt in doubts(plan))):
+        console.print(line, markup=False)
     for hop in range(max((len(site.codecs) for site in plan.sites.values()), default=0)):
         console.print(_table(plan, hop))
         console.print(_together(plan, hop))

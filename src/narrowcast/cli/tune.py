@@ -1,5 +1,6 @@
 """`narrowcast tune`: measures which way the sums of a plan should take."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +13,7 @@ from narrowcast.cli.progress import shown
 from narrowcast.cli.tables import screen, table
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank
-from narrowcast.perf.tune import Tuning, tune_on_ranks
+from narrowcast.perf.tune import Tuning, Way, changes, tune_on_ranks
 from narrowcast.plan import Plan
 from narrowcast.plan.decisions import FORMS
 from narrowcast.transport import DEFAULT_TIMEOUT_S
@@ -45,6 +46,28 @@ def tune(
         console = screen()
         console.print(_timings(tuning))
         console.print(f"decisions written into {output or path}", markup=False)
+        for line in _changes(plan, tuning, output or path):
+            console.print(line, markup=False)
+
+
+def _changes(plan: Plan, tuning: Tuning, path: Path) -> Iterator[str]:
+    """Lines on what is otherwise now, in time and bytes, and on what to look at again because of that."""
+    recoded = set()
+    for num_tokens, (before, after) in changes(plan, tuning).items():
+        tokens = "a token" if num_tokens == 1 else f"{num_tokens} tokens"
+        yield f"sums of {tokens}: {_way(before)}" + (f" -> {_way(after)}" if after != before else ", as before")
+        if after.choice.form == "coded" and after.choice != before.choice:
+            recoded.add(after.choice.algorithm)
+    for algorithm in sorted(recoded):
+        yield (
+            f"{algorithm} makes other errors than what was chosen before: look at the quality again, "
+            f"narrowcast evaluate MODEL --plan {path} --algorithm {algorithm}"
+        )
+
+
+def _way(way: Way) -> str:
+    taken = "" if way.seconds is None else f" {1e6 * way.seconds:.0f} us each,"
+    return f"{way.choice},{taken} {way.nbytes:,} bytes of all"
 
 
 def _timings(tuning: Tuning) -> Table:

@@ -23,6 +23,7 @@ from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
 from narrowcast.progress import Progress, tell
 from narrowcast.runtime import feedback
+from narrowcast.runtime.sites import Sites
 from narrowcast.runtime.sites import plain as uncoded
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
 
@@ -31,6 +32,7 @@ GAIN = 0.95  # a coded sum costs accuracy: it must take no more than this share 
 GROWTH = 4  # from one size to the next
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
 FEW_TOKENS = 16
+PROMPT_TOKENS = GROWTH**4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,42 @@ class Tuning:
 
     decisions: Decisions
     timings: Sequence[Timing]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """The way of a plan's sums of some number of tokens.
+
+    `seconds`: of one sum, None where they were not measured; `nbytes`: what the first rank sends of all of them.
+    """
+
+    choice: Choice
+    seconds: float | None
+    nbytes: int
+
+
+def changes(plan: Plan, tuning: Tuning) -> dict[int, tuple[Way, Way]]:
+    """The ways of `plan` before and after tuning, by number of tokens: of one token, and of a prompt."""
+    before, after = (_sites(plan, decisions) for decisions in (plan.decisions, tuning.decisions))
+    timings = [timing for timing in tuning.timings if timing.num_tokens in (1, PROMPT_TOKENS)]
+    return {timing.num_tokens: (_way(plan, before, timing), _way(plan, after, timing)) for timing in timings}
+
+
+def _sites(plan: Plan, decisions: Decisions) -> Sites:
+    sums = {name: site.codecs for name, site in plan.sites.items() if site.kind == "sum"}
+    return Sites(sums, plan.groups, "auto", torch.device("cpu"), decisions=decisions)
+
+
+def _way(plan: Plan, sites: Sites, timing: Timing) -> Way:
+    """Of the site that stands for all, and the bytes of each."""
+    shape, nbytes, ways = (timing.num_tokens, int(plan.model.config["hidden_size"])), 0, {}
+    for name, site in plan.sites.items():
+        if site.kind == "sum":
+            ways[name] = sites.choice(name, *shape, plan.tp_size)
+            nbytes += sites.traffic(name, ways[name], shape, torch.bfloat16, 0, plan.tp_size).nbytes
+    typical = _site_of_sums(plan)
+    choice = next(ways[name] for name, site in plan.sites.items() if site is typical)
+    return Way(choice=choice, seconds=timing.seconds.get(choice), nbytes=nbytes)
 
 
 def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat16, budget_s: float = 1.0) -> Tuning:

@@ -3,11 +3,14 @@
 from collections.abc import Collection, Iterator
 
 from narrowcast.aligned import aligned
-from narrowcast.codecs import Codec, FeatureCodec
+from narrowcast.codecs import Codec, FeatureCodec, TransformCodec
 from narrowcast.codecs.dynamic import DynamicCodec
 from narrowcast.plan.plan import Plan, Site
 
 OWN_AXES = "a rank's own axes have no place for what it lost before; where a sum travels again it is made good"
+# Tokens of calibration text that are enough for scales, and for a matrix of so many features: docs/calibration.md.
+ENOUGH_TOKENS, TOKENS_BY_AXIS = 1000, 64
+LOST = 0.5  # relative error from which on little is left of a token
 ALONE = "no other sum of its stage goes into the residual stream as it does"
 
 
@@ -72,6 +75,25 @@ def in_words(plan: Plan) -> str:
         errors = [error for name in here for error in list(plan.sites[name].error.values())[:1]]
         rows.append((kind, codec, str(len(here)), span(bits, "{:.4g}"), span(errors, "{:.3f}")))
     return "\n".join([*lines, *feedback_in_words(plan), "", aligned(rows)])
+
+
+def doubts(plan: Plan) -> Iterator[str]:
+    """Points to think twice about: too little calibration text, and tokens lost beside a few far larger ones."""
+    about = plan.calibration
+    calibrated = [codec for site in plan.sites.values() for codec in site.codecs if codec.calibrated_features]
+    widest = max(
+        (codec.calibrated_features or 0 for codec in calibrated if isinstance(codec, TransformCodec)), default=0
+    )
+    enough = TOKENS_BY_AXIS * widest or ENOUGH_TOKENS
+    if calibrated and (found := int(about.get("num_tokens", enough))) < enough:
+        yield f"calibrated on {found:,} tokens of text, where {enough:,} would be enough: more text makes better scales"
+    ruled = {site: plan.sites[site].error for site in about.get("ruled_by_few", ()) if site in plan.sites}
+    if lost := {site: min(error.values()) for site, error in ruled.items() if min(error.values(), default=0) > LOST}:
+        worst = max(lost, key=lost.__getitem__)
+        yield (
+            f"a few tokens, such as the first ones, hold most of the power at {len(lost)} sites, and all "
+            f"others have an error of {lost[worst]:.2f} at {short_name(worst)}: compare with --first-tokens skip"
+        )
 
 
 def span(figures: Collection[float], form: str) -> str:
