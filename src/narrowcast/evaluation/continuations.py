@@ -7,18 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from narrowcast.engines import device_of, engine_of
+from narrowcast.engines import device_of
 
 
 @torch.no_grad()
 def continuations(model: nn.Module, prompts: Sequence[Tensor], max_new_tokens: int) -> list[list[int]]:
     """Ids that `model` adds to each prompt [1, T], up to the end of text.
 
-    All prompts go in one batch, padded on the left; through a pipeline one by one, as only its first stage knows of
-    padding.
+    All prompts go in one batch, padded on the left.
     """
-    if len(prompts) > 1 and engine_of(model).split_of(model).pp_size > 1:
-        return [ids for prompt in prompts for ids in continuations(model, [prompt], max_new_tokens)]
     ids, mask = _padded(prompts), _padded([torch.ones_like(prompt) for prompt in prompts])
     device = device_of(model)
     generated = model.generate(  # type: ignore[operator]

@@ -14,6 +14,7 @@ from torch import nn
 from narrowcast.engines.base import Dtype, Replicated
 from narrowcast.engines.transformers.files.vocabulary import styles
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
+from narrowcast.engines.transformers.seam.rehearsal import check_stages, mistake
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.plan.split import Split
 
@@ -50,6 +51,8 @@ def load(
             return cast(nn.Module, model.to(device))
         _check_version(split, replicated)
         _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
+        if split.pp_size > 1:
+            check_stages(skeleton(path), split.pp_size)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             return cast(
                 nn.Module,
@@ -179,11 +182,16 @@ def _stages_may_be_split() -> Iterator[None]:
 
 
 def obstacle(model: nn.Module, split: Split) -> str:
-    """The heads or experts of a whole model, or of its skeleton, that cannot be shared out so; "" if there are none."""
-    return _obstacle(cast(Any, model).config.get_text_config(), split)
+    """The heads or experts of a whole model, or of its skeleton, that cannot be shared out so; stages that are wrong.
+
+    InvalidInputError for a model without such stages.
+    """
+    of_heads = _heads_in_the_way(cast(Any, model).config.get_text_config(), split)
+    of_stages = mistake(model, split.pp_size) if split.pp_size > 1 else ""
+    return "; ".join(filter(None, (of_heads, of_stages)))
 
 
-def _obstacle(config: Any, split: Split) -> str:
+def _heads_in_the_way(config: Any, split: Split) -> str:
     """Transformers splits by whole heads and experts, and fails deep inside where that cannot be."""
     plan = config.base_model_tp_plan or {}
     by_heads = any(name.endswith(("q_proj", "k_proj")) and style == "colwise" for name, style in plan.items())
@@ -200,7 +208,7 @@ def _obstacle(config: Any, split: Split) -> str:
 
 
 def _check_divisible(config: Any, split: Split) -> None:
-    if found := _obstacle(config, split):
+    if found := _heads_in_the_way(config, split):
         raise InvalidInputError(
             f"tp_size {split.tp_size}",
             expected="ranks that have as many each",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
-from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline
+from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_plain, reading_weight
 from narrowcast.errors import InvalidInputError
@@ -103,6 +103,8 @@ def _experts(model: nn.Module, config: Any) -> Experts:
 
 def sites(model: nn.Module, split: Split) -> Mapping[str, str]:
     """Kinds by name; InvalidInputError for a model that has no such place, or one that is not supported."""
+    if pipeline.stage_of(model) is not None:  # whoever has split it
+        rehearsal.check_stages(model, split.pp_size)
     found = dict(pipeline.sites(model, split.pp_size)) if split.pp_size > 1 else {}
     for name, module, style in _communicating(model, split):
         kinds = style.sites(name)
