@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
@@ -13,6 +14,7 @@ from torch import nn
 
 from narrowcast.engines.base import Dtype, Replicated
 from narrowcast.engines.transformers.files.vocabulary import styles
+from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
 from narrowcast.engines.transformers.seam.rehearsal import check_stages, mistake
 from narrowcast.errors import InvalidInputError, MissingDependencyError
@@ -198,13 +200,13 @@ def _heads_in_the_way(config: Any, split: Split) -> str:
     fields = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads"} if by_heads else {}
     if split.experts != "slices":
         fields |= {"num_local_experts": "experts", "num_experts": "experts"}
-    numbers = {name: getattr(config, field) for field, name in fields.items() if getattr(config, field, None)}
-    shared = math.gcd(*numbers.values())
-    if not numbers or shared % split.tp_size == 0:
+    numbers = {name: by_layer(config, field) for field, name in fields.items()}
+    shared = math.gcd(*filter(None, itertools.chain(*numbers.values())))
+    if not shared or shared % split.tp_size == 0:
         return ""
     *few, most = (str(size) for size in range(1, shared + 1) if shared % size == 0)
     fitting = f"{', '.join(few)} or {most} ranks" if few else "1 rank"
-    return f"{', '.join(f'{number} {name}' for name, number in numbers.items())}: {fitting}"
+    return f"{in_words(numbers)}: {fitting}"
 
 
 def _check_divisible(config: Any, split: Split) -> None:
