@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -17,6 +18,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    Qwen3NextConfig,
 )
 
 from narrowcast.codecs import Codec, Ranges, recipe
@@ -53,11 +55,29 @@ CONFIGS = {
     ),
 }
 
+# Masks that differ by layer, windows shorter than half of a prompt, states that recur.
+MORE = {
+    "gemma3": lambda: Gemma3TextConfig(**SMALL | {"num_hidden_layers": 7}, head_dim=24, sliding_window=16),
+    "qwen3-next": lambda: Qwen3NextConfig(
+        **SMALL | {"num_hidden_layers": 4},
+        layer_types=["linear_attention", "full_attention"] * 2,
+        head_dim=24,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        linear_num_key_heads=4,
+        linear_num_value_heads=4,
+        linear_key_head_dim=24,
+        linear_value_head_dim=24,
+    ),
+}
+
 
 def save_random(name: str, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> Path:
-    """A model of `CONFIGS` with random weights (biases too), saved for `from_pretrained`."""
+    """A model of `CONFIGS` or `MORE` with random weights (biases too), saved for `from_pretrained`."""
     torch.manual_seed(seed)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]()).to(dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config((CONFIGS | MORE)[name]()).to(dtype)
     for key, value in model.named_parameters():
         if key.endswith("bias"):
             torch.nn.init.normal_(value, std=0.1)

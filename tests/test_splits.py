@@ -1,5 +1,6 @@
 """Every way to split a model, with everything coded that travels: real ranks answer as the simulation does."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 import narrowcast
-from models import random_ids, save_random
+from models import MORE, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
 from narrowcast.engines import load_engine
 from narrowcast.plan.split import KINDS, Split
@@ -173,19 +174,53 @@ def test_splits_that_a_model_cannot_take_are_refused(tmp_path: Path) -> None:
             narrowcast.calibrate(model, [random_ids(1, 8)], **options)
 
 
-def refuse_padding(folder: Path) -> None:
-    plan = Plan.load(folder / "plan")
-    model = transformers.load(folder, split=plan.split)
-    mask = torch.ones(2, 8, dtype=torch.long)
+def generated(model: Any, plan: Plan, **options: Any) -> list[Tensor]:
+    """Padded prompts continued with each kind of cache, in chunks, by beams; and further, from the cache of before."""
+    ids, mask = random_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
-    with narrowcast.attach(model, plan), pytest.raises(InvalidInputError, match="found 1 padded prompts"):
-        model.generate(random_ids(2, 8), attention_mask=mask, max_new_tokens=4, do_sample=False)
+    common: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    with torch.no_grad(), narrowcast.attach(model, plan, **options):
+        found = [
+            model.generate(ids, attention_mask=mask, **common, **ways)
+            for ways in ({}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}, {"num_beams": 2})
+        ]
+        first = model.generate(ids, **common, return_dict_in_generate=True)
+        longer = torch.cat([first.sequences, random_ids(2, 5, seed=1)], dim=1)
+        cache = copy.deepcopy(first.past_key_values)
+        found.append(model.generate(longer, past_key_values=cache, **common))
+        cache = model(ids).past_key_values
+        return [*found, model(random_ids(2, 5, seed=1), past_key_values=cache).logits]
 
 
-def test_padded_prompts_are_not_continued_wrongly_in_a_pipeline(ranks: Pools, tmp_path: Path) -> None:
+def generated_on_rank(folder: Path) -> list[Tensor]:
+    plan = Plan.load(folder / "plan")
+    return generated(transformers.load(folder, split=plan.split), plan)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "mistral", *MORE])
+def test_caches_of_every_kind_in_a_pipeline(ranks: Pools, tmp_path: Path, name: str) -> None:
+    """Whatever asks a cache for lengths asks the model's first layers, which later stages do not hold."""
+    folder = save_random(name, tmp_path / "model")
+    plan = calibrated(folder, Split(pp_size=2), "int8-feature")
+    expected = generated(transformers.load(folder), plan, simulate=True)
+    for found in ranks(2).run(generated_on_rank, folder):
+        assert [torch.equal(*pair) for pair in zip(found, expected, strict=True)] == [True] * len(expected)
+
+
+def refuse_all_but_logits(folder: Path) -> None:
+    plan, ids = Plan.load(folder / "plan"), random_ids(2, 8)
+    model: Any = transformers.load(folder, split=plan.split)
+    with narrowcast.attach(model, plan):
+        for asked in ({"labels": ids}, {"output_hidden_states": True}):
+            with pytest.raises(InvalidInputError, match=f"a forward for logits, found {min(asked)}"):
+                model(ids, **asked)
+        model(ids, labels=None, output_hidden_states=False)
+
+
+def test_a_pipeline_gives_logits_alone(ranks: Pools, tmp_path: Path) -> None:
     folder = save_random("llama", tmp_path / "model")
     calibrated(folder, Split(pp_size=2), "int8-feature")
-    ranks(2).run(refuse_padding, folder)
+    ranks(2).run(refuse_all_but_logits, folder)
 
 
 def test_attach_wants_the_split_of_the_plan(ranks: Pools, tmp_path: Path) -> None:

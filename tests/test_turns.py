@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
 import narrowcast
-from models import CONFIGS, SMALL, random_ids, save_random
+from models import MORE, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
 from narrowcast.collectives.base import Exchange
 from narrowcast.collectives.pending import Pending
@@ -31,28 +31,7 @@ Pools = Callable[[int], Ranks]
 transformers = load_engine()
 
 LENGTH = 45  # halves of 22 and 23
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-LINEAR = {
-    "linear_num_key_heads": 4,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 24,
-    "linear_value_head_dim": 24,
-}
-# Masks that differ by layer, windows shorter than a half, states that recur.
-MORE = {
-    "gemma3_text": {"head_dim": 24, "sliding_window": 16, "num_hidden_layers": 7},
-    "qwen3_next": {"head_dim": 24, "num_hidden_layers": 5, "shared_expert_intermediate_size": 32, **EXPERTS, **LINEAR},
-}
 FAMILIES = "llama", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "mixtral", "qwen3-moe", *MORE
-
-
-def saved(name: str, folder: Path) -> Path:
-    if name in CONFIGS:
-        return save_random(name, folder)
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(name, **SMALL | MORE[name])
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 def planned(folder: Path, tp_size: int, codec: str = "int4-feature") -> Plan:
@@ -84,7 +63,7 @@ def on_rank(folder: Path, inputs: dict[str, Tensor], algorithm: str) -> tuple[Te
 def test_in_turns_as_one_half_after_the_other(
     ranks: Pools, tmp_path: Path, name: str, algorithm: str, tp_size: int
 ) -> None:
-    folder, inputs = saved(name, tmp_path / "model"), padded()
+    folder, inputs = save_random(name, tmp_path / "model"), padded()
     plan = planned(folder, tp_size)
     logits, text, report = answers(transformers.load(folder), plan, inputs, algorithm=algorithm, simulate=True)
     assert report.prompts == {"in halves": 2}
@@ -99,7 +78,7 @@ def test_in_turns_as_one_half_after_the_other(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_halves_are_the_chunks_of_the_engine(tmp_path: Path, name: str) -> None:
     """Transformers cuts prompts by itself, one chunk after the other."""
-    folder, inputs = saved(name, tmp_path / "model"), padded(length=44)
+    folder, inputs = save_random(name, tmp_path / "model"), padded(length=44)
     plan, model = planned(folder, 2), transformers.load(folder)
     asked = {"max_new_tokens": 4, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with narrowcast.attach(model, plan, simulate=True):
@@ -119,7 +98,7 @@ OTHER_KINDS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OTHER_KINDS)
 def test_other_kinds_of_generation(tmp_path: Path, options: dict[str, Any]) -> None:
-    folder, ids = saved("mistral", tmp_path / "model"), random_ids(1, 44)
+    folder, ids = save_random("mistral", tmp_path / "model"), random_ids(1, 44)
     plan, model, texts = planned(folder, 2), transformers.load(folder), []
     for prompt_chunks, more in (1, {"prefill_chunk_size": 22}), (2, {}):
         torch.manual_seed(0)
@@ -130,7 +109,7 @@ def test_other_kinds_of_generation(tmp_path: Path, options: dict[str, Any]) -> N
 
 
 def test_continuous_batches_are_cut_by_their_scheduler(tmp_path: Path) -> None:
-    folder = saved("mistral", tmp_path / "model")
+    folder = save_random("mistral", tmp_path / "model")
     plan, model = planned(folder, 2), transformers.load(folder)
     prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (60, 50, 9)]
     asked = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -155,10 +134,10 @@ def with_static_cache(folder: Path, inputs: dict[str, Tensor], prompt_chunks: An
         return text, chunked, handle.report().prompts
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3_text", "mistral"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gemma3", "mistral"])
 def test_static_caches(ranks: Pools, tmp_path: Path, name: str) -> None:
     """Masks are made for the whole prompt there, and cut by what each layer holds."""
-    folder, inputs = saved(name, tmp_path / "model"), padded(length=44)
+    folder, inputs = save_random(name, tmp_path / "model"), padded(length=44)
     planned(folder, 2)
     _, expected, _ = with_static_cache(folder, inputs, 1, simulate=True)
     for text, _, prompts in ranks(2).run(with_static_cache, folder, inputs, 2):
@@ -176,7 +155,7 @@ def kept(folder: Path, ids: Tensor, num_kept: int, use_cache: bool, simulate: bo
 
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_logits_are_those_asked_for(ranks: Pools, tmp_path: Path, use_cache: bool) -> None:
-    folder, ids = saved("llama", tmp_path / "model"), random_ids(2, LENGTH)
+    folder, ids = save_random("llama", tmp_path / "model"), random_ids(2, LENGTH)
     planned(folder, 2)
     whole, _ = kept(folder, ids, 0, use_cache, simulate=True)
     for num_kept in 1, 23, 24, LENGTH:
@@ -187,7 +166,7 @@ def test_logits_are_those_asked_for(ranks: Pools, tmp_path: Path, use_cache: boo
 
 def test_a_cache_that_was_given_is_the_one_that_is_filled(tmp_path: Path) -> None:
     """Also one that makes its layers as they come, and has none yet."""
-    folder = saved("llama", tmp_path / "model")
+    folder = save_random("llama", tmp_path / "model")
     plan, model = planned(folder, 2), transformers.load(folder)
     with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=2) as handle:
         for cache in DynamicCache(), DynamicCache(config=model.config):
@@ -201,7 +180,7 @@ CODECS = "bf16", "int8-group128", "allocated(bits=3)", "transform(bits=3)"
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_kind_of_codec(ranks: Pools, tmp_path: Path, codec: str) -> None:
-    folder, inputs = saved("llama", tmp_path / "model"), padded()
+    folder, inputs = save_random("llama", tmp_path / "model"), padded()
     plan = planned(folder, 2, codec)
     logits, text, _ = answers(transformers.load(folder), plan, inputs, simulate=True)
     for found in ranks(2).run(on_rank, folder, inputs, "auto"):
@@ -211,7 +190,7 @@ def test_every_kind_of_codec(ranks: Pools, tmp_path: Path, codec: str) -> None:
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe"])
 def test_whole_experts_on_ranks(ranks: Pools, tmp_path: Path, name: str) -> None:
-    folder, inputs = saved(name, tmp_path / "model"), padded()
+    folder, inputs = save_random(name, tmp_path / "model"), padded()
     whole, split = transformers.load(folder), Split(tp_size=2, experts="all_reduce")
     plan = narrowcast.calibrate(whole, [random_ids(2, 40, seed=1)], tp_size=2, experts="all_reduce")
     plan.save(folder / "plan")
@@ -226,7 +205,7 @@ def on_rank_of(split: Split, folder: Path, inputs: dict[str, Tensor]) -> Any:
 
 
 def test_nodes(ranks: Pools, tmp_path: Path) -> None:
-    folder, inputs = saved("llama", tmp_path / "model"), padded()
+    folder, inputs = save_random("llama", tmp_path / "model"), padded()
     model = transformers.load(folder)
     plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=4, groups=[[0, 1], [2, 3]])
     plan.save(folder / "plan")
@@ -280,7 +259,7 @@ REASONS = {
 
 @pytest.mark.parametrize("forward", REASONS)
 def test_what_cannot_be_halved_runs_as_one_and_says_why(tmp_path: Path, forward: Callable[[Any, Tensor], None]) -> None:
-    folder = saved("llama", tmp_path / "model")
+    folder = save_random("llama", tmp_path / "model")
     plan, model = planned(folder, 2), transformers.load(folder)
     with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=2) as handle:
         forward(model, random_ids(1, 40))
@@ -292,9 +271,8 @@ def test_what_cannot_be_halved_runs_as_one_and_says_why(tmp_path: Path, forward:
 def test_while_one_half_is_in_the_next_stage_the_other_is_in_this_one(
     ranks: Pools, tmp_path: Path, name: str, split: Split
 ) -> None:
-    folder = saved(name, tmp_path / "model")
-    inputs = {"input_ids": random_ids(2, LENGTH), "attention_mask": torch.ones(2, LENGTH, dtype=torch.long)}
-    model = transformers.load(folder)
+    folder = save_random(name, tmp_path / "model")
+    inputs, model = padded(), transformers.load(folder)
     plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=split.tp_size, pp_size=split.pp_size)
     plan.save(folder / "plan")
     logits, text, report = answers(model, plan, inputs, simulate=True)
@@ -303,25 +281,6 @@ def test_while_one_half_is_in_the_next_stage_the_other_is_in_this_one(
         assert torch.equal(found[0], logits)
         assert torch.equal(found[1], text)
         assert found[2].prompts == {"in halves": 2}
-
-
-def forward_of(split: Split, folder: Path, inputs: dict[str, Tensor]) -> Tensor:
-    model, plan = transformers.load(folder, split=split), Plan.load(folder / "plan")
-    with torch.no_grad(), narrowcast.attach(model, plan, prompt_chunks=2):
-        logits: Tensor = model(**inputs).logits  # type: ignore[operator]
-    return logits
-
-
-def test_padded_prompts_of_a_pipeline_run_as_one(ranks: Pools, tmp_path: Path) -> None:
-    folder, split = saved("llama", tmp_path / "model"), Split(pp_size=2)
-    model = transformers.load(folder)
-    plan = narrowcast.calibrate(model, [random_ids(2, 40)], tp_size=1, pp_size=2)
-    plan.save(folder / "plan")
-    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, prompt_chunks=2) as handle:
-        logits = model(**padded()).logits
-    assert handle.report().prompts == {"one forward: padding in a pipeline": 1}
-    for found in ranks(2).run(forward_of, split, folder, padded()):
-        assert torch.equal(found, logits)
 
 
 def fails_in_the_second_half(folder: Path, inputs: dict[str, Tensor]) -> tuple[bool, Tensor]:
@@ -345,7 +304,7 @@ def fails_in_the_second_half(folder: Path, inputs: dict[str, Tensor]) -> tuple[b
 
 
 def test_an_error_in_one_half_ends_the_other_and_leaves_the_ranks_in_step(ranks: Pools, tmp_path: Path) -> None:
-    folder, inputs = saved("llama", tmp_path / "model"), padded()
+    folder, inputs = save_random("llama", tmp_path / "model"), padded()
     logits, _, _ = answers(transformers.load(folder), planned(folder, 2), inputs, algorithm="two_shot", simulate=True)
     for failed, found in ranks(2).run(fails_in_the_second_half, folder, inputs):
         assert failed
@@ -367,10 +326,10 @@ def refusal(folder: Path, view_of_chunks: bool) -> str:
     return ""
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "qwen3_next"])
+@pytest.mark.parametrize("name", ["gemma3", "qwen3-next"])
 def test_a_model_that_turns_make_wrong_is_refused(ranks: Pools, tmp_path: Path, name: str) -> None:
     """Found by trying: these are silently wrong where a half sees lengths of a cache that the other is writing."""
-    folder = saved(name, tmp_path / "model")
+    folder = save_random(name, tmp_path / "model")
     planned(folder, 2)
     assert all("another one on ranks [0, 1]" in each for each in ranks(2).run(refusal, folder, False))
     assert not any(ranks(2).run(refusal, folder, True))
@@ -413,7 +372,7 @@ def prompts_of(folder: Path, plan: bytes, lengths: Sequence[int], **options: Any
 
 
 def test_auto_halves_prompts_of_a_pipeline(ranks: Pools, tmp_path: Path) -> None:
-    folder = saved("llama", tmp_path / "model")
+    folder = save_random("llama", tmp_path / "model")
     plan = narrowcast.calibrate(transformers.load(folder), [random_ids(2, 40)], tp_size=1, pp_size=2).to_bytes()
     run = partial(ranks(2).run, prompts_of, folder, plan)
     assert run((127, 128)) == [{"in halves": 1}] * 2
@@ -422,7 +381,7 @@ def test_auto_halves_prompts_of_a_pipeline(ranks: Pools, tmp_path: Path) -> None
 
 def test_auto_goes_by_the_table(ranks: Pools, tmp_path: Path) -> None:
     """Weights of 0.3 MB a rank between five sums: 64 tokens on."""
-    folder = saved("llama", tmp_path / "model")
+    folder = save_random("llama", tmp_path / "model")
     plan, run = planned(folder, 2), partial(ranks(2).run, prompts_of, folder)
     assert run(plan.to_bytes(), (32, 64, 100)) == [{}, {}], "not tuned"
     num_bytes = sum(weight.nbytes for weight in transformers.load(folder).parameters()) / 2 / 4
@@ -434,7 +393,7 @@ def test_auto_goes_by_the_table(ranks: Pools, tmp_path: Path) -> None:
 
 
 def test_options_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
-    folder = saved("llama", tmp_path / "model")
+    folder = save_random("llama", tmp_path / "model")
     plan, model = planned(folder, 2), transformers.load(folder)
     with pytest.raises(InvalidInputError, match="expected auto, 1 or 2"):
         narrowcast.attach(model, plan, simulate=True, prompt_chunks=4)  # type: ignore[arg-type]
@@ -454,7 +413,7 @@ TABLES = {
 @pytest.mark.parametrize("table", TABLES)
 def test_halves_may_take_different_ways(ranks: Pools, tmp_path: Path, table: str) -> None:
     """Neither overtakes the other, however many turns its sums take."""
-    folder, inputs = saved("llama", tmp_path / "model"), padded()
+    folder, inputs = save_random("llama", tmp_path / "model"), padded()
     plan = replace(planned(folder, 2), decisions=Decisions(coded={96: TABLES[table]}))
     plan.save(folder / "plan", overwrite=True)
     logits, text, _ = answers(transformers.load(folder), plan, inputs, simulate=True)

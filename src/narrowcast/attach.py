@@ -302,7 +302,7 @@ def _halve(
 ) -> None:
     """Let long prompts run in halves; with the model as it was, what `_check_turns` raises."""
     logger.info("prompts of %d tokens and more run in halves", prompts.min_tokens)
-    engine.halve_prompts(model, split, wires, prompts, forwards)
+    engine.halve_prompts(model, wires, prompts, forwards)
     if not isinstance(wires, Communicator) or split.pp_size > 1:  # where nothing takes turns
         return
     try:

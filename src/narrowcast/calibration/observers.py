@@ -98,7 +98,10 @@ class RangeObserver:
         """Ranges by site and hop; InvalidInputError if a site gave values that are not finite, or none."""
         if missing := set(sites) - self._extremes.keys():
             raise InvalidInputError(
-                min(missing), expected="values from the calibration text", found="none", remedy="Pass more text."
+                min(missing),
+                expected="values from the calibration text",
+                found="none",
+                remedy="Pass more text; parts of a model that no text reaches, as of images, are not supported.",
             )
         return {site: [_ranges(site, hop) for hop in self._extremes[site]] for site in sites}
 

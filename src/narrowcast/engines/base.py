@@ -77,7 +77,7 @@ class Seam(Protocol):
         """
         ...
 
-    def halve_prompts(self, model: nn.Module, split: Split, wires: Wires, prompts: Prompts, forwards: Forwards) -> None:
+    def halve_prompts(self, model: nn.Module, wires: Wires, prompts: Prompts, forwards: Forwards) -> None:
         """Let a model that was taken over run long prompts in halves over `wires`, where what it is given allows that.
 
         The last half's output is the whole one's. `prompts` says where to cut, and counts; `forwards` gives all back.

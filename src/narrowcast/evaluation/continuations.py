@@ -1,7 +1,7 @@
 """Continuations of prompts: greedy, or sampled alike on all ranks; told token by token."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from narrowcast.engines import device_of, engine_of
+from narrowcast.engines import device_of
 from narrowcast.progress import Progress, tell
 
 
@@ -40,37 +40,23 @@ def continuations(
 ) -> list[list[int]]:
     """Ids that `model` adds to each prompt [1, T], up to the end of text; each is told (`Said`) when it is known.
 
-    All prompts go in one batch, padded on the left; through a pipeline one by one, as only its first stage knows of
-    padding.
+    All prompts go in one batch, padded on the left.
     """
+    drawn: dict[str, Any] = {"do_sample": False}
     if sampling.temperature:
         torch.manual_seed(sampling.seed)
-    together = [range(len(prompts))]
-    if len(prompts) > 1 and engine_of(model).split_of(model).pp_size > 1:
-        together = [range(place, place + 1) for place in range(len(prompts))]
-    found: list[list[int]] = []
-    for places in together:
-        found += _batch(model, prompts, places, max_new_tokens, sampling.temperature)
-    return found
-
-
-def _batch(
-    model: nn.Module, prompts: Sequence[Tensor], places: range, max_new_tokens: int, temperature: float
-) -> list[list[int]]:
-    """The ids that are added to the prompts at `places`."""
-    some = [prompts[place] for place in places]
-    ids, mask = _padded(some), _padded([torch.ones_like(prompt) for prompt in some])
+        drawn = {"do_sample": True, "temperature": sampling.temperature}
+    ids, mask = _padded(prompts), _padded([torch.ones_like(prompt) for prompt in prompts])
     device = device_of(model)
     ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
     ends = {ends} if isinstance(ends, int) else set(ends or ())  # type: ignore[arg-type]
-    sampled: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     generated = model.generate(  # type: ignore[operator]
         ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
         pad_token_id=0,  # masked wherever it stands
-        streamer=_Telling(places, ends),
-        **sampled,
+        streamer=_Telling(len(prompts), ends),
+        **drawn,
     )
     return [list(itertools.takewhile(lambda id: id not in ends, row)) for row in generated[:, ids.shape[1] :].tolist()]
 
@@ -78,8 +64,8 @@ def _batch(
 class _Telling:
     """A streamer, as Transformers calls it: with the prompts first, then with a token for each."""
 
-    def __init__(self, places: Iterable[int], ends: set[int]) -> None:
-        self._going_on, self._ends, self._begun = dict(enumerate(places)), ends, False
+    def __init__(self, num_prompts: int, ends: set[int]) -> None:
+        self._going_on, self._ends, self._begun = list(range(num_prompts)), ends, False
 
     def put(self, ids: Tensor) -> None:
         if not self._begun:
@@ -88,8 +74,8 @@ class _Telling:
             tell(Said({}))
             return
         found = ids.tolist()
-        self._going_on = {row: place for row, place in self._going_on.items() if found[row] not in self._ends}
-        tell(Said({place: found[row] for row, place in self._going_on.items()}))
+        self._going_on = [place for place in self._going_on if found[place] not in self._ends]
+        tell(Said({place: found[place] for place in self._going_on}))
 
     def end(self) -> None:
         pass

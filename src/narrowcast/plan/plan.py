@@ -91,7 +91,7 @@ class Plan:
                 "plan",
                 expected="one for ranks that there can be",
                 found=f"one that is simulated only ({self.simulated_only})",
-                remedy="Calibrate with such a tp_size, or simulate it.",
+                remedy="Calibrate for other ranks, or simulate it.",
             )
 
     @cached_property

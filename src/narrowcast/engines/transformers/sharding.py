@@ -1,5 +1,6 @@
 """Parts of weights that ranks hold, and modules whose weights we know."""
 
+import inspect
 from typing import cast
 
 from torch import Tensor, nn
@@ -46,9 +47,15 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """True for experts whose weights lie as in Mixtral and Qwen3-MoE."""
-    names = {name for name, _ in module.named_parameters(recurse=False)}
-    return names == EXPERT_WEIGHTS and hasattr(module, "num_experts") and not getattr(module, "is_transposed", False)
+    """True for experts whose weights lie as in Mixtral and Qwen3-MoE, given tokens, their experts, and weights."""
+    shapes = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
+    if shapes.keys() != EXPERT_WEIGHTS or not hasattr(module, "num_experts"):
+        return False
+    num_experts, num_features, size = shapes["down_proj"]
+    fits = shapes["gate_up_proj"] == (num_experts, 2 * size, num_features)
+    lies_so = getattr(module, "is_concatenated", True) and not getattr(module, "is_transposed", False)
+    given = inspect.signature(inspect.unwrap(type(module).forward)).parameters  # itself, tokens, experts, weights
+    return fits and lies_so and len(given) == 4
 
 
 def reading_weight(module: nn.Module) -> Tensor:

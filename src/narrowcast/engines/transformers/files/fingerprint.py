@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from narrowcast.engines.transformers.layered import by_layer
 from narrowcast.engines.transformers.seam import summed
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, local, own_chunk, summed_weight
 from narrowcast.plan import ModelFingerprint
@@ -45,7 +46,8 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
     embedding = cast(Any, model).get_input_embeddings()
     if isinstance(embedding, nn.Embedding):  # not on every stage of a pipeline
         samples["embedding"] = _digests(embedding.weight, dim=0)
-    fields = {field: getattr(config, field) for field in CONFIG_FIELDS if hasattr(config, field)}
+    values = {field: by_layer(config, field) for field in CONFIG_FIELDS}
+    fields: dict[str, Any] = {field: each[0] if len(each) == 1 else each for field, each in values.items() if each}
     fields["rope_theta"] = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     return ModelFingerprint(config=fields, samples=samples)
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,9 @@ from torch import nn
 
 from narrowcast.engines.base import Dtype, Replicated
 from narrowcast.engines.transformers.files.vocabulary import styles
+from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
+from narrowcast.engines.transformers.seam.rehearsal import check_stages, mistake
 from narrowcast.errors import InvalidInputError, MissingDependencyError, NarrowcastError
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
@@ -56,6 +59,8 @@ def load(
             return model.to(device)
         _check_version(split, replicated)
         _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
+        if split.pp_size > 1:
+            check_stages(skeleton(path), split.pp_size)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
             return _from_pretrained(path, located | _weights(path, dtype) | distributed)
@@ -210,28 +215,33 @@ def _stages_may_be_split() -> Iterator[None]:
 
 
 def obstacle(model: nn.Module, split: Split) -> str:
-    """The heads or experts of a whole model, or of its skeleton, that cannot be shared out so; "" if there are none."""
-    return _obstacle(cast(Any, model).config.get_text_config(), split)
+    """The heads or experts of a whole model, or of its skeleton, that cannot be shared out so; stages that are wrong.
+
+    InvalidInputError for a model without such stages.
+    """
+    of_heads = _heads_in_the_way(cast(Any, model).config.get_text_config(), split)
+    of_stages = mistake(model, split.pp_size) if split.pp_size > 1 else ""
+    return "; ".join(filter(None, (of_heads, of_stages)))
 
 
-def _obstacle(config: Any, split: Split) -> str:
+def _heads_in_the_way(config: Any, split: Split) -> str:
     """Transformers splits by whole heads and experts, and fails deep inside where that cannot be."""
     plan = config.base_model_tp_plan or {}
     by_heads = any(name.endswith(("q_proj", "k_proj")) and style == "colwise" for name, style in plan.items())
     fields = {"num_attention_heads": "heads", "num_key_value_heads": "KV heads"} if by_heads else {}
     if split.experts != "slices":
         fields |= {"num_local_experts": "experts", "num_experts": "experts"}
-    numbers = {name: getattr(config, field) for field, name in fields.items() if getattr(config, field, None)}
-    shared = math.gcd(*numbers.values())
-    if not numbers or shared % split.tp_size == 0:
+    numbers = {name: by_layer(config, field) for field, name in fields.items()}
+    shared = math.gcd(*filter(None, itertools.chain(*numbers.values())))
+    if not shared or shared % split.tp_size == 0:
         return ""
     *few, most = (str(size) for size in range(1, shared + 1) if shared % size == 0)
     fitting = f"{', '.join(few)} or {most} ranks" if few else "1 rank"
-    return f"{', '.join(f'{number} {name}' for name, number in numbers.items())}: {fitting}"
+    return f"{in_words(numbers)}: {fitting}"
 
 
 def _check_divisible(config: Any, split: Split) -> None:
-    if found := _obstacle(config, split):
+    if found := _heads_in_the_way(config, split):
         raise InvalidInputError(
             f"tp_size {split.tp_size}",
             expected="ranks that have as many each",

@@ -4,6 +4,7 @@ A model's `tp_plan` and `ep_plan` name a style for each module. Where a style co
 instance attribute that the engine has set; ours takes its place. Weights of a split model are DTensors.
 """
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
-from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline
+from narrowcast.engines.transformers.layered import by_layer, in_words
+from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_plain, reading_weight
 from narrowcast.errors import InvalidInputError
@@ -103,6 +105,8 @@ def _experts(model: nn.Module, config: Any) -> Experts:
 
 def sites(model: nn.Module, split: Split) -> Mapping[str, str]:
     """Kinds by name; InvalidInputError for a model that has no such place, or one that is not supported."""
+    if pipeline.stage_of(model) is not None:  # whoever has split it
+        rehearsal.check_stages(model, split.pp_size)
     found = dict(pipeline.sites(model, split.pp_size)) if split.pp_size > 1 else {}
     for name, module, style in _communicating(model, split):
         kinds = style.sites(name)
@@ -186,13 +190,12 @@ def shares_read(model: nn.Module, module: str) -> Tensor:
 def check_shares(model: nn.Module, split: Split) -> None:
     """InvalidInputError unless each rank has whole heads."""
     config: Any = cast(Any, model).config.get_text_config()
-    num_heads = config.num_attention_heads
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    if num_heads % split.tp_size or num_kv_heads % split.tp_size:
+    numbers = {"heads": by_layer(config, "num_attention_heads"), "KV heads": by_layer(config, "num_key_value_heads")}
+    if any(number % split.tp_size for number in itertools.chain(*numbers.values()) if number):
         raise InvalidInputError(
             f"tp_size {split.tp_size}",
             expected="ranks that each have as many whole heads",
-            found=f"{num_heads} heads, {num_kv_heads} KV heads",
+            found=in_words(numbers),
             remedy="Choose a number of ranks that divides both.",
         )
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.engines.forwards import Forwards
-from narrowcast.engines.transformers.seam.pipeline import stage_of
-from narrowcast.plan.split import Split
+from narrowcast.engines.transformers.seam.pipeline import own_layers, stage_of
+from narrowcast.engines.transformers.seam.stage_cache import tell_own_lengths_
 from narrowcast.runtime.prompts import Prompts
 from narrowcast.runtime.wires import Wires
 
@@ -26,7 +26,7 @@ class IndivisibleError(Exception):
     """This forward cannot run in halves; says why."""
 
 
-def halve_prompts(model: nn.Module, split: Split, wires: Wires, prompts: Prompts, forwards: Forwards) -> None:
+def halve_prompts(model: nn.Module, wires: Wires, prompts: Prompts, forwards: Forwards) -> None:
     """Let `model` run long prompts in halves where it can."""
     signature, whole = inspect.signature(type(model).forward), model.forward
 
@@ -39,8 +39,6 @@ def halve_prompts(model: nn.Module, split: Split, wires: Wires, prompts: Prompts
         if not halves:
             return whole(*args, **kwargs)
         try:
-            if split.pp_size > 1 and _is_padded(arguments.get("attention_mask")):
-                raise IndivisibleError("padding in a pipeline")  # whose engine masks it wrongly behind a cache
             prompt = Prompt(model, signature, whole, arguments)
         except IndivisibleError as reason:
             prompts.as_one(str(reason))
@@ -72,12 +70,13 @@ class Prompt:
     def __init__(
         self, model: Any, signature: inspect.Signature, whole: Callable[..., Any], arguments: Mapping[str, Any]
     ) -> None:
+        cache = arguments.get("past_key_values")
+        _tell_own_lengths(cache, model)
         _check(model, signature, arguments)
         self._model, self._whole, self._ids = model, whole, arguments["input_ids"]
         self._position_ids, self._mask = arguments.get("position_ids"), arguments.get("attention_mask")
         self._num_kept = arguments.get("logits_to_keep", 0) or self._ids.shape[1]
         self._keeps_cache = arguments.get("use_cache", True)
-        cache = arguments.get("past_key_values")
         self._cache = _new_cache(model) if cache is None else cache
 
     def half(self, start: int, stop: int) -> Callable[[], Any]:
@@ -125,10 +124,6 @@ def _check(model: Any, signature: inspect.Signature, arguments: Mapping[str, Any
         raise IndivisibleError("a mask of another kind")
 
 
-def _is_padded(mask: Any) -> bool:
-    return isinstance(mask, Tensor) and not bool(mask.all())
-
-
 def _is_filled(cache: Any) -> bool:
     if all(_attention_layer(cache, index) is None for index in range(len(cache))):
         return bool(len(cache)) and bool(cache.has_previous_state())  # states that recur alone
@@ -138,7 +133,14 @@ def _is_filled(cache: Any) -> bool:
 def _new_cache(model: Any) -> Any:
     from transformers import DynamicCache
 
-    return DynamicCache(config=model.config)
+    cache = DynamicCache(config=model.config)
+    _tell_own_lengths(cache, model)
+    return cache
+
+
+def _tell_own_lengths(cache: Any, model: Any) -> None:
+    if stage_of(model) is not None:
+        tell_own_lengths_(cache, own_layers(model))
 
 
 def _mask_of(model: Any, mask: Any, view: Any, start: int, stop: int) -> Any:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.engines.forwards import Forward, Forwards
+from narrowcast.engines.transformers.seam.stage_cache import tell_own_lengths_
 from narrowcast.errors import InvalidInputError
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.wires import VirtualWires, Wires
 
 LOGITS = "logits"
+DROPPED = "labels", "output_hidden_states", "output_attentions"
 
 
 def stage_of(model: nn.Module) -> Any:
@@ -24,6 +26,12 @@ def is_later_stage(model: nn.Module) -> bool:
     """Not the one that text comes to first."""
     stage = stage_of(model)
     return stage is not None and not stage.pp_is_first_stage
+
+
+def own_layers(model: nn.Module) -> range:
+    """The numbers of the layers that this rank's stage holds."""
+    stage = stage_of(model)
+    return range(*stage.layer_range_for_rank(stage.pp_rank, len(cast(Any, model).base_model.layers)))
 
 
 def boundaries(model: nn.Module, pp_size: int) -> list[str]:
@@ -84,29 +92,27 @@ def _take_over_stage(model: nn.Module, communicator: Communicator, forwards: For
     """Give the model a stage that sends through `communicator`. The engine's own forward goes on driving it."""
     stage = _coded_stage(model, communicator)
     forwards.set(model, "_pp_stage", stage)
-    signature, driven = inspect.signature(type(model).forward), model.forward
+    signature, driven, layers = inspect.signature(type(model).forward), model.forward, own_layers(model)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         arguments = signature.bind(model, *args, **kwargs).arguments
-        _check_padding(arguments)
+        _check_asked({**arguments, **arguments.get("kwargs", {})})
+        tell_own_lengths_(arguments.get("past_key_values"), layers)
         kept = arguments.get("logits_to_keep", 0)
         stage.logits_to_keep = kept.numel() if isinstance(kept, Tensor) else kept or None
-        return driven(*args, **kwargs)
+        outputs = driven(*args, **kwargs)
+        tell_own_lengths_(outputs.past_key_values, layers)
+        return outputs
 
     forwards.replace(model, forward)
 
 
-def _check_padding(arguments: Mapping[str, Any]) -> None:
-    """Transformers 5.23 masks wrongly on later stages, whose cache has no first layer to tell its length."""
-    mask, ids = arguments.get("attention_mask"), arguments.get("input_ids")
-    if mask is None or ids is None or mask.ndim != 2:
-        return
-    if mask.shape[1] > ids.shape[1] and not mask.all():
+def _check_asked(arguments: Mapping[str, Any]) -> None:
+    """Logits and a cache are all that the engine's pipeline gives: it drops other things, without an error."""
+    asked = [name for name in DROPPED if arguments.get(name) is not None and arguments[name] is not False]
+    if asked:
         raise InvalidInputError(
-            "pipeline",
-            expected="prompts of one length to continue with a cache, as Transformers masks padding wrongly there",
-            found=f"{int((mask == 0).any(dim=1).sum())} padded prompts",
-            remedy="Continue prompts of other lengths in batches of their own.",
+            "pipeline", expected="a forward for logits", found=" and ".join(asked), remedy="Ask a model in one stage."
         )
 
 
