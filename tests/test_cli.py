@@ -53,7 +53,7 @@ def refused(*arguments: object) -> str:
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("plans") / "two"
     done = narrowcast("calibrate", MODEL, "-tp", 2, "--codec", "int4-feature", *SHORT, "-o", path)
-    assert done.stdout.startswith(f"{path}: 16 sites, tp_size 2, int4-feature, 4.441 bits a value, from 8 sequences\n")
+    assert done.stdout.startswith(f"{path}: 16 sites, tp_size 2, int4-feature, 4.441 bits a value, from 6 sequences, 3")
     assert "verdict: none noticed; KL 0.00" in done.stdout
     return path
 
@@ -166,7 +166,7 @@ def test_calibrate_on_ranks_writes_the_plan_of_one_process(plan: Path, tmp_path:
     """At 1 thread a rank, matrix products may round differently: the same sites, and ranges within a rounding."""
     path = tmp_path / "real"
     arguments = "calibrate", MODEL, "-tp", 2, "--codec", "int4-feature", *SHORT, "-o", path, "--real"
-    assert "16 sites, tp_size 2, int4-feature, 4.441 bits a value, from 8 sequences" in narrowcast(*arguments).stdout
+    assert "16 sites, tp_size 2, int4-feature, 4.441 bits a value, from 6 sequences" in narrowcast(*arguments).stdout
     found, expected = Plan.load(path), Plan.load(plan)
     assert found.model == expected.model and found.calibration.keys() == expected.calibration.keys()
     for key, value in expected.calibration.items():
@@ -305,6 +305,24 @@ def test_codecs_lists_what_there_is() -> None:
     assert rows["int4-feature"].split()[1:4] == ["feature(bits=4)", "text", "4.19"]
     assert rows["int4-group128"].split()[1:3] == ["group(bits=4,size=128)", "4.25"], "it needs nothing"
     assert rows["transform"].split()[1:] == ["transform()", "model", "1.50"]
+
+
+@pytest.mark.parametrize(("load", "warns"), [(0.2, False), (3.1, True)])
+def test_doctor_warns_of_more_threads_than_free_cores(
+    load: float, warns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    shown = " ".join(narrowcast("doctor").stdout.split())
+    assert ("3 of 4 cores are busy" in shown and "OMP_NUM_THREADS=1" in shown) == warns
+
+
+def test_threads_do_not_spin_for_long_unless_asked_to() -> None:
+    command = [sys.executable, "-c", "import narrowcast, os; print(os.environ.get('GOMP_SPINCOUNT'))"]
+    for asked, found in (({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "None")):
+        settings = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"} | asked
+        assert subprocess.check_output(command, env=settings, text=True).strip() == found
 
 
 def test_doctor() -> None:

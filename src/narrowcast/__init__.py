@@ -1,5 +1,14 @@
 """Tensor-parallel LLM inference whose devices send each other 4 bits a value."""
 
+import os
+import sys
+
+# PyTorch's threads wait for one another by spinning. Where a core is busy otherwise, that is for a thread that does not
+# run: as long as GNU OpenMP spins by itself, calibration took seven times as long (docs/benchmarks.md). It is read when
+# PyTorch is imported.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
 from narrowcast.attach import attach
 from narrowcast.calibration import calibrate
 from narrowcast.codecs import PRESETS

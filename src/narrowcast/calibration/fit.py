@@ -25,9 +25,10 @@ RIDGE = 1e-6  # of the mean sensitivity, added to all: directions that the text 
 
 @dataclass(frozen=True, kw_only=True)
 class Axes:
-    """The way from a site's values to components and back: analysis [A, N, K, B], synthesis [A, N, B, K].
+    """The way from a site's values to components and back: analysis [A, N, K, B], synthesis [A, N, B, K], in BF16.
 
-    A is 1 or R, and N * B features are cut into N blocks. None where features are the components.
+    A is 1 or R, and N * B features are cut into N blocks. None where features are the components. In the dtype of
+    plans, as those of all sites are there at once: bits are handed out to all together.
 
     `power`: mean squares of the components, [R, K] or, of the sum, [1, K]; `sensitivity`: what an error in them costs.
     """
@@ -172,14 +173,15 @@ def _axes_of(covariance_ANBB: Tensor, fisher_NBB: Tensor) -> tuple[Tensor, Tenso
     roots = values.clamp(min=ridge).sqrt()[:, None]
     root, inverse = vectors * roots @ vectors.mT, vectors / roots @ vectors.mT
     axes = torch.linalg.eigh(root @ covariance_ANBB @ root).eigenvectors.flip(-1)
-    return (axes.mT @ root).bfloat16().double(), (inverse @ axes).bfloat16().double()
+    return (axes.mT @ root).bfloat16(), (inverse @ axes).bfloat16()
 
 
 def _powers(covariance_REE: Tensor, fisher: Tensor, analysis: Tensor, synthesis: Tensor) -> Axes:
     size = analysis.shape[-1]
     seen, minded = _diagonal_blocks(covariance_REE, size), _diagonal_blocks(fisher[None], size)
-    power = ((analysis @ seen) * analysis).sum(dim=-1).clamp(min=0).flatten(1)
-    sensitivity = ((minded @ synthesis) * synthesis).sum(dim=-2).clamp(min=0).flatten(1)
+    wide_analysis, wide_synthesis = analysis.double(), synthesis.double()
+    power = ((wide_analysis @ seen) * wide_analysis).sum(dim=-1).clamp(min=0).flatten(1)
+    sensitivity = ((minded @ wide_synthesis) * wide_synthesis).sum(dim=-2).clamp(min=0).flatten(1)
     return Axes(analysis=analysis, synthesis=synthesis, power=power, sensitivity=sensitivity.expand_as(power))
 
 
@@ -198,8 +200,8 @@ def _codec(num_features: int, axes: Axes, widths_RN: Tensor) -> Codec:
     widths_RN = widths_RN[:, : -(-power.shape[1] // BLOCK)].contiguous()
     return TransformCodec(
         size=num_features,
-        analysis=analysis.bfloat16(),
-        synthesis=synthesis.bfloat16(),
+        analysis=analysis.clone(),  # a file holds no tensor twice, and both hops may have these axes
+        synthesis=synthesis.clone(),
         components=fitted(power.sqrt(), widths_RN, energy),
     )
 

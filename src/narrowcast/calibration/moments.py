@@ -80,9 +80,9 @@ class MomentObserver:
         """Nothing is fitted to what travels once."""
 
     def means(self) -> dict[str, Means]:
-        """Means over tokens by site: of partial sums, and of their sum."""
+        """Means over tokens by site, of partial sums, and of their sum, in place of the sums: to be asked for once."""
         return {
-            site: (partial / self._num_tokens[site], total / self._num_tokens[site])
+            site: (partial.div_(self._num_tokens[site]), total.div_(self._num_tokens[site]))
             for site, (partial, total) in self._moments.items()
         }
 

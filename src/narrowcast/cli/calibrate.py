@@ -1,5 +1,7 @@
 """`narrowcast calibrate`: a model and text in, a plan out, in one process or on the ranks of the split model."""
 
+import contextlib
+import ctypes
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -27,6 +29,7 @@ from narrowcast.plan.split import Split
 from narrowcast.plan.summary import doubts, mean_bits
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
+M_MMAP_THRESHOLD = -3  # malloc.h of glibc
 OF_ONE_KIND = re.compile(r"\w+=")  # not allocated(bits=2)
 
 
@@ -66,7 +69,10 @@ def calibrate(
             found=", ".join(codec),
             remedy="Leave --real and --nnodes out, or choose allocated.",
         )
-    asked = {**asdict(split), "groups": groups, "first_tokens": first_tokens, "moments": moments_needed(chosen)}
+    moments = moments_needed(chosen)
+    if moments == "full":
+        _give_back_what_is_freed()
+    asked = {**asdict(split), "groups": groups, "first_tokens": first_tokens, "moments": moments}
     with shown():
         found = sequences(load_engine().load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
         given = found, chosen, asked, not no_feedback
@@ -82,12 +88,24 @@ def calibrate(
         what = spelling(plan.calibration["codec"]) + ("" if bits is None else f", {bits:.4g} bits a value")
         text_seen = f"{plan.calibration['num_sequences']} sequences, {plan.calibration['num_tokens']:,} tokens"
         held_out = plan.calibration["num_held_out"]
-        typer.echo(f"{output}: {number}, {split}, {what}, from {text_seen}; {held_out} held out")
+        typer.echo(f"{output}: {number}, {split}, {what}, from {text_seen}; {held_out} held out; {_size(output)}")
         for doubt in doubts(plan):
             typer.echo(f"warning: {doubt}", err=True)
         if plan.simulated_only:
             typer.echo(f"simulated only: {plan.simulated_only}")
         tell(plan.calibration["kl_nats"], "on text that was held out")
+
+
+def _size(path: Path) -> str:
+    """Of a file: the price of axes, which may be as large as the model."""
+    nbytes = path.stat().st_size
+    return f"{nbytes / 1e6:.3g} MB" if nbytes >= 1e6 else f"{nbytes / 1e3:.3g} KB"
+
+
+def _give_back_what_is_freed() -> None:
+    """Let glibc map each matrix by itself: on its heap, whose holes fit no other, they take twice the memory."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def codec_by_kind(

@@ -22,6 +22,8 @@ def doctor() -> None:
     found.add_section()
     threads = torch.get_num_threads()
     found.add_row("cpu", f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {threads} threads")
+    if crowded := _crowded(threads):
+        found.add_row("", crowded)
     if not computes_bf16():
         found.add_row("", "[yellow]no BF16 arithmetic[/]: with --dtype float32, BF16 models run several times faster")
     found.add_row("cuda", ", ".join(_gpus()) or "none")
@@ -35,6 +37,18 @@ def doctor() -> None:
     found.add_row("transport tcp", "available" if COMPILED else "needs the compiled module")
     found.add_row("emulated links, for benchmarks", _emulated_links())
     screen().print(found)
+
+
+def _crowded(num_threads: int) -> str:
+    """A warning where PyTorch's threads are more than the cores that nobody else keeps busy; "" for none."""
+    cores, busy = os.cpu_count() or 1, round(os.getloadavg()[0])
+    free = max(1, cores - busy)
+    if num_threads <= free:
+        return ""
+    return (
+        f"[yellow]{busy} of {cores} cores are busy[/], and {num_threads} threads of PyTorch wait for each other: with "
+        f"OMP_NUM_THREADS={free} they compute faster"
+    )
 
 
 def _cpu_kernels() -> str:

@@ -63,7 +63,7 @@ def joint(covariances: Moments, fishers: Moments) -> Tensor:
 
     Joint diagonalization in the sense of Flury and Gautschi (1986), by conjugate gradients on rotations: all pairs of
     axes are turned at once, each as far as its own slope and curvature say, the whole made shorter until the objective
-    falls. A step costs three or four products of [E, E] a matrix, in FP32.
+    falls. A step costs two products of [E, E] a matrix, in FP32, and another for each time that it is halved.
     """
     rotation_EE = principal(covariances)
     matrices = [_seen_from(rotation_EE, matrix).float() for matrix in _ridged(covariances, fishers)]
@@ -72,11 +72,11 @@ def joint(covariances: Moments, fishers: Moments) -> Tensor:
     turn_EE = newton_EE
     for step in range(MAX_STEPS):
         tell(Progress("turning axes, step", step))
-        step_EE, gained, length = _shortened(turn_EE, length, matrices, value)
+        step_EE, turned, gained, length = _shortened(turn_EE, length, matrices, value)
         if gained <= ENOUGH * len(covariances) * len(turn_EE):
             break
         rotation_EE, value, length = rotation_EE @ step_EE, value - gained, min(1.0, 2 * length)
-        matrices = [step_EE.float().T @ matrix @ step_EE.float() for matrix in matrices]
+        matrices = [step_EE.float().T @ half_turned for half_turned in turned]
         last_slope_EE, last_fall = slope_EE, (newton_EE * slope_EE).sum()
         slope_EE, newton_EE = _slope_and_newton_step(matrices)
         kept = (newton_EE * (slope_EE - last_slope_EE)).sum() / last_fall  # Polak and Ribiere
@@ -87,17 +87,20 @@ def joint(covariances: Moments, fishers: Moments) -> Tensor:
     return orthogonal
 
 
-def _shortened(turn_EE: Tensor, length: float, matrices: Sequence[Tensor], value: float) -> tuple[Tensor, float, float]:
+def _shortened(
+    turn_EE: Tensor, length: float, matrices: Sequence[Tensor], value: float
+) -> tuple[Tensor, list[Tensor], float, float]:
     """The rotation along `turn_EE` at the first of `length`, half of it, ... where the objective is below `value`.
 
-    With what it gains, and its length; a gain of zero or less where there is none.
+    With the products of the matrices and it, what it gains, and its length; a gain of zero or less where there is none.
     """
     while True:
         step_EE = torch.matrix_exp(length * turn_EE.double())
         tried_EE = step_EE.float()
-        gained = value - _log_diagonals(((matrix @ tried_EE) * tried_EE).sum(dim=0) for matrix in matrices)
+        turned = [matrix @ tried_EE for matrix in matrices]
+        gained = value - _log_diagonals((half_turned * tried_EE).sum(dim=0) for half_turned in turned)
         if gained > 0 or length < SHORTEST:
-            return step_EE, gained, length
+            return step_EE, turned, gained, length
         length /= 2
 
 
@@ -137,8 +140,9 @@ def _slope_and_newton_step(matrices: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """
     slope_EE, curvature_EE = torch.zeros_like(matrices[0]), torch.full_like(matrices[0], FLATTEST * len(matrices))
     for matrix in matrices:
-        inverse = 1 / matrix.diagonal()
-        slope_EE += 2 * matrix * (inverse[:, None] - inverse)
-        ratio_EE = matrix.diagonal()[:, None] * inverse
-        curvature_EE += 2 * (ratio_EE + ratio_EE.T - 2)
-    return slope_EE, slope_EE / curvature_EE
+        diagonal = matrix.diagonal()
+        inverse = 1 / diagonal
+        slope_EE.addcmul_(matrix, inverse[:, None] - inverse, value=2)
+        curvature_EE.addmm_(diagonal[:, None], inverse[None], alpha=2)
+        curvature_EE.addmm_(inverse[:, None], diagonal[None], alpha=2)
+    return slope_EE, slope_EE / (curvature_EE - 4 * len(matrices))
