@@ -20,7 +20,7 @@ from narrowcast import InvalidInputError, PeerLostError, Plan
 from narrowcast.codecs import CastCodec
 from narrowcast.engines import load_engine
 from narrowcast.plan.split import Split
-from narrowcast.transport import TorchDistributedTransport, Transport, connect
+from narrowcast.transport import TorchDistributedTransport, Transport, connect, torch_distributed
 from ranks import Ranks
 from transports import GLOO, TCP, Kind, needs_mesh, over_both
 
@@ -185,10 +185,19 @@ def join_as_rank_of_four(port: int) -> tuple[int, ...]:
 def join_but_rank_one_leaves(port: int) -> tuple[int, ...]:
     """Rank 1 answers the roll call and goes no further."""
     if dist.get_rank() == 1:
-        dist.init_process_group = leave
+        torch_distributed.lead_gloo = leave
     with contextlib.suppress(InterruptedError):
         return join(port, dist.get_rank(), 3, TIMEOUT_S)
     return ()
+
+
+def join_without_connections(port: int) -> tuple[str, float]:
+    """All ranks are there, and gloo waits for what does not come."""
+    dist.init_process_group = lambda *_, **__: time.sleep(600)
+    started = time.monotonic()
+    with pytest.raises(InvalidInputError) as refusal:
+        join(port, dist.get_rank(), 3, TIMEOUT_S)
+    return str(refusal.value), time.monotonic() - started
 
 
 def leave(*_: object, **__: object) -> None:
@@ -210,6 +219,27 @@ def free_port() -> int:
 
 def test_a_rank_that_never_comes_is_named(three: Ranks) -> None:
     assert three.run(join_as_rank_of_four, free_port()) == [(3,)] * 3
+
+
+def test_where_nobody_holds_the_store_its_address_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    port, started = free_port(), time.monotonic()
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(PeerLostError, match=f"lost rank 0 while joining the group at 127.0.0.1:{port}"):
+        connect(timeout_s=0.3)
+    assert time.monotonic() - started < 5
+    assert capfd.readouterr().err == ""  # of torch's own tries
+
+
+def test_a_store_that_cannot_be_held_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(InvalidInputError, match=f"MASTER_PORT: expected .* a free port, found 127.0.0.1:{port}"):
+            connect(timeout_s=5)
 
 
 @pytest.mark.parametrize("lost", [0, 2])
@@ -234,6 +264,13 @@ def test_a_rank_that_hangs_with_the_store_is_named(three: Ranks, tmp_path: Path)
 
 def test_a_rank_lost_while_the_group_forms_is_named(three: Ranks) -> None:
     assert three.run(join_but_rank_one_leaves, free_port())[::2] == [(1,), (1,)]
+
+
+def test_ranks_that_cannot_connect_say_so_after_the_deadline(three: Ranks) -> None:
+    for message, seconds in three.run(join_without_connections, free_port()):
+        assert "expected ranks that reach each other, found that some do not; this one is on lo, 127.0.0.1" in message
+        assert "Set GLOO_SOCKET_IFNAME" in message
+        assert TIMEOUT_S - 0.1 < seconds < TIMEOUT_S + 20
 
 
 def share_in_a_group() -> tuple[int, ...]:

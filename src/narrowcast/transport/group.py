@@ -100,10 +100,7 @@ class GroupTransport(Transport):
             store = PrefixStore(f"share/{ordinal}", self._store)
             return roll_call(store, dist.get_rank(), self.global_ranks, text, doing, timeout_s=timeout_s)
 
-        try:
-            return _within(timeout_s + 2 * LINGER.total_seconds(), call)
-        except TimeoutError as error:  # the store does not answer: whoever holds it hangs
-            raise PeerLostError([0], doing) from error
+        return answered(call, doing, timeout_s=timeout_s)
 
     def lost(self, peer: int) -> PeerLostError:
         """The error for a peer that failed us: it names the rank that was lost first, which may have taken it along.
@@ -112,7 +109,7 @@ class GroupTransport(Transport):
         """
         mine = str(self.global_ranks[peer])
         try:
-            first = _within(LINGER.total_seconds(), lambda: self._world_store.compare_set("lost", "", mine).decode())
+            first = within(LINGER.total_seconds(), lambda: self._world_store.compare_set("lost", "", mine).decode())
         except (RuntimeError, TimeoutError):  # the store is gone, or hangs, with rank 0: its peers see that themselves
             first = mine if 0 in self.global_ranks else "0"
         logger.error("rank %d: lost rank %s", dist.get_rank(), first)
@@ -148,8 +145,19 @@ def _missing(store: Store, rank: int, keys: list[str]) -> list[int]:
     return missing
 
 
-def _within(timeout_s: float, call: Callable[[], T]) -> T:
-    """Call `call`; TimeoutError if that takes too long. Calls of a store have no deadline of their own."""
+def answered(call: Callable[[], T], doing: str, *, timeout_s: float) -> T:
+    """Call `call`, which asks the store and ends within `timeout_s` if that answers; PeerLostError for its holder."""
+    try:
+        return within(timeout_s + 2 * LINGER.total_seconds(), call)
+    except TimeoutError as error:
+        raise PeerLostError([0], doing) from error
+
+
+def within(timeout_s: float, call: Callable[[], T]) -> T:
+    """Call `call`; TimeoutError if that takes too long, which goes on in a thread of its own.
+
+    For what has no deadline of its own, such as calls of a store, or may stay beyond it.
+    """
     done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
     def run() -> None:
