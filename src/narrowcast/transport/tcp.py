@@ -16,8 +16,9 @@ import torch.distributed as dist
 from narrowcast.errors import InvalidInputError, NarrowcastError
 from narrowcast.transport.address import REMEDY, Host, check_reachable, check_refusals, listen, own_address
 from narrowcast.transport.base import Buffers
-from narrowcast.transport.group import DEFAULT_TIMEOUT_S, LINGER, GroupTransport, hang_ups
+from narrowcast.transport.group import GroupTransport, hang_ups
 from narrowcast.transport.handshake import Credentials, Meeting
+from narrowcast.transport.waiting import LINGER_S
 
 try:
     from narrowcast import _native
@@ -37,7 +38,7 @@ class TcpTransport(GroupTransport):
     """The ranks of `group` (None: the default group), each connected to each; all of them make it at the same time.
 
     `interface`: the network interface (or address) that the connections take, by default that of GLOO_SOCKET_IFNAME,
-    else the one towards MASTER_ADDR. A wait lasts `timeout_s` seconds at most.
+    else the one towards MASTER_ADDR. A wait lasts `timeout_s` seconds at most; by default as long as other transports'.
     Raises InvalidInputError on every rank if one of them has no compiled module or cannot be reached.
     """
 
@@ -49,7 +50,7 @@ class TcpTransport(GroupTransport):
         group: dist.ProcessGroup | None = None,
         *,
         interface: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
         super().__init__(group, timeout_s=timeout_s)
         if self.group not in _meshes:
@@ -99,7 +100,7 @@ class TcpTransport(GroupTransport):
 
     def _agree_to_start(self, meeting: Meeting, addresses: Sequence[str]) -> None:
         """PeerLostError on every rank if any is lost, InvalidInputError if they are there and have not all met."""
-        timeout_s = LINGER.total_seconds() if meeting.missing else None
+        timeout_s = LINGER_S if meeting.missing else None
         try:
             texts = self.share(json.dumps(meeting.missing), _CONNECTING, timeout_s=timeout_s)
             for rank, unmet in enumerate(map(json.loads, texts)):

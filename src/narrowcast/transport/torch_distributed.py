@@ -23,15 +23,14 @@ from narrowcast.transport.address import Card, lead_gloo, unconnected
 from narrowcast.transport.base import Buffers
 from narrowcast.transport.group import (
     DEFAULT_TIMEOUT_S,
-    LINGER,
     GroupTransport,
-    answered,
     check_timeout,
     collectives_of,
     hang_ups,
+    patience_of,
     roll_call,
-    within,
 )
+from narrowcast.transport.waiting import LINGER_S, answered, within
 
 ENGINE_TIMEOUT = timedelta(hours=2)
 _JOINING = "joining the group"
@@ -43,7 +42,7 @@ _HANG_UP_TAG = _FIRST_TAG - 1
 
 
 class TorchDistributedTransport(GroupTransport):
-    """The ranks of `group` (None: the default group). A wait lasts `timeout_s` seconds at most."""
+    """The ranks of `group` (None: the default group), waits for which last `timeout_s` seconds at most."""
 
     name = "torch.distributed"
 
@@ -143,10 +142,18 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S, store: Store | None = None)
     try:
         within(timeout_s, join)  # gloo waits up to five times as long for a connection
     except (RuntimeError, TimeoutError) as error:  # who is still there? Others may wait until their deadline
-        call("again", "", deadline - time.monotonic() + LINGER.total_seconds())
+        call("again", "", deadline - time.monotonic() + LINGER_S)
         raise unconnected() from error
+    patience_of[dist.distributed_c10d._get_default_group()] = timeout_s
     # The engine's own waits, while ranks load a large model at different speeds, are not ours to cut short.
     _set_pg_timeout(ENGINE_TIMEOUT)
+
+
+def hurry_engine() -> None:
+    """Have the engine's own waits last no longer than ours, in all groups: once all ranks have loaded their models."""
+    timeout = timedelta(seconds=TorchDistributedTransport().timeout_s)
+    for group in dist.distributed_c10d._world.pg_map:
+        _set_pg_timeout(timeout, group)
 
 
 def _store_of_torchrun(rank: int, timeout_s: float) -> Store:
@@ -160,7 +167,7 @@ def _store_of_torchrun(rank: int, timeout_s: float) -> Store:
     try:
         if not held:
             _await_listener(address, port, time.monotonic() + timeout_s)
-        return within(timeout_s + 2 * LINGER.total_seconds(), open_store)
+        return within(timeout_s + 2 * LINGER_S, open_store)
     except (RuntimeError, OSError) as error:
         if held:
             raise InvalidInputError(
