@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from narrowcast.errors import InvalidInputError, NarrowcastError
 from narrowcast.transport.address import REMEDY, Host, check_reachable, check_refusals, listen, own_address
-from narrowcast.transport.base import Buffers
+from narrowcast.transport.base import CARD_NBYTES, Buffers
 from narrowcast.transport.group import GroupTransport, hang_ups
 from narrowcast.transport.handshake import Credentials, Meeting
 from narrowcast.transport.waiting import LINGER_S
@@ -120,11 +120,13 @@ class TcpTransport(GroupTransport):
         """The error for what went wrong with an exchange."""
         trouble, peer, reason, found, expected = outcome
         if trouble == "mismatch":
+            compared = CARD_NBYTES in (found, expected)
+            new = f" ({CARD_NBYTES} bytes compare codecs that are new to one)" if compared else ""
             return InvalidInputError(
                 f"payload of rank {self.global_ranks[peer]}",
                 expected=f"{expected} bytes, as this rank receives",
                 found=f"{found} bytes, as that rank sent",
-                remedy="Call the collective with the same shapes and codecs on every rank.",
+                remedy=f"Call the collective with the same shapes and codecs on every rank{new}.",
             )
         error = self.lost(peer)
         error.__cause__ = ConnectionError(f"rank {self.global_ranks[peer]}: {reason}")
