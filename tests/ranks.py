@@ -5,6 +5,7 @@ from typing import Any
 import narrowcast.launch
 from narrowcast.launch.process import Outcome
 from narrowcast.launch.ranks import PRELOADED
+from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 LIMIT_S = 90
 PRELOADED.update({"hypothesis", "pytest", "_pytest"})  # modules of tests import them
@@ -13,8 +14,8 @@ PRELOADED.update({"hypothesis", "pytest", "_pytest"})  # modules of tests import
 class Ranks(narrowcast.launch.Ranks):
     """Ranks that compute as this process does, and that a test may kill."""
 
-    def __init__(self, world_size: int) -> None:
-        super().__init__(world_size, num_threads=1)
+    def __init__(self, world_size: int, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+        super().__init__(world_size, timeout_s=timeout_s, num_threads=1)
 
     def result(self, rank: int) -> Any:
         """The result of what was started, from `rank`; its error if it raised."""

@@ -14,7 +14,7 @@ from torch import Tensor
 import narrowcast
 from formats import FORMATS
 from models import calibrated
-from narrowcast.codecs import CastCodec, recipe
+from narrowcast.codecs import PRESETS, CastCodec, Codec, recipe
 from narrowcast.collectives import ALGORITHMS, Hops, Pending, choose, simulate
 from narrowcast.collectives.base import Traffic
 from narrowcast.collectives.two_shot import shares
@@ -363,7 +363,8 @@ def test_every_preset_has_a_recipe_that_serves_both_stages() -> None:
 
 def with_other_codecs(how: str, kind: Kind) -> str:
     """What a rank is told that codes with other scales than the rest, of as many bytes."""
-    rank, world_size, group = dist.get_rank(), dist.get_world_size(), kind()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    group = kind(dist.new_group())  # type: ignore[call-arg]
     x_RTE = torch.stack(partials(world_size, 6, 64))
     codecs = calibrated("int4-feature", x_RTE * (1 + rank // (world_size - 1)))
     x_TE, options = x_RTE[rank], {"codec": codecs[1], "group": group}
@@ -375,7 +376,13 @@ def with_other_codecs(how: str, kind: Kind) -> str:
         "all_gather": lambda: narrowcast.all_gather(x_TE, **options),
         "all_to_all": lambda: narrowcast.all_to_all(x_TE, **counts, **options),
         "broadcast": lambda: narrowcast.broadcast(x_TE, src=0, **sizes, **options),
+        "send": lambda: narrowcast.recv(6, 64, src=0, dtype=x_TE.dtype, **options) if rank else send_to_all(),
     }
+
+    def send_to_all() -> None:
+        for dst in range(1, world_size):
+            narrowcast.send(x_TE, dst=dst, **options)
+
     try:
         calls[how]()
     except InvalidInputError as error:
@@ -389,3 +396,55 @@ def test_ranks_with_other_codecs_of_the_same_size_are_refused(ranks: Pools, how:
     told = ranks(3).run(with_other_codecs, how, kind)
     assert [each.partition(":")[0] for each in told] == ["codec of rank 2", "codec of rank 2", "codec of rank 0"]
     assert all("Pass the same codecs on every rank" in each for each in told)
+
+
+@over_both
+def test_who_receives_compares_codecs_with_who_sends(ranks: Pools, kind: Kind) -> None:
+    *good, told = ranks(3).run(with_other_codecs, "send", kind)
+    assert good == ["nothing", "nothing"]
+    assert "codec of rank 0: expected that of rank 2, feature(num_bits=4), with the same tensors, found other" in told
+
+
+def sent_under(last: list[Codec]) -> list[str]:
+    """What each of two ranks is told of three transfers from rank 0, in the last of which their codecs differ."""
+    group, x_TE = GLOO(dist.new_group()), torch.ones(3, 64)  # type: ignore[call-arg]
+    rank, found = group.rank, []
+    for codec in (PRESETS["int4-group128"], PRESETS["mxfp4"], last[rank]):
+        try:
+            if rank == 0:
+                narrowcast.send(x_TE, dst=1, codec=codec, group=group)
+            else:
+                narrowcast.recv(3, 64, src=0, codec=codec, dtype=x_TE.dtype, group=group)
+            found.append("")
+        except InvalidInputError as error:
+            found.append(str(error))
+    return found
+
+
+def test_the_sentence_names_both_codecs(ranks: Pools) -> None:
+    """Of as many bytes, and after others on which both agreed."""
+    last = [CastCodec(dtype=torch.bfloat16), CastCodec(dtype=torch.float16)]
+    nothing, (first, second, told) = ranks(2).run(sent_under, last)
+    assert (nothing, first, second) == ([""] * 3, "", "")
+    assert "codec of rank 0: expected that of rank 1, cast(dtype=float16), with the same tensors" in told
+    assert "found cast(dtype=bfloat16)" in told
+
+
+def with_one_new_codec() -> str:
+    """Rank 1 takes another codec than the one that all have used before."""
+    group, x_TE = TCP(dist.new_group()), torch.ones(3, 64)  # type: ignore[call-arg]
+    codecs = [PRESETS["int4-group128"], PRESETS["int4-group32-sym" if group.rank == 1 else "int4-group128"]]
+    try:
+        for codec in codecs:
+            narrowcast.all_gather(x_TE, codec=codec, group=group)
+    except InvalidInputError as error:
+        return str(error)
+    return "nothing"
+
+
+@needs_mesh
+def test_a_codec_that_is_new_to_one_rank_alone_is_named(ranks: Pools) -> None:
+    theirs, mine = ranks(2).run(with_one_new_codec)
+    assert "256 bytes compare codecs that are new to one" in theirs
+    assert "codecs of rank 1, group(num_bits=4, group_size=32" in mine
+    assert "found that another one uses those that it used before" in mine

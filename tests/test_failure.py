@@ -19,12 +19,16 @@ from models import random_ids, save_random
 from narrowcast import InvalidInputError, PeerLostError, Plan
 from narrowcast.codecs import CastCodec
 from narrowcast.engines import load_engine
+from narrowcast.launch import run
+from narrowcast.launch.process import Outcome
 from narrowcast.plan.split import Split
-from narrowcast.transport import TorchDistributedTransport, Transport, connect
+from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport, Transport, connect, torch_distributed
+from narrowcast.transport.torch_distributed import hurry_engine
 from ranks import Ranks
 from transports import GLOO, TCP, Kind, needs_mesh, over_both
 
 TIMEOUT_S = 3.0
+SILENCE_S = 1.5
 
 
 @pytest.fixture
@@ -185,10 +189,19 @@ def join_as_rank_of_four(port: int) -> tuple[int, ...]:
 def join_but_rank_one_leaves(port: int) -> tuple[int, ...]:
     """Rank 1 answers the roll call and goes no further."""
     if dist.get_rank() == 1:
-        dist.init_process_group = leave
+        torch_distributed.lead_gloo = leave
     with contextlib.suppress(InterruptedError):
         return join(port, dist.get_rank(), 3, TIMEOUT_S)
     return ()
+
+
+def join_without_connections(port: int) -> tuple[str, float]:
+    """All ranks are there, and gloo waits for what does not come."""
+    dist.init_process_group = lambda *_, **__: time.sleep(600)
+    started = time.monotonic()
+    with pytest.raises(InvalidInputError) as refusal:
+        join(port, dist.get_rank(), 3, TIMEOUT_S)
+    return str(refusal.value), time.monotonic() - started
 
 
 def leave(*_: object, **__: object) -> None:
@@ -210,6 +223,27 @@ def free_port() -> int:
 
 def test_a_rank_that_never_comes_is_named(three: Ranks) -> None:
     assert three.run(join_as_rank_of_four, free_port()) == [(3,)] * 3
+
+
+def test_where_nobody_holds_the_store_its_address_is_named(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    port, started = free_port(), time.monotonic()
+    for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(PeerLostError, match=f"lost rank 0 while joining the group at 127.0.0.1:{port}"):
+        connect(timeout_s=0.3)
+    assert time.monotonic() - started < 5
+    assert capfd.readouterr().err == ""  # of torch's own tries
+
+
+def test_a_store_that_cannot_be_held_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, str(value))
+        with pytest.raises(InvalidInputError, match=f"MASTER_PORT: expected .* a free port, found 127.0.0.1:{port}"):
+            connect(timeout_s=5)
 
 
 @pytest.mark.parametrize("lost", [0, 2])
@@ -234,6 +268,86 @@ def test_a_rank_that_hangs_with_the_store_is_named(three: Ranks, tmp_path: Path)
 
 def test_a_rank_lost_while_the_group_forms_is_named(three: Ranks) -> None:
     assert three.run(join_but_rank_one_leaves, free_port())[::2] == [(1,), (1,)]
+
+
+def test_ranks_that_cannot_connect_say_so_after_the_deadline(three: Ranks) -> None:
+    for message, seconds in three.run(join_without_connections, free_port()):
+        assert "expected ranks that reach each other, found that some do not; this one is on lo, 127.0.0.1" in message
+        assert "Set GLOO_SOCKET_IFNAME" in message
+        assert TIMEOUT_S - 0.1 < seconds < TIMEOUT_S + 20
+
+
+def work_together(how: str) -> tuple[object, float]:
+    """Rank 1 takes longer than others wait for one that is silent, or does not come to an end."""
+
+    def work() -> int:
+        if dist.get_rank() == 1:
+            if how == "fails":
+                raise ZeroDivisionError
+            if how == "hangs":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if how == "dies":
+                os._exit(3)
+            time.sleep(2 * SILENCE_S)
+        return dist.get_rank()
+
+    started = time.monotonic()
+    try:
+        found: object = TorchDistributedTransport(timeout_s=SILENCE_S).accompanied(work, "working")
+    except PeerLostError as error:
+        found = str(error)
+    except ZeroDivisionError:
+        found = "failed"
+    return found, time.monotonic() - started
+
+
+def test_who_works_for_long_is_waited_for(ranks: Callable[[int], Ranks]) -> None:
+    results, seconds = zip(*ranks(3).run(work_together, "works"), strict=True)
+    assert results == (0, 1, 2)
+    assert all(each >= 2 * SILENCE_S for each in seconds)
+
+
+@pytest.mark.parametrize("how", ["hangs", "dies", "fails"])
+def test_who_does_not_get_done_is_named(three: Ranks, how: str) -> None:
+    three.start(work_together, how)
+    for survivor in (0, 2):
+        message, seconds = three.result(survivor)
+        assert message == "lost rank 1 while working"
+        assert seconds < SILENCE_S + 20
+        assert seconds >= SILENCE_S or how != "hangs"
+    assert how != "fails" or three.result(1)[0] == "failed"
+
+
+def sum_as_the_engine_does(marks: Path) -> None:
+    hurry_engine()
+    while True:
+        dist.all_reduce(torch.ones(64))
+        (marks / f"{dist.get_rank()}").touch()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_lost_in_a_wait_of_the_engine_is_named(tmp_path: Path, how: signal.Signals) -> None:
+    pool = Ranks(3, timeout_s=TIMEOUT_S)
+    try:
+        pool.start(sum_as_the_engine_does, tmp_path)
+        wait_for_all(tmp_path, 3)
+        started = time.monotonic()
+        os.kill(pool.processes[1].pid, how)
+        for survivor in (0, 2):
+            outcome, error = pool.answer(survivor)
+            assert (outcome, error.ranks) == (Outcome.MISSED, (1,))
+        assert time.monotonic() - started < TIMEOUT_S + 20
+    finally:
+        pool.close()
+
+
+def default_patience() -> float:
+    return TorchDistributedTransport().timeout_s
+
+
+def test_ranks_wait_as_long_as_they_were_started_with() -> None:
+    assert run(default_patience, 2, timeout_s=7.5) == [7.5, 7.5]
+    assert run(default_patience, 2) == [DEFAULT_TIMEOUT_S] * 2
 
 
 def share_in_a_group() -> tuple[int, ...]:

@@ -162,6 +162,7 @@ def test_interfaces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nosuch0,lo")
     with pytest.raises(InvalidInputError, match=r"a network interface of this host \(lo.*found 'nosuch0'"):
         own_address(None)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     for everywhere in ("0.0.0.0", "::", "203.0.113.7"):
         with pytest.raises(InvalidInputError, match="one of their addresses"):
             listen(own_address(everywhere))

@@ -1,5 +1,6 @@
 """Ranks and the links between them: results, failures, order and loss, and that nothing is left behind."""
 
+import ctypes
 import hashlib
 import math
 import os
@@ -20,9 +21,11 @@ from hypothesis import strategies as st
 
 from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError
 from narrowcast.launch import Link, Ranks, emulation, is_first_rank, run
+from narrowcast.transport import connect
 
 LINK = "1Gbps,0.1ms"
 PORT = 7000
+CLONE_NEWUTS = 0x04000000  # linux/sched.h
 PATIENCE_S = 60  # on a busy machine
 
 
@@ -142,6 +145,7 @@ def test_under_torchrun_this_process_is_the_rank(monkeypatch: pytest.MonkeyPatch
         port = probe.getsockname()[1]
     for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
         monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     before, handler = torch.get_num_threads(), signal.getsignal(signal.SIGINT)
     try:
         assert run(os.getpid, 1) == [os.getpid()]
@@ -234,6 +238,38 @@ def test_streams_arrive_whole_and_not_before_their_time(emulator: None, text: st
     # A sender has one link, on which both streams share the rate: the last one has arrived after both.
     assert max(came for _, came, _ in received) - sent[1] > 0.99 * 2 * num_bytes * 8 / link.rate_bps
     assert sent[2] > 2 * 2 * link.delay_s
+
+
+def meet_anew(masters: list[str], interfaces: list[str]) -> tuple[int, str]:
+    """Meet as torchrun's ranks do, on hosts whose names lead to loopback: sum of the ranks, interface of this one."""
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    assert ctypes.CDLL(None).unshare(CLONE_NEWUTS) == 0
+    socket.sethostname("localhost")
+    os.environ.update(MASTER_ADDR=masters[rank], MASTER_PORT=str(PORT), GLOO_SOCKET_IFNAME=interfaces[rank])
+    connect(timeout_s=20)
+    found = torch.tensor([rank])
+    dist.all_reduce(found)
+    return int(found), os.environ["GLOO_SOCKET_IFNAME"]
+
+
+@pytest.mark.parametrize("master", [emulation.address_of(0), "127.0.0.1"])
+def test_ranks_on_two_hosts_take_the_interface_between_them(emulator: None, master: str) -> None:
+    """Even where the address of the first one leads to loopback there, as its name does on many hosts."""
+    masters = [master, emulation.address_of(0)]
+    assert run(meet_anew, 2, masters, ["", ""], link=Link.parse(LINK)) == [(1, emulation.DEVICE)] * 2
+
+
+@pytest.mark.parametrize(
+    ("interface", "message"),
+    [
+        ("nosuch0", r"rank 1 cannot\. interface: expected a network interface of this host .* found 'nosuch0'"),
+        ("lo", r"found rank 1 of the group on 127\.0\.0\.1\. Set GLOO_SOCKET_IFNAME"),
+    ],
+)
+def test_a_wrong_interface_is_named(emulator: None, interface: str, message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        run(meet_anew, 2, [emulation.address_of(0)] * 2, ["", interface], link=Link.parse(LINK))
 
 
 def flood(num_datagrams: int, size: int) -> tuple[list[int], float]:

@@ -2,6 +2,7 @@
 
 import io
 import os
+import threading
 import time
 
 import pytest
@@ -33,6 +34,16 @@ def test_the_innermost_listener_hears() -> None:
             tell("within")
         tell("without")
     assert (outer, inner) == (["without"], ["within"])
+
+
+def test_threads_are_heard_too() -> None:
+    """Ranks load models in a thread of its own."""
+    heard: list[object] = []
+    with heard_by(heard.append):
+        thread = threading.Thread(target=tell, args=("from a thread",))
+        thread.start()
+        thread.join()
+    assert heard == ["from a thread"]
 
 
 def say_rank() -> None:

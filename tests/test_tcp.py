@@ -414,7 +414,7 @@ def test_a_rank_that_never_comes_is_named(fresh: Pools) -> None:
 def die_on_the_way(how: str) -> tuple[int, ...]:
     """Rank 1 leaves its address, and then meets nobody."""
     if dist.get_rank() == 1:
-        Meeting.meet = lambda self, timeout_s: os._exit(0) if how == "dies" else time.sleep(5)  # type: ignore
+        Meeting.meet = lambda self, timeout_s: os._exit(0) if how == "dies" else time.sleep(60)  # type: ignore
     try:
         TcpTransport(timeout_s=1.0)
     except PeerLostError as error:

@@ -26,7 +26,7 @@ from narrowcast.runtime.prompts import MIN_TOKENS, PIPELINED_TOKENS, Chunks, Pro
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
 from narrowcast.runtime.turns import import_greenlet
-from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_timeout, check_transport, transports_of
+from narrowcast.transport import Transport, check_timeout, check_transport, transports_of
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ def attach(
     timed: bool = False,
     prompt_chunks: Chunks = "auto",
     transport: str = "auto",
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> Handle:
     """Make `model` send its partial sums, and what else the plan names, as `plan` says; every rank calls this.
 
@@ -127,14 +127,16 @@ def attach(
     `narrowcast tune` found enough to be waited for, or from 128 on in a pipeline; else one forward.
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", which takes the
     mesh for models on the CPU where every rank has the compiled module.
-    `timeout_s`: how long to wait for a rank before it counts as lost.
+    `timeout_s`: seconds until a rank that others wait for is lost; by default those that `transport.connect` was given,
+    or 60 where it was not called.
     Ranks whose random states differ are seeded alike, by rank 0's, so that all sample the same tokens.
     Raises InvalidInputError for a model that cannot be served, PlanMismatchError for a plan that is not for this
     model or not the same on every rank, PeerLostError when a rank does not come.
     """
     engine, device = engine_of(model), device_of(model)
     _check_arguments(plan, algorithm, transport, prompt_chunks, deterministic)
-    check_timeout(timeout_s)
+    if timeout_s is not None:
+        check_timeout(timeout_s)
     decided = prompt_chunks == "auto" and algorithm == "auto" and not deterministic
     halves_from = MIN_TOKENS if prompt_chunks == 2 else _halves_from(model, plan) if decided else None
     prompts = None if halves_from is None else Prompts(halves_from)

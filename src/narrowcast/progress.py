@@ -8,14 +8,13 @@ What the first of the ranks that were started here tells is heard here.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 T = TypeVar("T")
 Hear = Callable[[Any], None]
 
-_hearing: ContextVar[Hear | None] = ContextVar("hearing", default=None)
+_listeners: list[Hear] = []  # the last one hears, whichever thread tells
 
 
 @dataclass(frozen=True)
@@ -29,8 +28,8 @@ class Progress:
 
 def tell(said: object) -> None:
     """Pass a `Progress`, or what else listeners know, to whoever listens."""
-    if (hear := _hearing.get()) is not None:
-        hear(said)
+    if _listeners:
+        _listeners[-1](said)
 
 
 def told(parts: Sequence[T], doing: str) -> Iterator[T]:
@@ -43,8 +42,8 @@ def told(parts: Sequence[T], doing: str) -> Iterator[T]:
 @contextmanager
 def heard_by(hear: Hear) -> Iterator[None]:
     """Let `hear` know what is told in the meantime."""
-    token = _hearing.set(hear)
+    _listeners.append(hear)
     try:
         yield
     finally:
-        _hearing.reset(token)
+        _listeners.remove(hear)

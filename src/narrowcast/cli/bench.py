@@ -26,6 +26,7 @@ from narrowcast.perf.timeline import trace
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
 from narrowcast.runtime.prompts import Chunks
+from narrowcast.transport import DEFAULT_TIMEOUT_S
 from narrowcast.transport.tcp import COMPILED
 
 Rows = list[dict[str, Any]]
@@ -72,6 +73,7 @@ def bench(
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace of an answer. Of a model.")
     ] = None,
+    timeout: options.Timeout = DEFAULT_TIMEOUT_S,
     json: JsonOption = None,
 ) -> None:
     """Measure kernels of codecs, sums over ranks, or a split model, each against a yardstick in the same run.
@@ -101,10 +103,10 @@ def bench(
     if subject == "codec":
         parts = _codecs(codec, size)
     elif subject == "collective":
-        parts = _collectives(codec, size, tp, links, transports)
+        parts = _collectives(codec, size, tp, links, transports, timeout)
     else:
         chunks = [options.prompt_chunks(each) for each in prompt_chunks or "1"]
-        parts = _models(codec, tp, links, transports, chunks, replicate or "none", timeline)
+        parts = _models(codec, tp, links, transports, chunks, replicate or "none", timeline, timeout)
     rows = _measured(parts)
     if json is not None:
         write_report(json, {"command": command_line(), "machine": machine(), "rows": rows})
@@ -120,11 +122,16 @@ def _codecs(codec: Sequence[str] | None, size: Sequence[str] | None) -> Iterator
 
 
 def _collectives(
-    codec: Sequence[str] | None, size: Sequence[str] | None, tp: int, links: Sequence[Link | None], over: Sequence[str]
+    codec: Sequence[str] | None,
+    size: Sequence[str] | None,
+    tp: int,
+    links: Sequence[Link | None],
+    over: Sequence[str],
+    timeout_s: float,
 ) -> Iterator[Part]:
     usual = collectives.DEFAULT
     sizes = parse_sizes(size) if size else usual.sizes
-    sweep = replace(usual, codecs=_recipes(codec, usual.codecs), transports=over, sizes=sizes)
+    sweep = replace(usual, codecs=_recipes(codec, usual.codecs), transports=over, sizes=sizes, timeout_s=timeout_s)
     for link in links:
         yield f"{tp} ranks on {link or NO_LINK}", collectives.rows(sweep, tp, link)
 
@@ -137,11 +144,18 @@ def _models(
     chunks: Sequence[Chunks],
     replicated: Replicated,
     timeline: Path | None,
+    timeout_s: float,
 ) -> Iterator[Part]:
     usual = models.DEFAULT
     codecs = _recipes(codec, usual.codecs)
     job = replace(
-        usual, codecs=codecs, transports=over, split=Split(tp_size=tp), prompt_chunks=chunks, replicated=replicated
+        usual,
+        codecs=codecs,
+        transports=over,
+        split=Split(tp_size=tp),
+        prompt_chunks=chunks,
+        replicated=replicated,
+        timeout_s=timeout_s,
     )
     with models.prepared(job) as folder:
         for link in links:

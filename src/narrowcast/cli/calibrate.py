@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from torch import Tensor
+from torch import Tensor, nn
 
 from narrowcast.calibration import DEFAULT_CODEC, DEFAULT_FIRST_TOKENS, moments_needed, observe, recipes_by_kind
 from narrowcast.calibration.observers import FirstTokens
@@ -20,6 +20,7 @@ from narrowcast.cli.progress import shown
 from narrowcast.cli.verdicts import tell
 from narrowcast.codecs import FittedRecipe, Recipe, TransformRecipe, recipe
 from narrowcast.engines import Dtype, load_engine
+from narrowcast.engines.parts import load_part
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank, run
@@ -80,7 +81,7 @@ def calibrate(
             plans = run(_on_rank, split.world_size, model, split, dtype, *given, timeout_s=timeout)
             plan = Plan.from_bytes(plans[0], output)
         else:
-            plan = _plan(model, {"device": device, "dtype": dtype}, *given)
+            plan = _plan(load_engine().load(model, device=device, dtype=dtype), *given)
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
         number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
@@ -147,16 +148,15 @@ def _groups(tp_size: int, num_nodes: int) -> list[range]:
 
 
 def _on_rank(model: str, split: Split, dtype: Dtype, *given: Any) -> bytes:
-    return _plan(model, {"split": split, "dtype": dtype}, *given).to_bytes()
+    return _plan(load_part(load_engine(), model, split=split, dtype=dtype), *given).to_bytes()
 
 
 def _plan(
-    model: str,
-    load: Mapping[str, Any],
+    model: nn.Module,
     found: Sequence[Tensor],
     codec: Mapping[str, Recipe],
     asked: Mapping[str, Any],
     feedback: bool,
 ) -> Plan:
-    """The plan of a model that is loaded in this way: whole, or the part of this rank."""
-    return observe(load_engine().load(model, **load), found, **asked).plan(codec, feedback=feedback)
+    """The plan of a whole model, or on ranks that have a part each."""
+    return observe(model, found, **asked).plan(codec, feedback=feedback)

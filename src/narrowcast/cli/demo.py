@@ -14,7 +14,7 @@ from narrowcast.calibration import DEFAULT_CODEC, moments_needed, observe, recip
 from narrowcast.calibration.moments import MomentsNeeded
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.cli.generate import summary
-from narrowcast.cli.options import DEFAULT_TP, RUN, SPLIT, JsonOption, option
+from narrowcast.cli.options import DEFAULT_TP, RUN, SPLIT, JsonOption, Timeout, option
 from narrowcast.cli.progress import shown
 from narrowcast.cli.prompts import encode
 from narrowcast.cli.tables import screen, table
@@ -25,6 +25,7 @@ from narrowcast.evaluation.ranks import Job, Outcome, run_on_ranks
 from narrowcast.files import check_report, write_report
 from narrowcast.plan.split import Split
 from narrowcast.scores.verdict import in_words
+from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 MODELS = Path(__file__).parents[3] / "models"
 REAL, REAL_TP = MODELS / "smollm2-135m", 3  # 9 heads and 3 of keys and values
@@ -69,6 +70,7 @@ def demo(
         int | None, option(SPLIT, "N", "Processes; by default 2 or 3.", "-tp", "--tensor-parallel-size", min=1)
     ] = None,
     codec: Annotated[str | None, option(RUN, "CODEC", "By default, few bits that keep the answers.")] = None,
+    timeout: Timeout = DEFAULT_TIMEOUT_S,
     json: JsonOption = None,
 ) -> None:
     """Calibrate a small real model, split it over -tp processes, and compare codecs."""
@@ -100,6 +102,7 @@ def demo(
             prompts=list(prompts.values()),
             max_new_tokens=MAX_NEW_TOKENS,
             silent=paths[:-1],
+            timeout_s=timeout,
         )
         outcomes = run_on_ranks(job, Split(tp_size=tp))
     rows = [_row(each.name, outcome) for each, outcome in zip(contestants, outcomes, strict=True)]

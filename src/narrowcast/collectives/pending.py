@@ -21,7 +21,7 @@ class Pending:
 
     A wait first ends the collectives that were started before: ranks may wait in different orders, but none may
     hold back a step that another one needs. Transfers between two ranks hold nothing back, so no wait ends them
-    but their own: their only exchange is under way from the start.
+    but their own: all that they exchange is under way from the start.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ def _number(collectives: Collectives, pair: tuple[int, int] | None) -> tuple[int
         number = next(collectives.numbers)
         return number, iter(range(2 * number * MAX_STEPS, 2 * (number + 1) * MAX_STEPS, 2))
     number = next(collectives.between[pair])
-    return number, iter([2 * number + 1])
+    return number, iter([4 * number + 1, 4 * number + 3])
 
 
 def first_tag(transport: Transport) -> int:

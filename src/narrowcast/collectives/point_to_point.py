@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
+from narrowcast.collectives.agreement import announced
 from narrowcast.collectives.algorithms import source_of
 from narrowcast.collectives.base import Exchange, Steps, check_matrix, check_peer, new_payload
 from narrowcast.collectives.pending import Group, Pending, finish, transport_of
@@ -29,8 +30,9 @@ def send(x_TE: Tensor, *, dst: int, codec: Codec, group: Group = None, async_op:
     rank, world_size = transport.rank, transport.world_size
     check_peer("dst", dst, world_size, rank)
     source_of(codec, rank, world_size)
-    pending = Pending(send_steps(x_TE, codec, dst, rank, world_size), transport, pair=(rank, dst))
-    return finish(pending, async_op)
+    pair = rank, dst
+    steps = announced(send_steps(x_TE, codec, dst, rank, world_size), codec, transport, x_TE.device, pair)
+    return finish(Pending(steps, transport, pair=pair), async_op)
 
 
 def send_steps(x_TE: Tensor, codec: Codec, dst: int, rank: int, world_size: int, stats: Tensor | None = None) -> Steps:
@@ -78,16 +80,20 @@ def recv(
 ) -> Tensor | Pending:
     """The tensor [num_tokens, num_features] that rank `src` of `group` sends, decoded to `dtype` on `device`.
 
-    Both ends know the size, the codec and its tensors: none of it travels, and sizes that contradict each other are
-    not noticed (with gloo, a larger payload than expected ends the process).
-    Raises InvalidInputError for a codec or a rank that does not fit, PeerLostError when a rank is lost.
+    Both ends know the size, the codec and its tensors: none of it travels, but that before the first payload of a codec
+    its digest does. Sizes that contradict each other are not noticed by gloo (a larger payload than expected ends the
+    process).
+    Raises InvalidInputError for a codec or a rank that does not fit, or another codec than the sender's; PeerLostError
+    when a rank is lost.
     """
     transport = transport_of(group)
     rank, world_size = transport.rank, transport.world_size
     check_peer("src", src, world_size, rank)
     source_of(codec, src, world_size)
     y_TE = torch.empty(num_tokens, num_features, dtype=dtype, device=device)
-    return finish(Pending(recv_steps(y_TE, codec, src, world_size), transport, pair=(src, rank)), async_op)
+    pair = src, rank
+    steps = announced(recv_steps(y_TE, codec, src, world_size), codec, transport, y_TE.device, pair)
+    return finish(Pending(steps, transport, pair=pair), async_op)
 
 
 def recv_steps(y_TE: Tensor, codec: Codec, src: int, world_size: int) -> Steps:

@@ -12,7 +12,7 @@ import torch
 from narrowcast.engines.base import Dtype, Engine, Replicated, Vocabulary
 from narrowcast.plan import Plan
 from narrowcast.plan.split import UNCODED
-from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport
+from narrowcast.transport import TorchDistributedTransport
 
 # Of the memory that is free, what weights may take: caches, activations and other programs need the rest.
 SHARE_OF_MEMORY = 0.5
@@ -26,7 +26,6 @@ def affordable(
     plans: Sequence[Plan],
     *,
     dtype: Dtype = "auto",
-    timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Replicated:
     """The `replicated` of `load` that suits these `plans` of one split; every rank calls this, and finds the same.
 
@@ -37,7 +36,7 @@ def affordable(
     skeleton = engine.skeleton(path)
     vocabulary = engine.vocabulary(skeleton if dtype == "auto" else skeleton.to(getattr(torch, dtype)))
     mine = allowed(vocabulary, plans, free_nbytes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    texts = TorchDistributedTransport(timeout_s=timeout_s).share(json.dumps(mine), "agreeing on what to replicate")
+    texts = TorchDistributedTransport().share(json.dumps(mine), "agreeing on what to replicate")
     every: list[Replicated] = [cast(Replicated, json.loads(text)) for text in texts]
     return min(every, key=ORDER.index)
 

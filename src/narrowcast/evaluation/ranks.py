@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from narrowcast.attach import Handle
 from narrowcast.engines import Dtype, Replicated, load_engine
+from narrowcast.engines.parts import load_part
 from narrowcast.engines.replication import affordable
 from narrowcast.evaluation.continuations import GREEDY, Sampling, continuations
 from narrowcast.evaluation.evaluation import NUM_SHOWN, Continued, Evaluation, beginning, conditions
@@ -136,11 +137,11 @@ def evaluate_on_ranks(
 def _on_rank(job: Job, split: Split) -> list[Outcome]:
     engine, plans = load_engine(), [Plan.load(path) for path in job.plans]
     asked = job.replicated
-    kept = affordable(engine, job.model, plans, dtype=job.dtype, timeout_s=job.timeout_s) if asked == "auto" else asked
-    model = engine.load(job.model, split=split, replicated=kept, dtype=job.dtype)
+    kept = affordable(engine, job.model, plans, dtype=job.dtype) if asked == "auto" else asked
+    model = load_part(engine, job.model, split=split, replicated=kept, dtype=job.dtype)
     if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
         plans = [replace(plan, decisions=Decisions()) for plan in plans]
-    names = "algorithm", "transport", "feedback", "prompt_chunks", "timeout_s"
+    names = "algorithm", "transport", "feedback", "prompt_chunks"
     options = {name: getattr(job, name) for name in names}
     with standing_by(model, plans, **options) as handles:
         outcomes = _compared(job, model, handles) if job.batches else []

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from narrowcast.engines import Dtype, device_of, load_engine
 from narrowcast.scores import log_probs
-from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport
-from narrowcast.transport.torch_distributed import ENGINE_TIMEOUT
+from narrowcast.transport import TorchDistributedTransport
 
 T = TypeVar("T")
 
@@ -33,26 +32,31 @@ class Reference:
     kind: Literal["whole", "split"]
 
     def __init__(self, path: str, part: nn.Module, dtype: Dtype = "auto") -> None:
-        # Whoever waits for the first rank's model waits as for the engine, not as for a payload.
-        self._ranks = TorchDistributedTransport(timeout_s=ENGINE_TIMEOUT.total_seconds())
+        self._ranks = TorchDistributedTransport()
         self._first = self._ranks.rank == 0
         self._part, device = part, device_of(part)
         fits = "yes" if self._first and _fits(path, device) else "no"
-        fits, *_ = self._ranks.share(fits, "choosing a reference", timeout_s=DEFAULT_TIMEOUT_S)
+        fits, *_ = self._ranks.share(fits, "choosing a reference")
         self.kind = "whole" if fits == "yes" else "split"
-        here = self.kind == "whole" and self._first
-        self._whole = load_engine().load(path, device=str(device), dtype=dtype) if here else None
+        self._whole: nn.Module | None = None
+        if self.kind == "whole":
+            self._whole = self._on_first(lambda: load_engine().load(path, device=str(device), dtype=dtype))
 
     def ask(self, question: Callable[[nn.Module], T]) -> T | None:
         """The uncompressed model's answer, on the first rank; None on the others, which wait for it."""
-        answer = None
         if self.kind == "split":
             answer = question(self._part)
-        elif self._whole is not None:
-            with _all_cores():
-                answer = question(self._whole)
-        self._ranks.native_all_reduce(torch.zeros(1, device=device_of(self._part)))
-        return answer if self._first else None
+            return answer if self._first else None
+        return self._on_first(lambda: self._answer_alone(question))
+
+    def _answer_alone(self, question: Callable[[nn.Module], T]) -> T:
+        assert self._whole is not None, "the first rank has the whole model"
+        with _all_cores():
+            return question(self._whole)
+
+    def _on_first(self, call: Callable[[], T]) -> T | None:
+        """The result of `call` on the first rank, which may take any time; None on the others, which wait for it."""
+        return self._ranks.accompanied(call if self._first else lambda: None, "waiting for the uncompressed model")
 
     def log_probs(self, batches: Sequence[Tensor]) -> Iterator[Tensor | None]:
         """Log-probabilities [B, T, V] of each batch of ids [B, T], computed when it is asked for."""

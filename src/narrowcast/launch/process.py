@@ -23,7 +23,7 @@ from narrowcast.launch import emulation
 from narrowcast.launch.link import Link
 from narrowcast.launch.parent import end_with_parent
 from narrowcast.progress import heard_by
-from narrowcast.transport import connect
+from narrowcast.transport import TorchDistributedTransport, connect
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -80,7 +80,7 @@ class Place:
 def as_rank(function: Callable[[*Ts], T], timeout_s: float, *args: *Ts) -> T:
     """Run `function` on this rank of torchrun's, which meets the others within `timeout_s`; returns its result."""
     end_with_parent()
-    with _joined(timeout_s):
+    with _joined(timeout_s), _losses_named():
         return function(*args)
 
 
@@ -121,6 +121,17 @@ def _joined(timeout_s: float, store: Store | None = None, num_threads: int | Non
         dist.destroy_process_group()
 
 
+@contextmanager
+def _losses_named() -> Iterator[None]:
+    """PeerLostError in place of what a backend raises in a wait of the engine's own, without the name of a rank."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            raise TorchDistributedTransport().missed() from error
+        raise
+
+
 def _destroy_groups() -> None:
     """The groups of the function before, with which all ranks are done: each of gloo's wakes up 100 times a second."""
     for group in list(_world.pg_map):
@@ -136,7 +147,9 @@ def _destroy_groups() -> None:
 def _answer(message: bytes, rank: int) -> bytes:
     try:
         function, args = pickle.loads(message)
-        return pickle.dumps((Outcome.RETURNED, function(*args)))
+        with _losses_named():
+            result = function(*args)
+        return pickle.dumps((Outcome.RETURNED, result))
     except Exception as error:
         return pickle.dumps(_failure(error, rank))
 

@@ -19,20 +19,25 @@ from narrowcast.launch import Link, run
 from narrowcast.perf.sizes import DTYPE, parse_sizes, shape_of
 from narrowcast.perf.sockets import SocketMesh
 from narrowcast.perf.timing import Case, Span, interleaved, over_ranks, p99, rounds_within
-from narrowcast.transport import TcpTransport, TorchDistributedTransport, Transport
+from narrowcast.transport import DEFAULT_TIMEOUT_S, TcpTransport, TorchDistributedTransport, Transport
+from narrowcast.transport.torch_distributed import hurry_engine
 
 TRANSPORTS: dict[str, Callable[[], Transport]] = {"torch": TorchDistributedTransport, "tcp": TcpTransport}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
-    """Measurements: every codec with every algorithm, transport and size in bytes, about `seconds` a size."""
+    """Measurements: every codec with every algorithm, transport and size in bytes, about `seconds` a size.
+
+    `timeout_s`: until a rank is lost.
+    """
 
     codecs: Sequence[str] = ("bf16", "int4-feature")
     algorithms: Sequence[str] = tuple(ALGORITHMS)
     transports: Sequence[str] = ("tcp",)
     sizes: Sequence[int] = tuple(parse_sizes(["1K..64M"]))
     seconds: float = 1.0
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
 DEFAULT = Sweep()
@@ -54,7 +59,7 @@ class Key(NamedTuple):
 
 def rows(sweep: Sweep, world_size: int, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for each case, of rank 0: baselines first, each size's cases in interleaved rounds."""
-    by_rank = run(_on_rank, world_size, sweep, link=link)
+    by_rank = run(_on_rank, world_size, sweep, link=link, timeout_s=sweep.timeout_s)
     keys = (list(measured) for measured in by_rank)
     for key, *others in zip(*keys, strict=True):
         spans = [by_rank[rank][own] for rank, own in enumerate([key, *others])]
@@ -79,6 +84,7 @@ def limit_s(link: Link, key: Key) -> float:
 
 
 def _on_rank(sweep: Sweep) -> dict[Key, list[Span]]:
+    hurry_engine()
     mesh = SocketMesh()
     transports = {name: TRANSPORTS[name]() for name in sweep.transports}
     measured: dict[Key, list[Span]] = {}

@@ -17,6 +17,7 @@ from narrowcast.attach import attach
 from narrowcast.calibration import moments_needed, observe, recipes_by_kind
 from narrowcast.calibration.moments import MomentsNeeded
 from narrowcast.engines import Replicated, load_engine
+from narrowcast.engines.parts import load_part
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import Link, run
 from narrowcast.perf.timing import Case, Span, over_ranks
@@ -24,6 +25,7 @@ from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
 from narrowcast.runtime.prompts import Chunks
+from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 VOCAB_SIZE, HEAD_SIZE = 32_000, 128
 NUM_CALIBRATION_TOKENS = 64
@@ -48,6 +50,7 @@ class Job:
     """Answers to measure: `batch` prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each.
 
     `replicated`: of the vocabulary, what each rank keeps whole, so that nothing of it travels.
+    `timeout_s`: until a rank is lost.
     """
 
     shape: Shape = Shape()
@@ -59,6 +62,7 @@ class Job:
     prefill: int = 512
     decode: int = 24
     rounds: int = 3
+    timeout_s: float = DEFAULT_TIMEOUT_S
     replicated: Replicated = "none"
 
 
@@ -108,7 +112,7 @@ def prepared(job: Job) -> Iterator[Path]:
 
 def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
     """A row for the engine's own sums in BF16, then one for each codec: medians of interleaved rounds."""
-    by_rank = run(_on_rank, job.split.world_size, job, folder, link=link)
+    by_rank = run(_on_rank, job.split.world_size, job, folder, link=link, timeout_s=job.timeout_s)
     for way in by_rank[0]:
         answers = [measured[way] for measured in by_rank]
         prefill = over_ranks([[each.prefill for each in own] for own in answers])
@@ -124,7 +128,7 @@ def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
 
 def loaded(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Plan]]:
     """This rank's part of the model, and the plans by codec."""
-    model = load_engine().load(folder / WEIGHTS, split=job.split, replicated=job.replicated)
+    model = load_part(load_engine(), folder / WEIGHTS, split=job.split, replicated=job.replicated)
     return model, {codec: Plan.load(folder / codec) for codec in job.codecs}
 
 

@@ -6,21 +6,23 @@ from collections.abc import Callable
 
 import torch.distributed as dist
 
+from narrowcast.transport import TorchDistributedTransport
 from narrowcast.transport.address import own_address
 
 CHUNK = 1 << 20
-TIMEOUT_MS = 60_000
 
 
 class SocketMesh:
-    """A connection from this rank to every other one of the default group."""
+    """A connection from this rank to every other one of the default group; PeerLostError if one is lost."""
 
     def __init__(self) -> None:
-        rank, world_size = dist.get_rank(), dist.get_world_size()
+        self._ranks = TorchDistributedTransport()
+        rank, world_size, timeout_s = self._ranks.rank, self._ranks.world_size, self._ranks.timeout_s
         with socket.create_server((own_address(None), 0)) as server:
             addresses: list[tuple[str, int]] = [("", 0)] * world_size
             dist.all_gather_object(addresses, server.getsockname())
-            self._peers = [socket.create_connection(address) for address in addresses[:rank]]
+            server.settimeout(timeout_s)
+            self._peers = [socket.create_connection(address, timeout_s) for address in addresses[:rank]]
             self._peers += [server.accept()[0] for _ in addresses[rank + 1 :]]
         for peer in self._peers:
             peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -30,11 +32,14 @@ class SocketMesh:
     def exchange(self, nbytes: int) -> None:
         """Send `nbytes` to every peer and receive as many from each."""
         unsent, unseen = (dict.fromkeys(self._peers, nbytes) for _ in range(2))
-        while unsent or unseen:
-            moved = _some(unsent, lambda peer, left: peer.send(self._out[:left]))
-            moved += _some(unseen, lambda peer, left: peer.recv_into(self._in, min(left, CHUNK)))
-            if not moved:
-                _wait(unsent, unseen)
+        try:
+            while unsent or unseen:
+                moved = _some(unsent, lambda peer, left: peer.send(self._out[:left]))
+                moved += _some(unseen, lambda peer, left: peer.recv_into(self._in, min(left, CHUNK)))
+                if not moved:
+                    _wait(unsent, unseen, self._ranks.timeout_s)
+        except OSError as error:
+            raise self._ranks.missed() from error
 
     def close(self) -> None:
         """Close all connections."""
@@ -59,9 +64,9 @@ def _some(left: dict[socket.socket, int], move: Callable[[socket.socket, int], i
     return total
 
 
-def _wait(unsent: dict[socket.socket, int], unseen: dict[socket.socket, int]) -> None:
+def _wait(unsent: dict[socket.socket, int], unseen: dict[socket.socket, int], timeout_s: float) -> None:
     poll = select.poll()
     for peer in unsent.keys() | unseen.keys():
         poll.register(peer, select.POLLOUT * (peer in unsent) | select.POLLIN * (peer in unseen))
-    if not poll.poll(TIMEOUT_MS):
+    if not poll.poll(timeout_s * 1000):
         raise TimeoutError("no rank sent or took a byte")

@@ -44,7 +44,7 @@ def trace(job: Job, folder: Path, links: Sequence[Link | None]) -> dict[str, Any
     events: list[Event] = []
     threads = itertools.count()
     for link in links:
-        by_rank = run(_on_rank, job.split.world_size, job, folder, link=link)
+        by_rank = run(_on_rank, job.split.world_size, job, folder, link=link, timeout_s=job.timeout_s)
         for way in by_rank[0]:
             thread, timelines = next(threads), [found[way] for found in by_rank]
             origin_s = min(each.forwards[0][1] for each in timelines)

@@ -26,6 +26,7 @@ from narrowcast.runtime import feedback
 from narrowcast.runtime.sites import Sites
 from narrowcast.runtime.sites import plain as uncoded
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
+from narrowcast.transport.torch_distributed import hurry_engine
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
 GAIN = 0.95  # a coded sum costs accuracy: it must take no more than this share of an uncompressed one's time
@@ -142,11 +143,12 @@ def tune_on_ranks(plan: Plan, *, transport: str = "auto", timeout_s: float = DEF
     Raises what `tune` raises, and InvalidInputError under torchrun with another number of ranks.
     """
     check_transport(transport)
-    return run(_tune_on_rank, plan.split.world_size, plan.to_bytes(), transport, timeout_s, timeout_s=timeout_s)[0]
+    return run(_tune_on_rank, plan.split.world_size, plan.to_bytes(), transport, timeout_s=timeout_s)[0]
 
 
-def _tune_on_rank(data: bytes, transport: str, timeout_s: float) -> Tuning:
-    ranks = connect_group(None, transport=transport, device=torch.device("cpu"), timeout_s=timeout_s)
+def _tune_on_rank(data: bytes, transport: str) -> Tuning:
+    hurry_engine()
+    ranks = connect_group(None, transport=transport, device=torch.device("cpu"))
     return tune(Plan.from_bytes(data, "memory"), ranks)
 
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
+CARD_NBYTES = 256  # of a message that compares codecs
+
 Buffers = Sequence[Tensor | None]
 
 
@@ -24,13 +26,14 @@ class Work(Protocol):
 class Collectives:
     """The collectives of a group: their numbers, alike on every rank that starts the same ones in the same order,
     and those that are under way. `between`: numbers of the transfers from one rank to another, alike on these two.
-    `agreed`: digests of the codecs that all ranks are known to have.
+    `agreed`: digests of the codecs that all ranks are known to have; `announced`: of those of transfers.
     """
 
     numbers: Iterator[int] = field(default_factory=itertools.count)
     between: defaultdict[tuple[int, int], Iterator[int]] = field(default_factory=lambda: defaultdict(itertools.count))
     under_way: dict[int, Any] = field(default_factory=dict)
     agreed: set[bytes] = field(default_factory=set)
+    announced: defaultdict[tuple[int, int], set[bytes]] = field(default_factory=lambda: defaultdict(set))
 
 
 class Transport(ABC):

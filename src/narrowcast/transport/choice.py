@@ -9,7 +9,6 @@ import torch.distributed as dist
 
 from narrowcast.errors import InvalidInputError
 from narrowcast.transport.base import Transport
-from narrowcast.transport.group import DEFAULT_TIMEOUT_S
 from narrowcast.transport.tcp import COMPILED, TcpTransport
 from narrowcast.transport.torch_distributed import TorchDistributedTransport
 
@@ -30,7 +29,7 @@ def connect_group(
     *,
     transport: str = "auto",
     device: torch.device,
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> Transport:
     """A transport between the ranks of `group`, whose models compute on `device`; all of them call this.
 
@@ -74,7 +73,7 @@ def transports_of(
     *,
     transport: str = "torch",
     device: torch.device = torch.device("cpu"),
-    timeout_s: float = DEFAULT_TIMEOUT_S,
+    timeout_s: float | None = None,
 ) -> tuple[Transport | None, Transport | None]:
     """Transports between the ranks that share layers, and between the stages of a pipeline; `attach` says which."""
     tp, pp = (

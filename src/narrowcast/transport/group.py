@@ -6,13 +6,12 @@ all its connections, so that nobody waits for it in vain.
 
 import contextlib
 import logging
-import queue
-import threading
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
@@ -20,6 +19,8 @@ from torch.distributed.distributed_c10d import _get_default_store, _get_process_
 
 from narrowcast.errors import InvalidInputError, PeerLostError
 from narrowcast.transport.base import Collectives, Transport
+from narrowcast.transport.company import Company
+from narrowcast.transport.waiting import LINGER_S, answered, within
 
 logger = logging.getLogger(__name__)
 
@@ -27,10 +28,12 @@ T = TypeVar("T")
 
 DEFAULT_TIMEOUT_S = 60.0
 LONGEST_TIMEOUT_S = 7 * 24 * 3600.0
-LINGER = timedelta(seconds=3)
 
 # Of every group that a transport was made for, whichever kind: tags must not meet.
 collectives_of: WeakKeyDictionary[dist.ProcessGroup, Collectives] = WeakKeyDictionary()
+
+# Of worlds that `connect` joined: how long a wait for their ranks lasts.
+patience_of: WeakKeyDictionary[dist.ProcessGroup, float] = WeakKeyDictionary()
 
 # Each closes all connections of its kind, in all groups of this process.
 hang_ups: list[Callable[[], None]] = []
@@ -47,11 +50,19 @@ def check_timeout(timeout_s: float) -> None:
         )
 
 
-class GroupTransport(Transport):
-    """The ranks of `group` (None: the default group). A wait lasts `timeout_s` seconds at most."""
+class MeetingError(Exception):
+    """A connection that broke while ranks waited for each other."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        check_timeout(timeout_s)
+
+class GroupTransport(Transport):
+    """The ranks of `group` (None: the default group).
+
+    A wait lasts `timeout_s` seconds at most: by default as many as `connect` was given, or 60 where it was not called.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, *, timeout_s: float | None = None) -> None:
+        if timeout_s is not None:
+            check_timeout(timeout_s)
         if not dist.is_initialized():
             raise InvalidInputError(
                 "process group",
@@ -60,7 +71,8 @@ class GroupTransport(Transport):
                 remedy="Start the ranks with torchrun and call torch.distributed.init_process_group.",
             )
         self.group = dist.distributed_c10d._group_or_default_group(group)
-        self.timeout_s = timeout_s
+        world = dist.distributed_c10d._get_default_group()
+        self.timeout_s = patience_of.get(world, DEFAULT_TIMEOUT_S) if timeout_s is None else timeout_s
         self.rank, self.world_size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if self.rank < 0:
             raise InvalidInputError(
@@ -79,13 +91,17 @@ class GroupTransport(Transport):
         try:
             work.wait(timedelta(seconds=self.timeout_s))
         except RuntimeError as error:  # it does not say which rank
-            raise self.lost(self._missing_peer()) from error
+            raise self.missed() from error
         return x
+
+    def missed(self) -> PeerLostError:
+        """The error for a wait in which somebody was lost, it is not known who."""
+        return self.lost(self._missing_peer())
 
     def _missing_peer(self) -> int:
         """The first rank that does not answer a roll call; the next one of the group if all do."""
         try:
-            self.share("", "adding up", timeout_s=LINGER.total_seconds())
+            self.share("", "adding up", timeout_s=LINGER_S)
         except PeerLostError as error:
             missing = [peer for peer, rank in enumerate(self.global_ranks) if rank in error.ranks]
             if missing:
@@ -100,10 +116,33 @@ class GroupTransport(Transport):
             store = PrefixStore(f"share/{ordinal}", self._store)
             return roll_call(store, dist.get_rank(), self.global_ranks, text, doing, timeout_s=timeout_s)
 
+        return answered(call, doing, timeout_s=timeout_s)
+
+    def accompanied(self, call: Callable[[], T], doing: str) -> T:
+        """The result of `call`, once all ranks are done with theirs, which may take any time.
+
+        It runs in a thread of its own; meanwhile ranks tell each other that they are alive. PeerLostError names who
+        begins later than `timeout_s`, does not tell for as long, dies or fails.
+        """
+        ordinal = self._store.add(f"accompanied/{self.rank}", 1)
+        store = PrefixStore(f"accompanied/{ordinal}", self._store)
+        Company.begin(store, dist.get_rank())
+        self.share("", doing)
+        own = cast(Any, store).clone()  # as `call` may hold the other one up: the making of groups does
+        company = Company(own, dist.get_rank(), self.global_ranks, doing, timeout_s=self.timeout_s)
         try:
-            return _within(timeout_s + 2 * LINGER.total_seconds(), call)
-        except TimeoutError as error:  # the store does not answer: whoever holds it hangs
-            raise PeerLostError([0], doing) from error
+            return company.work(call, self._meet)
+        except MeetingError as error:
+            raise PeerLostError(self.missed().ranks, doing) from error
+
+    def _meet(self) -> None:
+        """Return when all ranks have come, however late; MeetingError if a connection breaks."""
+        options = dist.AllreduceOptions()
+        options.timeout = timedelta(seconds=LONGEST_TIMEOUT_S)
+        try:
+            self.group.allreduce([torch.zeros(1)], options).wait(options.timeout)
+        except RuntimeError as error:
+            raise MeetingError from error
 
     def lost(self, peer: int) -> PeerLostError:
         """The error for a peer that failed us: it names the rank that was lost first, which may have taken it along.
@@ -112,7 +151,7 @@ class GroupTransport(Transport):
         """
         mine = str(self.global_ranks[peer])
         try:
-            first = _within(LINGER.total_seconds(), lambda: self._world_store.compare_set("lost", "", mine).decode())
+            first = within(LINGER_S, lambda: self._world_store.compare_set("lost", "", mine).decode())
         except (RuntimeError, TimeoutError):  # the store is gone, or hangs, with rank 0: its peers see that themselves
             first = mine if 0 in self.global_ranks else "0"
         logger.error("rank %d: lost rank %s", dist.get_rank(), first)
@@ -144,25 +183,5 @@ def _missing(store: Store, rank: int, keys: list[str]) -> list[int]:
         return [0]  # the store is gone, and with it the rank that held it
     with contextlib.suppress(RuntimeError):
         store.set(f"{rank}/looked", "")
-        store.wait([f"{key}/looked" for key in keys if int(key) not in missing], LINGER)
+        store.wait([f"{key}/looked" for key in keys if int(key) not in missing], timedelta(seconds=LINGER_S))
     return missing
-
-
-def _within(timeout_s: float, call: Callable[[], T]) -> T:
-    """Call `call`; TimeoutError if that takes too long. Calls of a store have no deadline of their own."""
-    done: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            done.put((True, call()))
-        except Exception as error:
-            done.put((False, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        succeeded, value = done.get(timeout=timeout_s)
-    except queue.Empty:
-        raise TimeoutError from None
-    if not succeeded:
-        raise value
-    return cast(T, value)

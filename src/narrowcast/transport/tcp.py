@@ -6,18 +6,19 @@ Its data path is compiled (csrc/mesh/mesh.h); who may join it is decided here an
 import json
 import os
 import secrets
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
-from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError
-from narrowcast.transport.address import Host, check_reachable, listen, own_address
-from narrowcast.transport.base import Buffers
-from narrowcast.transport.group import DEFAULT_TIMEOUT_S, LINGER, GroupTransport, hang_ups
+from narrowcast.errors import InvalidInputError, NarrowcastError
+from narrowcast.transport.address import REMEDY, Host, check_reachable, check_refusals, listen, own_address
+from narrowcast.transport.base import CARD_NBYTES, Buffers
+from narrowcast.transport.group import GroupTransport, hang_ups
 from narrowcast.transport.handshake import Credentials, Meeting
+from narrowcast.transport.waiting import LINGER_S
 
 try:
     from narrowcast import _native
@@ -37,7 +38,7 @@ class TcpTransport(GroupTransport):
     """The ranks of `group` (None: the default group), each connected to each; all of them make it at the same time.
 
     `interface`: the network interface (or address) that the connections take, by default that of GLOO_SOCKET_IFNAME,
-    else the one towards MASTER_ADDR. A wait lasts `timeout_s` seconds at most.
+    else the one towards MASTER_ADDR. A wait lasts `timeout_s` seconds at most; by default as long as other transports'.
     Raises InvalidInputError on every rank if one of them has no compiled module or cannot be reached.
     """
 
@@ -49,7 +50,7 @@ class TcpTransport(GroupTransport):
         group: dist.ProcessGroup | None = None,
         *,
         interface: str | None = None,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
         super().__init__(group, timeout_s=timeout_s)
         if self.group not in _meshes:
@@ -69,7 +70,7 @@ class TcpTransport(GroupTransport):
             if not COMPILED:
                 raise missing_module()
             listener = listen(own_address(interface))
-            mine["address"] = listener.getsockname()[:2]
+            mine["address"], mine["port"] = listener.getsockname()[:2]
         except InvalidInputError as error:
             mine["refusal"] = str(error)
         try:
@@ -79,9 +80,10 @@ class TcpTransport(GroupTransport):
             credentials = Credentials(
                 secret=bytes.fromhex(cards[0]["secret"]), mesh=bytes.fromhex(cards[0]["mesh"]), rank=self.rank
             )
-            meeting = Meeting(credentials, listener, {peer: tuple(card["address"]) for peer, card in enumerate(cards)})
+            addresses = {peer: (card["address"], card["port"]) for peer, card in enumerate(cards)}
+            meeting = Meeting(credentials, listener, addresses)
             meeting.meet(self.timeout_s)
-            self._agree_to_start(meeting)
+            self._agree_to_start(meeting, [card["address"] for card in cards])
         finally:
             if listener is not None:
                 listener.close()
@@ -96,17 +98,20 @@ class TcpTransport(GroupTransport):
             card |= {"secret": secrets.token_hex(32), "mesh": secrets.token_hex(16)}
         return card
 
-    def _agree_to_start(self, meeting: Meeting) -> None:
-        """PeerLostError on every rank if any has not met all others."""
-        missing = [self.global_ranks[peer] for peer in meeting.missing]
-        timeout_s = LINGER.total_seconds() if missing else None
+    def _agree_to_start(self, meeting: Meeting, addresses: Sequence[str]) -> None:
+        """PeerLostError on every rank if any is lost, InvalidInputError if they are there and have not all met."""
+        timeout_s = LINGER_S if meeting.missing else None
         try:
-            texts = self.share(json.dumps(missing), _CONNECTING, timeout_s=timeout_s)
-            unmet = Counter(rank for text in texts for rank in json.loads(text))
-            if unmet:  # who is missed by most; but nobody misses himself
-                most = [rank for rank, count in sorted(unmet.items()) if count == max(unmet.values())]
-                raise PeerLostError([rank for rank in most if rank != dist.get_rank()] or most, _CONNECTING)
-        except PeerLostError:
+            texts = self.share(json.dumps(meeting.missing), _CONNECTING, timeout_s=timeout_s)
+            for rank, unmet in enumerate(map(json.loads, texts)):
+                for peer in [peer for peer in unmet if peer < rank]:  # whom it dials
+                    raise InvalidInputError(
+                        "TCP transport",
+                        expected="ranks that reach each other",
+                        found=f"that rank {rank} of the group does not reach rank {peer} on {addresses[peer]}",
+                        remedy=REMEDY,
+                    )
+        except NarrowcastError:
             for connection in meeting.met.values():
                 connection.close()
             raise
@@ -115,11 +120,13 @@ class TcpTransport(GroupTransport):
         """The error for what went wrong with an exchange."""
         trouble, peer, reason, found, expected = outcome
         if trouble == "mismatch":
+            compared = CARD_NBYTES in (found, expected)
+            new = f" ({CARD_NBYTES} bytes compare codecs that are new to one)" if compared else ""
             return InvalidInputError(
                 f"payload of rank {self.global_ranks[peer]}",
                 expected=f"{expected} bytes, as this rank receives",
                 found=f"{found} bytes, as that rank sent",
-                remedy="Call the collective with the same shapes and codecs on every rank.",
+                remedy=f"Call the collective with the same shapes and codecs on every rank{new}.",
             )
         error = self.lost(peer)
         error.__cause__ = ConnectionError(f"rank {self.global_ranks[peer]}: {reason}")
@@ -155,15 +162,8 @@ def missing_module() -> InvalidInputError:
 
 def _check(cards: list[dict[str, Any]]) -> None:
     """InvalidInputError, alike on every rank, if one of them refused or cannot be reached."""
-    for rank, card in enumerate(cards):
-        if card["refusal"] is not None:
-            raise InvalidInputError(
-                "TCP transport",
-                expected="one that every rank of the group can use",
-                found=f"that rank {rank} cannot",
-                remedy=card["refusal"],
-            )
-    check_reachable([card["address"][0] for card in cards], [card["network"] for card in cards])
+    check_refusals("TCP transport", [card["refusal"] for card in cards])
+    check_reachable("TCP transport", [card["address"] for card in cards], [card["network"] for card in cards])
 
 
 def _has_cores_to_spare(machines: list[str]) -> bool:
