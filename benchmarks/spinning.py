@@ -1,10 +1,10 @@
 """What threads of PyTorch cost that spin while they wait for one another, where cores are busy otherwise.
 
-usage: python benchmarks/spinning.py [--rounds N] [--json FILE]
+usage: python benchmarks/spinning.py [--busy N ...] [--rounds N] [--json FILE]
 
 Each way of waiting of GNU OpenMP, in a process of its own and in turns: seconds to calibrate the bundled model (8
-sequences, 4 ranks, 4 bits), and us for one product of a vector with a 2048 x 2048 matrix in BF16; alone, and beside one
-process that computes all the time. Medians.
+sequences, 4 ranks, 4 bits), and us for one product of a vector with a 2048 x 2048 matrix in BF16; beside
+N processes that compute all the time. Medians.
 """
 
 import itertools
@@ -21,7 +21,7 @@ from scoring import MODEL
 from narrowcast.perf.machine import machine
 
 WAYS = {
-    "by itself": {"OMP_WAIT_POLICY": ""},  # which is no policy, and keeps narrowcast from choosing
+    "300000 spins (GNU's)": {"GOMP_SPINCOUNT": "300000"},
     "1000 spins (narrowcast)": {"GOMP_SPINCOUNT": "1000"},
     "none": {"OMP_WAIT_POLICY": "passive"},
     "one thread": {"OMP_NUM_THREADS": "1"},
@@ -47,10 +47,11 @@ BUSY = "while True: pass"
 
 def main() -> None:
     parser = reporting.parser(__doc__)
+    parser.add_argument("--busy", nargs="+", type=int, default=[0, 4], metavar="N")
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     found: dict[tuple[int, str], list[list[float]]] = {}
-    for _, (others, way) in itertools.product(range(asked.rounds), itertools.product((0, 1), WAYS)):
+    for _, (others, way) in itertools.product(range(asked.rounds), itertools.product(asked.busy, WAYS)):
         with ExitStack() as stack:
             for _ in range(others):
                 stack.callback(subprocess.Popen([sys.executable, "-c", BUSY]).kill)

@@ -19,11 +19,16 @@ _listeners: list[Hear] = []  # the last one hears, whichever thread tells
 
 @dataclass(frozen=True)
 class Progress:
-    """A long step, and how many parts of how many are done, where they are counted."""
+    """A long step, and how many parts are done, of how many where that is known."""
 
     doing: str
     done: int = 0
     total: int | None = None
+
+    @property
+    def counted(self) -> str:
+        """The parts in words; "" where they are not counted."""
+        return f"{self.done or ''}" if self.total is None else f"{self.done} of {self.total}"
 
 
 def tell(said: object) -> None:

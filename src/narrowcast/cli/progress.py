@@ -69,8 +69,7 @@ class Bar:
                 self._bars.remove_task(task)
             self._bars.add_task(said.doing, total=said.total, counted="")
             self._bars.start()
-        counted = "" if said.total is None else f"{said.done} of {said.total}"
-        self._bars.update(self._bars.task_ids[0], completed=said.done, counted=counted)
+        self._bars.update(self._bars.task_ids[0], completed=said.done, counted=said.counted)
 
     def close(self) -> None:
         """Takes the bar away."""
@@ -102,7 +101,7 @@ class Lines:
         while not self._closed.wait(wait_s):
             said, passed_s = self._last, time.monotonic() - self._begun
             if said.doing:
-                counted = "" if said.total is None else f", {said.done} of {said.total}"
-                line = f"narrowcast: {said.doing}{counted}; {passed_s:.0f} s so far"
+                doing = " ".join(filter(None, (said.doing, said.counted)))
+                line = f"narrowcast: {doing}; {passed_s:.0f} s so far"
                 self._console.print(line, markup=False, highlight=False, soft_wrap=True)
                 wait_s = NEXT_LINE_S
