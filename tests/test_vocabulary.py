@@ -147,6 +147,12 @@ def test_limits_of_control_groups_old_and_new(tmp_path: Path) -> None:
     assert 0 < free_nbytes() < 1 << 50
 
 
+def test_without_limits_memory_is_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /sys/fs/cgroup is not mounted."""
+    monkeypatch.setattr(replication, "limits", lambda *_: iter(()))
+    assert 0 < free_nbytes() < 1 << 50
+
+
 def agreed(folder: Path, free: Sequence[int]) -> Replicated:
     replication.free_nbytes = lambda: free[dist.get_rank()]  # type: ignore[assignment]
     return replication.affordable(load_engine(), folder, [Plan.load(folder / "plan")])

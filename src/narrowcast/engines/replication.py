@@ -66,7 +66,7 @@ def free_nbytes() -> int:
     try:
         told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(told["MemAvailable"].split()[0])
-        return min(available, *limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")))
+        return min([available, *limits(Path("/proc/self/cgroup"), Path("/sys/fs/cgroup"))])
     except (OSError, KeyError):
         return 0
 
