@@ -31,7 +31,7 @@ def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
     (tmp_path / "models").symlink_to(ROOT / "models")
     done = subprocess.run([sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "3.8 bits a value\n"
+    assert done.stdout == "3.9 bits a value\n"
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import os
 import sys
 
 # PyTorch's threads wait for one another by spinning. Where a core is busy otherwise, that is for a thread that does not
-# run: as long as GNU OpenMP spins by itself, calibration took seven times as long (docs/benchmarks.md). It is read when
+# run: as long as GNU OpenMP spins by itself, calibration takes 2.6 times as long (docs/commands.md). It is read when
 # PyTorch is imported.
 if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
