@@ -52,7 +52,8 @@ def check_writable(path: Path, *, overwrite: bool) -> None:
             str(path),
             expected="a new file",
             found="a folder" if path.is_dir() else "a file that exists",
-            remedy="Choose another name" + ("." if path.is_dir() else ", or pass overwrite=True (--overwrite)."),
+            remedy="Choose another name"
+            + ("." if path.is_dir() else ", or ask to overwrite it: --overwrite, in Python overwrite=True."),
         )
     if not special:
         check_folder(path, Path(os.path.realpath(path)).parent)

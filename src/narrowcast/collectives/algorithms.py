@@ -77,7 +77,7 @@ def check_algorithm(algorithm: str, codecs: Sequence[Codec], groups: Sequence[Se
             algorithm,
             expected="the ranks of each node",
             found="none",
-            remedy="Pass groups=[[0, 1], [2, 3]] to all_reduce; elsewhere choose another algorithm.",
+            remedy="Choose another algorithm, or name them: calibrate --nnodes, all_reduce(groups=[[0, 1], [2, 3]]).",
         )
     if len(codecs) < chosen.num_hops:
         needed = dict(list(HOPS.items())[: chosen.num_hops])

@@ -57,7 +57,7 @@ def connect_group(
             "transport",
             expected="ranks that can all take 'tcp'",
             found="; ".join(lacking),
-            remedy="Provide that, or pass transport='auto' or 'torch'.",
+            remedy="Provide that, or take another transport: auto, or torch.",
         )
     try:
         return TcpTransport(group, timeout_s=timeout_s)

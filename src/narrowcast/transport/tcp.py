@@ -156,7 +156,7 @@ def missing_module() -> InvalidInputError:
         "TCP transport",
         expected="the compiled module narrowcast._native",
         found="an installation without it",
-        remedy="Install narrowcast where there is a C++ compiler, or take transport='torch'.",
+        remedy="Install narrowcast where there is a C++ compiler, or take another transport: torch.",
     )
 
 
