@@ -31,9 +31,9 @@ def codecs() -> None:
     console.print(
         f"\nBits a value of {NUM_FEATURES} features; us to encode a token of as many and to add two up, on one thread. "
         "needs: text, for ranges of features; model, for text and all of its sums at once. calibrate takes allocated, "
-        "with as few bits as keep the answers. transform takes gradients, too, and multiplies each sum by a matrix that "
-        "the plan holds: 220 MB of them for 135 M parameters among 8 ranks. Any other codec is spelt out likewise, in "
-        "Python as here."
+        "with as few bits as keep the answers. transform takes gradients, too, and multiplies each sum by a matrix of "
+        "the plan: 220 MB of them for 135 M parameters among 8 ranks. Any other codec is spelt out likewise, in Python "
+        "as here."
     )
 
 

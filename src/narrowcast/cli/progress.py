@@ -1,5 +1,6 @@
 """Progress on stderr: under a bar where somebody watches, otherwise in a line now and then."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def shown() -> Iterator[Screen]:
     """Show what is told in the meantime, on the first rank."""
     screen: Screen = Silence()
     if is_first_rank():
-        console = Console(stderr=True)
+        console = Console(file=sys.stderr)  # as it is now: tasks are answered with their harness's words held back
         screen = Bar(console) if console.is_terminal else Lines(console)
     try:
         with heard_by(screen.hear):
