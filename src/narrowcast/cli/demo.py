@@ -17,7 +17,7 @@ from narrowcast.cli.generate import summary
 from narrowcast.cli.options import DEFAULT_TP, RUN, SPLIT, JsonOption, Timeout, option
 from narrowcast.cli.progress import shown
 from narrowcast.cli.prompts import encode
-from narrowcast.cli.tables import screen, table
+from narrowcast.cli.tables import PAGE, screen, table
 from narrowcast.codecs import Recipe
 from narrowcast.engines import Dtype, computes_bf16, load_engine
 from narrowcast.errors import InvalidInputError
@@ -194,7 +194,7 @@ def _print_texts(said: Mapping[str, list[list[int]]], prompts: Iterable[str], to
     console = screen()
     shown = table(f"first {MAX_NEW_TOKENS} tokens of each answer", ())
     for name in said:
-        shown.add_column(name, width=(console.width - 3) // len(said))
+        shown.add_column(name, width=(min(console.width, PAGE) - 3) // len(said))
     for place, prompt in enumerate(prompts):
         texts = [tokenizer.decode(each[place], skip_special_tokens=True) for each in said.values()]
         shown.add_row(*(f"[bold]{escape(prompt)}[/]\n{escape(text.strip())}\n" for text in texts))

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+PAGE = 80  # columns that any terminal has
 WIDEST = 1000  # of a line in a pipe or a file, where nothing need fold
 
 
