@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 import narrowcast
-from narrowcast.attach import Handle
+from narrowcast.attaching import Handle
 from narrowcast.engines import load_engine
 from narrowcast.engines.transformers.seam.embedding import Lookup
 from narrowcast.launch import Link, run

@@ -183,7 +183,7 @@ def test_the_command_reads_nothing_but_the_config(tmp_path: Path) -> None:
         (("-tp", "1"), "above 1, found one rank"),
         (("-tp", "2", "--transport", "pigeon"), "one of auto, tcp, torch"),
         (("-tp", "2", "--codec", "int9"), "int9"),
-        (("-tp", "2", "--input-len", "513"), "at most 512, the model's context, found 513"),
+        (("-tp", "2", "--input-len", "513"), "512 tokens at most, the model's context, found 513"),
     ],
 )
 def test_wrong_options_are_told(options: tuple[str, ...], message: str) -> None:

@@ -154,3 +154,13 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatc
     with pytest.raises(OSError, match="no"):
         folder.save(nn.Linear(1, 1), str(source), out, {})
     assert (out / "kept").read_text() == "old" and names(tmp_path) == ["out", "source"]
+
+
+def test_a_report_of_another_command_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "base.json"
+    monkeypatch.setattr("sys.argv", ["narrowcast", "evaluate", "model", "--json", str(path)])
+    write_report(path, {"kl_nats": 0.1})
+    check_report(path)
+    monkeypatch.setattr("sys.argv", ["narrowcast", "generate", "model"])
+    with pytest.raises(InvalidInputError, match="a new file or an earlier report, found a report of evaluate"):
+        check_report(path)

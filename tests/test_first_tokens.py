@@ -117,7 +117,7 @@ def test_the_command_counts_tokens_and_warns(tmp_path: Path) -> None:
     done = run(
         "calibrate", MODEL, "--text", text, "--num-samples", 2, "-o", tmp_path / "plan", "--codec", "int4-feature"
     )
-    assert "from 2 sequences, 511 tokens; 0 held out" in done
+    assert "from 2 sequences, 511 tokens; none held out" in done
     assert "warning: calibrated on 511 tokens of text, where 1,000 would be enough" in done
     assert "warning: calibrated on 511 tokens" in " ".join(run("inspect", tmp_path / "plan").split())
 

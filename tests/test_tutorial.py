@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL)
 def started(block: str, folder: Path) -> subprocess.Popen[str]:
     """A block of commands of this environment, on one thread each."""
     path = f"{Path(sys.executable).parent}:{sysconfig.get_path('scripts')}:{os.environ['PATH']}"
-    settings = {**os.environ, "PATH": path, "MODELS": str(MODEL.parent), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    settings = {**os.environ, "PATH": path, "CLONE": str(MODEL.parents[1]), "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(["bash", "-ec", block], cwd=folder, env=settings, text=True, **pipes)
 

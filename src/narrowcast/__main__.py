@@ -39,7 +39,7 @@ def _sentence(error: Exception) -> str:
         unexpected = hasattr(error, "__notes__")  # the traceback of a rank that crashed
         return f"{error}{_where() if unexpected else ''}"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename or ''}: {error.strerror}"
+        return f"{error.filename or 'standard output'}: {error.strerror}"
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}{_where()}"
 

@@ -124,14 +124,18 @@ def _unwritable(path: Path, error: OSError) -> InvalidInputError:
 
 
 def check_report(path: Path | None, *, html: bool = False) -> None:
-    """InvalidInputError if no report can be written to `path`: only an earlier one, of its kind, may be replaced."""
+    """InvalidInputError if no report can be written to `path`: only an earlier one of this command may be replaced."""
     if path is None:
         return
     check_writable(path, overwrite=True)
-    if path.is_file() and not _is_empty(path) and not is_report(path, html=html):
-        raise InvalidInputError(
-            str(path), expected="a new file or an earlier report", found="another file", remedy="Choose another name."
-        )
+    if path.is_file() and not _is_empty(path):
+        found = "" if is_report(path, html=html) else "another file"
+        if not found and not html and (command := _command_of(path)) not in ([], sys.argv[1:2]):
+            found = f"a report of {command[0]}"
+        if found:
+            raise InvalidInputError(
+                str(path), expected="a new file or an earlier report", found=found, remedy="Choose another name."
+            )
 
 
 def is_report(path: Path, *, html: bool = False) -> bool:
@@ -143,6 +147,11 @@ def is_report(path: Path, *, html: bool = False) -> bool:
         return False
 
 
+def _command_of(report: Path) -> list[str]:
+    """The command that wrote it."""
+    return shlex.split(json.loads(report.read_text(encoding="utf8")).get("command", ""))[1:2]
+
+
 def command_line() -> str:
     """The command that runs, as one would type it again."""
     return shlex.join(["narrowcast", *sys.argv[1:]])
@@ -150,7 +159,8 @@ def command_line() -> str:
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write `report` as JSON, marked as ours, in place of an earlier one."""
-    text = json.dumps({"narrowcast": versions(), "date": f"{date.today()}", **report}, indent=2)
+    made = {"narrowcast": versions(), "date": f"{date.today()}", "command": command_line()}
+    text = json.dumps({**made, **report}, indent=2)
     write_new(path, f"{text}\n".encode(), overwrite=True)
 
 

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from torch import Tensor, nn
 
-from narrowcast.attach import check_detached, check_loaded
+from narrowcast.attaching import check_detached, check_loaded
 from narrowcast.calibration.batches import Batch, sequences
 from narrowcast.calibration.build import Observations
 from narrowcast.calibration.moments import (

@@ -5,7 +5,7 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
-from narrowcast.attach import attach
+from narrowcast.attaching import attach
 from narrowcast.calibration.observing import observed
 from narrowcast.engines import engine_of
 from narrowcast.engines.forwards import evaluating

@@ -15,7 +15,7 @@ from narrowcast.cli.tables import screen, table
 from narrowcast.codecs import PRESETS, recipe
 from narrowcast.engines import Replicated
 from narrowcast.errors import InvalidInputError
-from narrowcast.files import check_report, check_writable, command_line, write_new, write_report
+from narrowcast.files import check_report, check_writable, write_new, write_report
 from narrowcast.launch import Link
 from narrowcast.perf import codec as codecs
 from narrowcast.perf import collective as collectives
@@ -109,7 +109,7 @@ def bench(
         parts = _models(codec, tp, links, transports, chunks, replicate or "none", timeline, timeout)
     rows = _measured(parts)
     if json is not None:
-        write_report(json, {"command": command_line(), "machine": machine(), "rows": rows})
+        write_report(json, {"machine": machine(), "rows": rows})
     for each in dict.fromkeys(row.get("link") for row in rows):
         title = "on one thread" if subject == "codec" else f"{tp} ranks on {each or NO_LINK}"
         _print([row for row in rows if row.get("link") == each], title, *COLUMNS[subject])

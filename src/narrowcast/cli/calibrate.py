@@ -25,9 +25,9 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_writable
 from narrowcast.launch import is_first_rank, run
 from narrowcast.plan import Plan
-from narrowcast.plan.plan import spelling
+from narrowcast.plan.plan import is_plan, spelling
 from narrowcast.plan.split import Split
-from narrowcast.plan.summary import doubts, mean_bits
+from narrowcast.plan.summary import doubts, mean_bits, numbered
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 M_MMAP_THRESHOLD = -3  # malloc.h of glibc
@@ -63,6 +63,7 @@ def calibrate(
     chosen = codec_by_kind(codec, bits=bits, target_kl=target_kl)
     if is_first_rank():
         check_writable(output, overwrite=overwrite)
+        _check_plan(output)
     if isinstance(chosen.get("sum"), TransformRecipe) and (real or groups):  # before the work, not after it
         raise InvalidInputError(
             "--codec",
@@ -75,26 +76,41 @@ def calibrate(
         _give_back_what_is_freed()
     asked = {**asdict(split), "groups": groups, "first_tokens": first_tokens, "moments": moments}
     with shown():
-        found = sequences(load_engine().load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
+        engine = load_engine()
+        obstacle = engine.obstacle(engine.skeleton(model), split)
+        if obstacle and is_first_rank():
+            typer.echo(f"simulated only: {obstacle}", err=True)
+        found = sequences(engine.load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
         given = found, chosen, asked, not no_feedback
         if real:
             plans = run(_on_rank, split.world_size, model, split, dtype, *given, timeout_s=timeout)
             plan = Plan.from_bytes(plans[0], output)
         else:
-            plan = _plan(load_engine().load(model, device=device, dtype=dtype), *given)
+            plan = _plan(engine.load(model, device=device, dtype=dtype), *given)
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
-        number = f"{len(plan.sites)} site" + "s" * (len(plan.sites) != 1)
-        bits = mean_bits(plan)
-        what = spelling(plan.calibration["codec"]) + ("" if bits is None else f", {bits:.4g} bits a value")
-        text_seen = f"{plan.calibration['num_sequences']} sequences, {plan.calibration['num_tokens']:,} tokens"
-        held_out = plan.calibration["num_held_out"]
-        typer.echo(f"{output}: {number}, {split}, {what}, from {text_seen}; {held_out} held out; {_size(output)}")
+        about, bits = plan.calibration, mean_bits(plan)
+        what = spelling(about["codec"]) + ("" if bits is None else f", {bits:.4g} bits a value")
+        seen = f"{numbered(about['num_sequences'], 'sequence')}, {numbered(about['num_tokens'], 'token')}"
+        held_out = f"{about['num_held_out'] or 'none'} held out"
+        sites = numbered(len(plan.sites), "site")
+        typer.echo(f"{output}: {sites}, {split}, {what}, from {seen}; {held_out}; {_size(output)}")
         for doubt in doubts(plan):
             typer.echo(f"warning: {doubt}", err=True)
         if plan.simulated_only:
             typer.echo(f"simulated only: {plan.simulated_only}")
-        tell(plan.calibration["kl_nats"], "on text that was held out")
+        tell(about["kl_nats"], "on text that was held out" if about["num_held_out"] else "on a part of this very text")
+
+
+def _check_plan(output: Path) -> None:
+    """InvalidInputError for a file that no earlier run wrote: --overwrite is for plans."""
+    if output.is_file() and output.stat().st_size and not is_plan(output):
+        raise InvalidInputError(
+            str(output),
+            expected="a new file, or a plan to replace",
+            found="another file",
+            remedy="Choose another name.",
+        )
 
 
 def _size(path: Path) -> str:

@@ -22,7 +22,7 @@ from narrowcast.evaluation.drawings import check_possible
 from narrowcast.evaluation.evaluation import Continued, conditions
 from narrowcast.evaluation.report import page
 from narrowcast.evaluation.tasks import TaskSet, load_tasks
-from narrowcast.files import check_report, command_line, write_new, write_report
+from narrowcast.files import check_report, write_new, write_report
 from narrowcast.plan import Plan
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
@@ -118,7 +118,7 @@ def _tasks(names: str, limit: int | None) -> TaskSet | None:
 
 def _write(path: Path, found: Evaluation, about: dict[str, str], changes: Mapping[str, Change]) -> None:
     compared = {"changes": {name: each.to_json() for name, each in changes.items()}} if changes else {}
-    write_report(path, {"command": command_line(), **about, **found.to_json(), **compared})
+    write_report(path, {**about, **found.to_json(), **compared})
 
 
 def _print_texts(continued: Continued, tokenizer: Any) -> None:

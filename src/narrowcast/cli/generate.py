@@ -13,7 +13,7 @@ from narrowcast.cli.prompts import encode, read
 from narrowcast.engines import Replicated, load_engine
 from narrowcast.evaluation.continuations import Said, Sampling
 from narrowcast.evaluation.ranks import Job, run_on_ranks
-from narrowcast.files import check_report, command_line, write_report
+from narrowcast.files import check_report, write_report
 from narrowcast.launch import is_first_rank
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
@@ -87,7 +87,7 @@ def generate(
     if is_first_rank():
         typer.echo(f"{answers.speed()}\n{summary(outcome.report, split, outcome.replicated)}", err=True)
         if json is not None:
-            about = {"command": command_line(), "model": model, "plan": str(plan), "dtype": dtype, "chat": chat}
+            about = {"model": model, "plan": str(plan), "dtype": dtype, "chat": chat}
             about |= {"temperature": temperature, "seed": seed}
             write_report(json, {**about, **answers.to_json(), "report": outcome.report.to_json()})
 

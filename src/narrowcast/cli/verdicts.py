@@ -4,7 +4,9 @@ import typer
 
 from narrowcast.scores.verdict import in_words
 
-MORE_BITS = "calibrate with fewer KL (--target-kl 0.01) or more bits (--bits 5), on text like yours"
+MORE_BITS = (
+    "calibrate without --codec, to a lower KL (--target-kl 0.01) or with more bits (--bits 5), on text like yours"
+)
 
 
 def tell(kl_nats: float, where: str, *, to_try: str = MORE_BITS) -> None:

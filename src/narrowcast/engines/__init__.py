@@ -1,7 +1,7 @@
 """Inference engines. `ENGINES`: the module that serves a model, by the package that made it."""
 
 import importlib
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -33,6 +33,15 @@ def load_engine(module: str = ENGINES["transformers"]) -> Engine:
         return cast(Engine, importlib.import_module(module))
     except ModuleNotFoundError as error:
         raise MissingDependencyError(module.rpartition(".")[2], module.rpartition(".")[2]) from error
+
+
+def check_length(subject: str, model: nn.Module, num_tokens: int) -> None:
+    """InvalidInputError for more tokens than a model, or its skeleton, has places for."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    if num_tokens > (longest := getattr(config, "max_position_embeddings", None) or num_tokens):
+        raise InvalidInputError(
+            subject, expected=f"{longest} tokens at most, the model's context", found=num_tokens, remedy="Pass fewer."
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -8,8 +8,8 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from narrowcast.attach import Handle
-from narrowcast.engines import Dtype, Replicated, load_engine
+from narrowcast.attaching import Handle
+from narrowcast.engines import Dtype, Replicated, check_length, load_engine
 from narrowcast.engines.parts import load_part
 from narrowcast.engines.replication import affordable
 from narrowcast.evaluation.continuations import GREEDY, Sampling, continuations
@@ -77,7 +77,10 @@ def run_on_ranks(job: Job, split: Split) -> list[Outcome]:
     Plans for another model, or for ranks that there cannot be, are refused before any rank is started.
     """
     engine = load_engine()
-    described = engine.fingerprint(engine.skeleton(job.model))
+    skeleton = engine.skeleton(job.model)
+    described = engine.fingerprint(skeleton)
+    longest = max((prompt.shape[1] for prompt in job.prompts), default=0)
+    check_length("prompt and new tokens", skeleton, longest + job.max_new_tokens)
     for path in job.plans:
         plan = Plan.load(path)
         plan.check_real()

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from narrowcast.attach import Handle, attach
+from narrowcast.attaching import Handle, attach
 from narrowcast.plan import Plan
 from narrowcast.scores import Score, Scorer, log_probs
 

@@ -3,15 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from narrowcast.codecs import recipe
 from narrowcast.collectives import Hops
-from narrowcast.engines import load_engine
-from narrowcast.errors import InvalidInputError
+from narrowcast.engines import check_length, load_engine
 from narrowcast.launch import Link
 from narrowcast.perf.census import census
 from narrowcast.perf.cost import CostModel, measure_coding, plain_coding
@@ -94,11 +92,7 @@ def checked_skeleton(model: str | Path, split: Split, input_len: int, transport:
     check_transport(transport)
     engine = load_engine()
     found = engine.load(model) if split.experts == "all_to_all" else engine.skeleton(model)
-    config: Any = found.config.get_text_config()  # type: ignore[union-attr, operator]
-    if input_len > (longest := getattr(config, "max_position_embeddings", input_len)):
-        raise InvalidInputError(
-            "--input-len", expected=f"at most {longest}, the model's context", found=input_len, remedy="Pass fewer."
-        )
+    check_length("--input-len", found, input_len)
     return found.to(torch.bfloat16)
 
 

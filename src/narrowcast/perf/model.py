@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from narrowcast.attach import attach
+from narrowcast.attaching import attach
 from narrowcast.calibration import moments_needed, observe, recipes_by_kind
 from narrowcast.calibration.moments import MomentsNeeded
 from narrowcast.engines import Replicated, load_engine

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from narrowcast.attach import attach
+from narrowcast.attaching import attach
 from narrowcast.collectives.clock import Span
 from narrowcast.launch import Link, run
 from narrowcast.perf import model as models

@@ -30,6 +30,7 @@ from narrowcast.plan.split import SUMS, Split
 T = TypeVar("T")
 
 FORMAT_VERSION = 6
+MAX_HEADER_NBYTES = 100 << 20  # of safetensors files
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -243,6 +244,16 @@ def _site(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], he
 def _keys(name: str, entry: Mapping[str, Any]) -> list[str]:
     """The names of a site's tensors."""
     return [f"{name}/{index}/{key}" for index, hop in enumerate(entry["stages"]) for key in hop["tensors"]]
+
+
+def is_plan(path: Path) -> bool:
+    """True for a file that begins as plans do, of whatever format version."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            return "narrowcast" in json.loads(file.read(min(size, MAX_HEADER_NBYTES)))["__metadata__"]
+        except (ValueError, KeyError, TypeError):
+            return False
 
 
 def spelling(codec: str | Mapping[str, str]) -> str:

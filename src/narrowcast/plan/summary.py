@@ -63,7 +63,8 @@ def in_words(plan: Plan) -> str:
     if (mean := mean_bits(plan)) is not None:
         lines[0] += f", {mean:.4g} bits a value"
     if (kl := plan.calibration.get("kl_nats")) is not None:
-        lines.append(f"KL {kl:.3g} nats from the uncompressed model, on text that was held out")
+        where = "text that was held out" if plan.calibration.get("num_held_out") else "a part of the calibration text"
+        lines.append(f"KL {kl:.3g} nats from the uncompressed model, on {where}")
     if plan.simulated_only:
         lines.append(f"simulated only: {plan.simulated_only}")
     rows = [("kind", "codec", "sites", "bits a value", "expected error")]
@@ -94,6 +95,11 @@ def doubts(plan: Plan) -> Iterator[str]:
             f"a few tokens, such as the first ones, hold most of the power at {len(lost)} sites, and all "
             f"others have an error of {lost[worst]:.2f} at {short_name(worst)}: compare with --first-tokens skip"
         )
+
+
+def numbered(number: int, what: str) -> str:
+    """So many of something."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def span(figures: Collection[float], form: str) -> str:

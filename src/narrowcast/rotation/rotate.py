@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from narrowcast.attach import check_detached, check_loaded
+from narrowcast.attaching import check_detached, check_loaded
 from narrowcast.engines import engine_of
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Split
