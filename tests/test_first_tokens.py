@@ -118,6 +118,7 @@ def test_the_command_counts_tokens_and_warns(tmp_path: Path) -> None:
         "calibrate", MODEL, "--text", text, "--num-samples", 2, "-o", tmp_path / "plan", "--codec", "int4-feature"
     )
     assert "from 2 sequences, 511 tokens; none held out" in done
+    assert "nats from the uncompressed model, on a part of this very text" in done
     assert "warning: calibrated on 511 tokens of text, where 1,000 would be enough" in done
     assert "warning: calibrated on 511 tokens" in " ".join(run("inspect", tmp_path / "plan").split())
 

@@ -152,14 +152,14 @@ def _command_of(report: Path) -> list[str]:
     return shlex.split(json.loads(report.read_text(encoding="utf8")).get("command", ""))[1:2]
 
 
-def command_line() -> str:
+def _command_line() -> str:
     """The command that runs, as one would type it again."""
     return shlex.join(["narrowcast", *sys.argv[1:]])
 
 
 def write_report(path: Path, report: dict[str, Any]) -> None:
     """Write `report` as JSON, marked as ours, in place of an earlier one."""
-    made = {"narrowcast": versions(), "date": f"{date.today()}", "command": command_line()}
+    made = {"narrowcast": versions(), "date": f"{date.today()}", "command": _command_line()}
     text = json.dumps({**made, **report}, indent=2)
     write_new(path, f"{text}\n".encode(), overwrite=True)
 
