@@ -1,0 +1,102 @@
+"""Formats of weights in few bits: what a matrix's numbers are, before and after they are packed.
+
+Shapes: N rows (features of the output), K columns (features of the input), G groups of columns that share a scale.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor
+
+from narrowcast.errors import InvalidInputError
+
+Offset = Literal["middle", "minimum", "zero_point"]
+Activations = Literal["int8", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat:
+    """A matrix [N, K] of unsigned codes, a scale for each row of each group of columns.
+
+    `offset`: what a code stands for. "middle": scale * (code - 2 ** (num_bits - 1)), as in GGUF's Q4_0 and Q8_0;
+    "minimum": scale * code + minimum, as in Q4_1; "zero_point": scale * (code - zero), as in AWQ and GPTQ.
+    `activations`: what the product reads. "int8": activations rounded to 8 bits by groups of 32 columns, as llama.cpp
+    does; "bf16": as they are.
+    """
+
+    num_bits: int
+    group_size: int
+    offset: Offset
+    activations: Activations
+
+    @property
+    def name(self) -> str:
+        """As users write it: int4-group32, int4-group128-zero-point."""
+        suffix = "" if self.offset == "middle" else f"-{self.offset.replace('_', '-')}"
+        return f"int{self.num_bits}-group{self.group_size}{suffix}"
+
+    @property
+    def middle(self) -> int:
+        """The code that stands for zero where nothing says which one does."""
+        return 1 << self.num_bits - 1
+
+
+Q4_0 = WeightFormat(num_bits=4, group_size=32, offset="middle", activations="int8")
+Q4_1 = WeightFormat(num_bits=4, group_size=32, offset="minimum", activations="int8")
+Q8_0 = WeightFormat(num_bits=8, group_size=32, offset="middle", activations="int8")
+
+
+def w4a16(group_size: int) -> WeightFormat:
+    """4 bits with zero points, activations in BF16: the format of AWQ, GPTQ and compressed-tensors' W4A16."""
+    return WeightFormat(num_bits=4, group_size=group_size, offset="zero_point", activations="bf16")
+
+
+@dataclass(frozen=True)
+class GroupedCodes:
+    """A matrix [N, K] in a format, or some of its rows and whole groups of its columns, as files have it.
+
+    `codes`: uint8 [N, K], below 2 ** num_bits. `scales`: FP16 or BF16 [N, G]. `offsets`: minima, of the dtype of
+    `scales`, or zero points, uint8, [N, G]; None with "middle".
+    Raises InvalidInputError for shapes and dtypes that do not go together.
+    """
+
+    format: WeightFormat
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        num_rows, num_columns = self.codes.shape
+        groups = (num_rows, num_columns // self.format.group_size)
+        if num_columns % self.format.group_size:
+            raise _wrong("columns", f"a multiple of {self.format.group_size}", num_columns)
+        if self.codes.dtype != torch.uint8:
+            raise _wrong("codes", "uint8", self.codes.dtype)
+        if self.scales.shape != groups or self.scales.dtype not in (torch.float16, torch.bfloat16):
+            raise _wrong("scales", f"FP16 or BF16 {groups}", f"{self.scales.dtype} {tuple(self.scales.shape)}")
+        kinds = {"middle": None, "minimum": self.scales.dtype, "zero_point": torch.uint8}
+        found = None if self.offsets is None else self.offsets.dtype
+        if found != kinds[self.format.offset] or (self.offsets is not None and self.offsets.shape != groups):
+            raise _wrong("offsets", f"{kinds[self.format.offset]} {groups}", found)
+
+    def dequantized(self) -> Tensor:
+        """The values, FP32 [N, K], each operation rounded by itself."""
+        codes_NGk = self.codes.float().unflatten(1, (-1, self.format.group_size))
+        scales_NG1 = self.scales.float()[..., None]
+        if self.format.offset == "minimum":
+            assert self.offsets is not None
+            return (codes_NGk * scales_NG1 + self.offsets.float()[..., None]).flatten(1)
+        zeros = self.format.middle if self.offsets is None else self.offsets.float()[..., None]
+        return ((codes_NGk - zeros) * scales_NG1).flatten(1)
+
+    def rows(self, order: Tensor) -> Self:
+        """The rows of these numbers, int64 [n]."""
+        offsets = None if self.offsets is None else self.offsets[order]
+        return type(self)(self.format, self.codes[order], self.scales[order], offsets)
+
+
+def _wrong(subject: str, expected: object, found: object) -> InvalidInputError:
+    return InvalidInputError(
+        f"weights, {subject}", expected=expected, found=found, remedy="Give codes and scales of one format."
+    )
