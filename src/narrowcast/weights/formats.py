@@ -3,6 +3,7 @@
 Shapes: N rows (features of the output), K columns (features of the input), G groups of columns that share a scale.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -94,6 +95,25 @@ class GroupedCodes:
         """The rows of these numbers, int64 [n]."""
         offsets = None if self.offsets is None else self.offsets[order]
         return type(self)(self.format, self.codes[order], self.scales[order], offsets)
+
+    def columns(self, start: int, stop: int) -> Self:
+        """The columns from `start` to `stop`, where groups begin."""
+        groups = slice(start // self.format.group_size, stop // self.format.group_size)
+        offsets = None if self.offsets is None else self.offsets[:, groups]
+        return type(self)(self.format, self.codes[:, start:stop], self.scales[:, groups], offsets)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of one part after those of another."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = [part.offsets for part in parts if part.offsets is not None]
+        return cls(
+            parts[0].format,
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(offsets) if offsets else None,
+        )
 
 
 def _wrong(subject: str, expected: object, found: object) -> InvalidInputError:
