@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from narrowcast.weights.checkpoint import ALL
+from narrowcast.weights.folders.awq import awq
+from narrowcast.weights.folders.compressed_tensors import compressed_tensors
+from narrowcast.weights.folders.gptq import gptq
 from narrowcast.weights.folders.packed import PackedWeight
 from narrowcast.weights.folders.tensors import Tensors, read_json
 from narrowcast.weights.formats import GroupedCodes, WeightFormat
@@ -16,7 +19,11 @@ from narrowcast.weights.refusals import unserved
 CONFIG = "config.json"
 PLAIN = {torch.bfloat16, torch.float16, torch.float32}
 
-QUANTIZERS: dict[str, Callable[[Tensors, Mapping[str, Any]], Mapping[str, PackedWeight]]] = {}
+QUANTIZERS: Mapping[str, Callable[[Tensors, Mapping[str, Any]], Mapping[str, PackedWeight]]] = {
+    "awq": awq,
+    "gptq": gptq,
+    "compressed-tensors": compressed_tensors,
+}
 
 
 class Folder:
@@ -56,7 +63,7 @@ def open_folder(folder: Path) -> Folder:
     tensors = Tensors(folder)
     if quantization is None:
         return Folder(tensors, {})
-    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    method = str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
     if method not in QUANTIZERS:
         raise unserved(
             folder,
