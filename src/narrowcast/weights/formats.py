@@ -3,6 +3,7 @@
 Shapes: N rows (features of the output), K columns (features of the input), G groups of columns that share a scale.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -116,6 +117,25 @@ class GroupedCodes:
         offsets = None if self.offsets is None else self.offsets[order]
         scales = self.scales if self.format.is_ternary else self.scales[order]
         return type(self)(self.format, self.codes[order], scales, offsets)
+
+    def columns(self, start: int, stop: int) -> Self:
+        """The columns from `start` to `stop`, where groups begin."""
+        groups = slice(start // self.format.group_size, stop // self.format.group_size)
+        offsets = None if self.offsets is None else self.offsets[:, groups]
+        return type(self)(self.format, self.codes[:, start:stop], self.scales[:, groups], offsets)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The rows of one part after those of another."""
+        if len(parts) == 1:
+            return parts[0]
+        offsets = [part.offsets for part in parts if part.offsets is not None]
+        return cls(
+            parts[0].format,
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(offsets) if offsets else None,
+        )
 
 
 def _wrong(subject: str, expected: object, found: object) -> InvalidInputError:

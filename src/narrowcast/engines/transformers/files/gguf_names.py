@@ -1,0 +1,60 @@
+"""Parameters of Transformers' models in GGUF files: their names, and what llama.cpp has changed in them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+OUTSIDE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+PROJECTIONS = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+FOUR_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+UNUSED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # Transformers computes them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """`inner`: the modules of a layer by their names in the file.
+
+    `interleaved`: of queries' and keys' heads the file has the two halves in turns, row by row.
+    `norms_plus_one`: the file has norms as factors, the model what is added to one.
+    """
+
+    inner: Mapping[str, str]
+    interleaved: bool = False
+    norms_plus_one: bool = False
+
+    def parameter(self, name: str) -> str | None:
+        """The model's name of a tensor; None for what is no parameter of it."""
+        module, _, kind = name.rpartition(".")
+        if kind not in ("weight", "bias"):
+            return None
+        if module in OUTSIDE:
+            return f"{OUTSIDE[module]}.{kind}"
+        block, layer, inner = (*module.split("."), "", "")[:3]
+        if block != "blk" or not layer.isdecimal() or inner not in self.inner or module.count(".") != 2:
+            return None
+        return f"model.layers.{int(layer)}.{self.inner[inner]}.{kind}"
+
+
+ARCHITECTURES = {
+    "llama": Architecture(inner=PROJECTIONS | TWO_NORMS, interleaved=True),
+    "qwen2": Architecture(inner=PROJECTIONS | TWO_NORMS),
+    "qwen3": Architecture(inner=PROJECTIONS | TWO_NORMS | HEAD_NORMS),
+    "gemma2": Architecture(inner=PROJECTIONS | FOUR_NORMS, norms_plus_one=True),
+    "gemma3": Architecture(inner=PROJECTIONS | FOUR_NORMS | HEAD_NORMS, norms_plus_one=True),
+    "phi3": Architecture(inner=PROJECTIONS | TWO_NORMS | FUSED),
+}

@@ -1,0 +1,74 @@
+"""Folders of safetensors: parameters as they are, and linear layers that a quantizer has packed."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from narrowcast.weights.checkpoint import ALL
+from narrowcast.weights.folders.awq import awq
+from narrowcast.weights.folders.compressed_tensors import compressed_tensors
+from narrowcast.weights.folders.gptq import gptq
+from narrowcast.weights.folders.packed import PackedWeight
+from narrowcast.weights.folders.tensors import Tensors, read_json
+from narrowcast.weights.formats import GroupedCodes, WeightFormat
+from narrowcast.weights.refusals import unserved
+
+CONFIG = "config.json"
+PLAIN = {torch.bfloat16, torch.float16, torch.float32}
+
+QUANTIZERS: Mapping[str, Callable[[Tensors, Mapping[str, Any]], Mapping[str, PackedWeight]]] = {
+    "awq": awq,
+    "gptq": gptq,
+    "compressed-tensors": compressed_tensors,
+}
+
+
+class Folder:
+    """A `Checkpoint` of a folder. `packed`: parameters that are given in codes, by name; all others are plain."""
+
+    notes: Sequence[str] = ()
+
+    def __init__(self, tensors: Tensors, packed: Mapping[str, PackedWeight]) -> None:
+        self._tensors, self._packed = tensors, packed
+        parts = {part for weight in packed.values() for part in weight.parts}
+        self.names: Collection[str] = (set(tensors.names) - parts) | packed.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._packed[name].shape if name in self._packed else self._tensors.shape(name)
+
+    def format(self, name: str) -> WeightFormat | None:
+        return self._packed[name].format if name in self._packed else None
+
+    def codes(self, name: str, rows: slice = ALL, columns: slice = ALL) -> GroupedCodes:
+        return self._packed[name].codes(rows, columns)
+
+    def values(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        if name in self._packed:
+            return self.codes(name, rows, columns).dequantized()
+        found = self._tensors.read(name, rows, columns)
+        if found.dtype not in PLAIN:
+            raise unserved(
+                self._tensors.folder, f"{name} in BF16, FP16 or FP32", self._tensors.dtype(name), "Use another model."
+            )
+        return found
+
+
+def open_folder(folder: Path) -> Folder:
+    """The checkpoint of a folder. InvalidInputError if it is broken, or quantized in a way that nothing here reads."""
+    config = read_json(folder / CONFIG)
+    quantization = config.get("quantization_config") or config.get("compression_config")
+    tensors = Tensors(folder)
+    if quantization is None:
+        return Folder(tensors, {})
+    method = str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
+    if method not in QUANTIZERS:
+        raise unserved(
+            folder,
+            f"plain weights, or those of {', '.join(QUANTIZERS)}",
+            f"quantization {method}",
+            "Use a GGUF file, or the model that it was made of.",
+        )
+    return Folder(tensors, QUANTIZERS[method](tensors, quantization))

@@ -1,0 +1,53 @@
+"""Plain values to codes in groups of 32, as llama.cpp and its Python package `gguf` round them.
+
+Shapes: N rows, K columns, G groups of 32 columns. FP32, each operation rounded by itself.
+"""
+
+import torch
+from torch import Tensor
+
+from narrowcast.errors import InvalidInputError
+from narrowcast.weights.formats import Q4_0, Q8_0, GroupedCodes
+
+GROUP_SIZE = 32
+
+
+def quantize_int4(x_NK: Tensor) -> GroupedCodes:
+    """As GGUF's Q4_0: the value that is farthest from zero becomes code 0, -8 times the scale.
+
+    A group with a value that is not finite decodes to NaN. InvalidInputError if K is no multiple of 32.
+    """
+    x_NGk = _grouped(x_NK)
+    farthest_NG1 = x_NGk.gather(-1, x_NGk.abs().argmax(-1, keepdim=True))
+    scales_NG1 = farthest_NG1 / -8
+    codes_NGk = (x_NGk * _reciprocal(scales_NG1) + 8.5).trunc().nan_to_num(8).clamp(0, 15)
+    return GroupedCodes(Q4_0, codes_NGk.to(torch.uint8).flatten(1), scales_NG1[..., 0].half())
+
+
+def quantize_int8(x_NK: Tensor) -> GroupedCodes:
+    """As GGUF's Q8_0: the value that is farthest from zero is 127 times the scale; halves go away from zero.
+
+    A group with a value that is not finite decodes to NaN. InvalidInputError if K is no multiple of 32.
+    """
+    x_NGk = _grouped(x_NK)
+    scales_NG1 = x_NGk.abs().amax(-1, keepdim=True) / 127
+    scaled_NGk = x_NGk * _reciprocal(scales_NG1)
+    whole_NGk = scaled_NGk.abs().floor()
+    rounded_NGk = (whole_NGk + (2 * (scaled_NGk.abs() - whole_NGk)).floor()).copysign(scaled_NGk)
+    codes_NGk = (rounded_NGk.nan_to_num(0) + 128).clamp(0, 255)
+    return GroupedCodes(Q8_0, codes_NGk.to(torch.uint8).flatten(1), scales_NG1[..., 0].half())
+
+
+def _grouped(x_NK: Tensor) -> Tensor:
+    if x_NK.ndim != 2 or x_NK.shape[1] % GROUP_SIZE:
+        raise InvalidInputError(
+            "weights to quantize",
+            expected=f"a matrix with a multiple of {GROUP_SIZE} columns",
+            found=f"shape {tuple(x_NK.shape)}",
+            remedy="Leave these in 16 bits.",
+        )
+    return x_NK.float().reshape(len(x_NK), -1, GROUP_SIZE)
+
+
+def _reciprocal(scales: Tensor) -> Tensor:
+    return torch.where(scales == 0, 0.0, 1 / scales)
