@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from narrowcast.engines.base import Dtype, Engine, Replicated
+from narrowcast.engines.base import Dtype, Engine, Replicated, Weights
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 
 ENGINES: dict[str, str] = {"transformers": "narrowcast.engines.transformers"}
@@ -54,4 +54,14 @@ def computes_bf16() -> bool:
     return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "AVX2")
 
 
-__all__ = ["ENGINES", "Dtype", "Engine", "Replicated", "computes_bf16", "device_of", "engine_of", "load_engine"]
+__all__ = [
+    "ENGINES",
+    "Dtype",
+    "Engine",
+    "Replicated",
+    "Weights",
+    "computes_bf16",
+    "device_of",
+    "engine_of",
+    "load_engine",
+]

@@ -16,6 +16,9 @@ from narrowcast.transport import Groups
 
 Dtype = Literal["auto", "bfloat16", "float32"]  # auto: as weights are stored
 
+# In what weights are kept: as they are stored, unpacked to the dtype, or, of what is stored in it, in few bits.
+Weights = Literal["stored", "dense", "int4-group32", "int8-group32"]
+
 # The matrices of the vocabulary that every rank keeps whole: "all" is the embedding and the output layer.
 Replicated = Literal["none", "embedding", "all"]
 
@@ -100,8 +103,12 @@ class ModelFiles(Protocol):
         replicated: Replicated = "none",
         device: str | None = None,
         dtype: Dtype = "auto",
+        weights: Weights = "stored",
     ) -> nn.Module:
         """The model in a folder or of a hub name, on `device`, in `dtype`; or this rank's part of it as `split` says.
+
+        `weights`: matrices that are stored in few bits stay so, or are unpacked ("dense"); those that are stored in the
+        dtype become such of few bits. Products then read activations in 8 bits or in `dtype`, as the format has it.
 
         `replicated`: what every rank keeps whole. Where embedding and output layer are one matrix, "embedding" still
         shares out the product with it.

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from narrowcast.weights.packed import PackedMatrix
+from narrowcast.weights.products import multiply
+
 
 class Product(Protocol):
     """`product(tokens) -> partial`: of tokens [T, F], what one rank puts into their sum, [T, num_features].
@@ -48,3 +51,21 @@ class Dense:
 
     def _own(self, x_TF: Tensor) -> Tensor:
         return x_TF if self.columns is None else x_TF[:, self.columns].contiguous()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The product with a matrix in few bits, [E, F] of this rank, or `held`, its features among all of the matrix.
+
+    `columns`: its features of a whole input.
+    """
+
+    matrix: PackedMatrix
+    num_features: int
+    columns: slice | None
+    held: slice
+    dtype = None
+
+    def __call__(self, x_TF: Tensor) -> Tensor:
+        own_TF = x_TF if self.columns is None else x_TF[:, self.columns]
+        return multiply(self.matrix, own_TF, columns=self.held)

@@ -122,7 +122,8 @@ class GroupedCodes:
         """The columns from `start` to `stop`, where groups begin."""
         groups = slice(start // self.format.group_size, stop // self.format.group_size)
         offsets = None if self.offsets is None else self.offsets[:, groups]
-        return type(self)(self.format, self.codes[:, start:stop], self.scales[:, groups], offsets)
+        scales = self.scales if self.format.is_ternary else self.scales[:, groups]
+        return type(self)(self.format, self.codes[:, start:stop], scales, offsets)
 
     @classmethod
     def joined(cls, parts: Sequence[Self]) -> Self:
@@ -133,7 +134,7 @@ class GroupedCodes:
         return cls(
             parts[0].format,
             torch.cat([part.codes for part in parts]),
-            torch.cat([part.scales for part in parts]),
+            parts[0].scales if parts[0].format.is_ternary else torch.cat([part.scales for part in parts]),
             torch.cat(offsets) if offsets else None,
         )
 

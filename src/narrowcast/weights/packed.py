@@ -75,6 +75,10 @@ class PackedMatrix:
         blocks = _blocks(codes, missing)
         self.blocks[first_row // BLOCK_ROWS :][: len(blocks)] = blocks
 
+    def check_columns(self, name: str, own: slice, tp_size: int) -> None:
+        """InvalidInputError where a rank's columns of layer `name` are not whole groups."""
+        check_columns(name, self.format, own, self.shape[1], tp_size)
+
     @functools.cached_property
     def native(self) -> Any:
         """The matrix in C++."""
@@ -88,6 +92,11 @@ class PackedMatrix:
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self.blocks.numel()
+
+    def of_blocks(self, blocks: Tensor) -> Self:
+        """The matrix of some blocks of 16 rows, by their numbers."""
+        shape = len(blocks) * BLOCK_ROWS, self.shape[1]
+        return type(self)(self.format, shape, self.blocks[blocks], bf16_scales=self.bf16_scales, scale=self.scale)
 
     def unpacked(self, rows: slice = ALL, columns: slice = ALL) -> GroupedCodes:
         """Codes and scales of rows, and of columns in whole groups."""
@@ -103,6 +112,17 @@ class PackedMatrix:
         if not self.format.is_ternary:
             scales = scales[kept, groups]
         return GroupedCodes(self.format, codes, scales, None if whole.offsets is None else whole.offsets[kept, groups])
+
+
+def check_columns(name: str, form: WeightFormat, own: slice, num_columns: int, tp_size: int) -> None:
+    """InvalidInputError where the columns `own` of a rank, of all those of layer `name`, are not whole groups."""
+    if own.start % form.group_size or own.stop % form.group_size:
+        raise InvalidInputError(
+            f"tp_size {tp_size}",
+            expected=f"ranks that hold whole groups of {form.group_size} of the {num_columns} columns of {name}",
+            found=f"columns {own.start} to {own.stop}",
+            remedy="Choose another tp_size, or weights in other groups.",
+        )
 
 
 def _block(form: WeightFormat) -> tuple[int, int]:

@@ -68,6 +68,13 @@ def dequantized_bf16(matrix: PackedMatrix, rows: slice = ALL, columns: slice = A
     return out
 
 
+def look_up(matrix: PackedMatrix, rows_T: Tensor) -> Tensor:
+    """Rows [T, K] of a matrix by their numbers, FP32."""
+    distinct, places = rows_T.div(BLOCK_ROWS, rounding_mode="floor").unique(return_inverse=True)
+    blocks = matrix.of_blocks(distinct)
+    return blocks.unpacked().rows(places * BLOCK_ROWS + rows_T % BLOCK_ROWS).dequantized()
+
+
 def multiply_dense(weight_NK: Tensor, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
     """As `functional.linear` of BF16 on the CPU, reading weights at the memory's rate where there are few tokens.
 

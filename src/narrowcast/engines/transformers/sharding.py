@@ -8,13 +8,9 @@ from torch.distributed.tensor import DTensor, Shard
 
 from narrowcast.engines.forwards import chunk
 from narrowcast.runtime.wires import Wires
+from narrowcast.weights.layers import PackedEmbedding, PackedLinear, local
 
 EXPERT_WEIGHTS = {"gate_up_proj", "down_proj"}  # [X, 2 * I, E] and [X, E, I] for X experts of I hidden features
-
-
-def local(weight: Tensor) -> Tensor:
-    """The part of `weight` that this rank holds."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def own_chunk(weight: Tensor, axis: int) -> slice:
@@ -42,8 +38,10 @@ def is_plain(weight: Tensor) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """True for a layer that computes what ours do: a quantized one, say, does not."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    """True for a layer that computes what ours do: one of another quantizer, say, does not."""
+    return isinstance(module, PackedLinear) or (
+        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    )
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -62,9 +60,16 @@ def reading_weight(module: nn.Module) -> Tensor:
     """This rank's part of the weight [.., I, E] whose products with the residual stream are computed, of all ranks if
     the model is whole.
     """
+    if isinstance(module, PackedLinear):
+        return module.dequantized()
     return local(cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.gate_up_proj))
 
 
 def summed_weight(module: nn.Module) -> Tensor:
     """The weight [E, I], or of experts [X, E, I], whose products are summed over ranks."""
     return cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.down_proj)
+
+
+def is_packed(module: nn.Module) -> bool:
+    """True for a layer whose weights are in few bits."""
+    return isinstance(module, PackedLinear | PackedEmbedding)

@@ -37,6 +37,8 @@ def values_of(kind: Any, block_NBb: Tensor) -> Tensor:
 
     if kind.name in PLAIN:
         return block_NBb.flatten(1).view(PLAIN[kind.name])
+    if kind.name in EXACT:  # the same as below, many times faster
+        return codes_of(kind, block_NBb).dequantized()
     with np.errstate(all="ignore"):  # scales of a broken file may be infinite
         return torch.from_numpy(quants.dequantize(block_NBb.flatten(1).numpy(), kind))
 
@@ -60,7 +62,7 @@ def readable(kind: Any) -> bool:
 
 
 def note_of(kind: Any) -> str:
-    """How codes of a type differ from those in the file; empty if they do not."""
+    """The difference between codes of a type and those in the file, in words; empty if there is none."""
     if kind.name in PLAIN or kind.name in EXACT:
         return ""
     if kind.name == "Q4_K":

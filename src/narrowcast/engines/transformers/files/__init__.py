@@ -14,7 +14,7 @@ from narrowcast.errors import InvalidInputError
 
 def num_features(model: nn.Module) -> int:
     """The width of the embedding."""
-    return int(cast(Any, model).get_input_embeddings().weight.shape[1])
+    return int(cast(Any, model).get_input_embeddings().embedding_dim)
 
 
 def rotate(model: nn.Module, rotation_EE: Tensor) -> None:

@@ -1,6 +1,7 @@
 """The fingerprint of a model: the same for the whole model and for any split of it."""
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -8,8 +9,9 @@ from torch import Tensor, nn
 
 from narrowcast.engines.transformers.layered import by_layer
 from narrowcast.engines.transformers.seam import summed
-from narrowcast.engines.transformers.sharding import is_experts, is_linear, local, own_chunk, summed_weight
+from narrowcast.engines.transformers.sharding import is_experts, is_linear, own_chunk, summed_weight
 from narrowcast.plan import ModelFingerprint
+from narrowcast.weights.layers import PackedEmbedding, PackedLinear, local
 
 CONFIG_FIELDS = (
     "model_type",
@@ -42,14 +44,32 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
     """
     config = cast(Any, model).config.get_text_config()
     known = {name: module for name, module in summed(model).items() if is_linear(module) or is_experts(module)}
-    samples = {name: _digests(summed_weight(module), dim=-1) for name, module in known.items()}
+    samples = {name: _digests_of(module) for name, module in known.items()}
     embedding = cast(Any, model).get_input_embeddings()
-    if isinstance(embedding, nn.Embedding):  # not on every stage of a pipeline
+    if isinstance(embedding, PackedEmbedding):
+        samples["embedding"] = _kept_digests(embedding.samples, embedding.num_embeddings)
+    elif isinstance(embedding, nn.Embedding):  # not on every stage of a pipeline
         samples["embedding"] = _digests(embedding.weight, dim=0)
     values = {field: by_layer(config, field) for field in CONFIG_FIELDS}
     fields: dict[str, Any] = {field: each[0] if len(each) == 1 else each for field, each in values.items() if each}
     fields["rope_theta"] = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
     return ModelFingerprint(config=fields, samples=samples)
+
+
+def sample_places(size: int) -> list[int]:
+    """The rows or columns, of so many, by which a weight is told from others."""
+    return [(2 * sample + 1) * size // (2 * NUM_SAMPLES) for sample in range(NUM_SAMPLES)]
+
+
+def _digests_of(module: nn.Module) -> list[str | None]:
+    if isinstance(module, PackedLinear):
+        return _kept_digests(module.samples, module.in_features)
+    return _digests(summed_weight(module), dim=-1)
+
+
+def _kept_digests(samples: Mapping[int, Tensor], size: int) -> list[str | None]:
+    """Of what the loader has kept of weights in few bits, which is as the checkpoint has it."""
+    return [_digest(samples[place]) if place in samples else None for place in sample_places(size)]
 
 
 def _digests(weight: Tensor, dim: int) -> list[str | None]:
@@ -58,8 +78,8 @@ def _digests(weight: Tensor, dim: int) -> list[str | None]:
         return [None] * NUM_SAMPLES
     held = [own_chunk(weight, axis) for axis in range(weight.ndim)]
     digests: list[str | None] = []
-    for sample in range(NUM_SAMPLES):
-        places = {dim % weight.ndim: (2 * sample + 1) * weight.shape[dim] // (2 * NUM_SAMPLES)}
+    for sample, place in enumerate(sample_places(weight.shape[dim])):
+        places = {dim % weight.ndim: place}
         if weight.ndim == 3:
             places[0] = sample % weight.shape[0]
         here = all(held[axis].start <= place < held[axis].stop for axis, place in places.items())

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import itertools
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from narrowcast.engines.base import Dtype, Replicated
+from narrowcast.engines.base import Dtype, Replicated, Weights
+from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
+from narrowcast.engines.transformers.files.gguf_model import knows
+from narrowcast.engines.transformers.files.packed import PackedModel
 from narrowcast.engines.transformers.files.vocabulary import styles
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
@@ -21,6 +25,8 @@ from narrowcast.engines.transformers.seam.rehearsal import check_stages, mistake
 from narrowcast.errors import InvalidInputError, MissingDependencyError, NarrowcastError
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
+
+logger = logging.getLogger(__name__)
 
 WHOLE = Split()
 GGUF = ".gguf"
@@ -36,11 +42,14 @@ def load(
     replicated: Replicated = "none",
     device: str | None = None,
     dtype: Dtype = "auto",
+    weights: Weights = "stored",
 ) -> nn.Module:
     """The causal LM of `path`; with a `split`, what this rank of torch.distributed holds of it.
 
-    `path`: a folder, a hub name, or a GGUF file, whose weights are unpacked to BF16. `dtype`: of weights and what is
-    computed with them; "auto" takes the one that they are stored in.
+    `path`: a folder, a hub name, or a GGUF file. `dtype`: of weights and what is computed with them; "auto" takes the
+    one that they are stored in, BF16 beside weights in few bits.
+    `weights`: what is stored in few bits (GGUF; AWQ, GPTQ and W4A16 folders) stays so with "stored", and becomes values
+    of `dtype` with "dense"; "int4-group32" and "int8-group32" make matrices such that are stored as values.
     `replicated`: of the vocabulary, what each rank keeps whole, and of which nothing travels then: the "embedding", or
     "all", the output layer too. Where both are one matrix, "embedding" still shares out the product with it. A whole
     model goes to `device`; where a part goes, Transformers decides.
@@ -54,6 +63,9 @@ def load(
     try:
         if split == WHOLE:
             _check_device(device)
+            if (packed := _packed(path, located, weights)) is not None:
+                _check_computes_on_cpu(path, device)
+                return packed.load(AutoConfig.from_pretrained(**located), _activations(dtype))
             with _hushed(path):
                 model = _from_pretrained(path, located | _weights(path, dtype))
             return model.to(device)
@@ -61,8 +73,11 @@ def load(
         _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
         if split.pp_size > 1:
             check_stages(skeleton(path), split.pp_size)
+        packed = _packed(path, located, weights)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
+            if packed is not None:
+                return packed.load(AutoConfig.from_pretrained(**located), _activations(dtype), **distributed)
             return _from_pretrained(path, located | _weights(path, dtype) | distributed)
     except NarrowcastError:
         raise
@@ -85,6 +100,46 @@ def _from_pretrained(path: str | Path, arguments: Mapping[str, Any]) -> nn.Modul
             remedy="Copy or download it again.",
         )
     return cast(nn.Module, model)
+
+
+def _packed(path: str | Path, located: Mapping[str, Any], weights: Weights) -> PackedModel | None:
+    """The model's weights, if matrices are to be kept in few bits; None where the engine loads it."""
+    from transformers import AutoConfig
+
+    if Path(path).suffix == GGUF:
+        ours = weights != "dense" and (weights != "stored" or knows(Path(path)))
+    else:
+        quantized = getattr(AutoConfig.from_pretrained(**located), "quantization_config", None) is not None
+        ours = quantized or weights not in ("stored", "dense")
+    if not ours:
+        return None
+    checkpoint = open_checkpoint(_folder(path))
+    for note in checkpoint.notes:
+        logger.info("%s: %s", path, note)
+    return PackedModel(path, checkpoint, weights)
+
+
+def _folder(path: str | Path) -> Path:
+    """The files of a model at a path, or of a hub name."""
+    if Path(path).exists():
+        return Path(path)
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _activations(dtype: Dtype) -> torch.dtype:
+    return torch.float32 if dtype == "float32" else torch.bfloat16
+
+
+def _check_computes_on_cpu(path: str | Path, device: str | None) -> None:
+    if torch.device(device or "cpu").type != "cpu":
+        raise InvalidInputError(
+            f"model {path}",
+            expected="the CPU, where weights in few bits are computed with",
+            found=f"device {device}",
+            remedy='Load it with weights="dense".',
+        )
 
 
 def save(model: nn.Module, path: str | Path) -> None:

@@ -18,7 +18,7 @@ from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
-from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_plain, reading_weight
+from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_packed, is_plain, reading_weight
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
 from narrowcast.runtime.wires import Wires
@@ -26,6 +26,14 @@ from narrowcast.transport import Groups
 
 KEPT_COLUMNS = "colwise"
 OWN_COLUMNS = "narrowcast_own_columns"  # of a weight that each rank has whole: ours, for tied output layers
+# How the weights of a style are shared out: not at all, or by features of the output or of the input.
+WHOLE, SPLIT_ROWS, SPLIT_COLUMNS = "whole", "rows", "columns"
+SHARED_OUT = {
+    "replicate": WHOLE,
+    OWN_COLUMNS: WHOLE,
+    **dict.fromkeys((KEPT_COLUMNS, "colwise_gather_output", "colwise_rep", "embedding_rowwise"), SPLIT_ROWS),
+    **dict.fromkeys(("rowwise", "rowwise_split_input", "rowwise_rep"), SPLIT_COLUMNS),
+}
 SILENT = {KEPT_COLUMNS, "replicate", "replicated_with_grad_allreduce", "local_params", "grouped_gemm"}
 
 
@@ -89,7 +97,16 @@ def split_of(model: nn.Module) -> Split:
 
 
 def _meshes(model: nn.Module) -> list[Any]:
-    return [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
+    spread = [weight.device_mesh for weight in model.parameters() if isinstance(weight, DTensor)]
+    return spread or [
+        module.device_mesh for module in model.modules() if is_packed(module) and module.device_mesh is not None
+    ]
+
+
+def styles_of(model: nn.Module) -> dict[str, str]:
+    """By name, how a split shares out modules: WHOLE, SPLIT_ROWS, SPLIT_COLUMNS, or in a way of their style's own."""
+    styled = _styled(model, _plan(model, "tp_plan"))
+    return {name: SHARED_OUT.get(style, style) for name, _, style in styled}
 
 
 def _experts(model: nn.Module, config: Any) -> Experts:
@@ -269,6 +286,9 @@ def _unsupported(model: nn.Module, expected: str, found: str) -> InvalidInputErr
 
 __all__ = [
     "OWN_COLUMNS",
+    "SPLIT_COLUMNS",
+    "SPLIT_ROWS",
+    "WHOLE",
     "check_shares",
     "computing_shares",
     "groups",
@@ -277,6 +297,7 @@ __all__ = [
     "short_prompt",
     "sites",
     "split_of",
+    "styles_of",
     "summed",
     "take_over",
 ]

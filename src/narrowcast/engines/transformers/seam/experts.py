@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.engines.forwards import Forward, call_with, chunk
-from narrowcast.engines.transformers.sharding import EXPERT_WEIGHTS, chunks, local
+from narrowcast.engines.transformers.sharding import EXPERT_WEIGHTS, chunks
 from narrowcast.errors import InvalidInputError
 from narrowcast.runtime.wires import Wires
+from narrowcast.weights.layers import local
 
 Weights = dict[str, Tensor]
 

@@ -1,4 +1,7 @@
-"""Linear layers: split by rows of the input, whose partial sums travel, or by columns that every rank needs."""
+"""Linear layers: split by rows of the input, whose partial sums travel, or by columns that every rank needs.
+
+Their weights are tensors, or matrices in few bits (`narrowcast.weights`).
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,9 +11,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from narrowcast.engines.forwards import Forward, add_bias, chunk
-from narrowcast.engines.transformers.sharding import chunks, local, own_rows
-from narrowcast.runtime.products import Dense
+from narrowcast.engines.transformers.sharding import chunks, is_packed, own_rows
+from narrowcast.runtime.products import Dense, Packed, Product
 from narrowcast.runtime.wires import Wires
+from narrowcast.weights.layers import local
 
 
 def rows(name: str, layer: Any, wires: Wires) -> Forward:
@@ -24,14 +28,21 @@ def rows_of_whole_input(name: str, layer: Any, wires: Wires) -> Forward:
 
 
 def _rows(name: str, layer: Any, wires: Wires, *, input_is_whole: bool) -> Forward:
-    num_features, num_inputs = layer.weight.shape
-    products = [
-        Dense(_weight_of(layer, own, wires), num_features, own if input_is_whole else None)
-        for own in chunks(num_inputs, wires)
-    ]
+    own_parts = chunks(layer.in_features, wires)
+    products = [_product_of(name, layer, own, wires, input_is_whole=input_is_whole) for own in own_parts]
     row_parallel = wires.row_parallel(name, products)
     bias = None if layer.bias is None else local(layer.bias)
     return lambda x: add_bias(row_parallel(x), bias)
+
+
+def _product_of(name: str, layer: Any, own: slice, wires: Wires, *, input_is_whole: bool) -> Product:
+    """The product with the input features `own`."""
+    columns = own if input_is_whole else None
+    if is_packed(layer):
+        if wires.virtual:
+            layer.matrix.check_columns(name, own, wires.tp_size)
+        return Packed(layer.matrix, layer.out_features, columns, own if wires.virtual else slice(None))
+    return Dense(_weight_of(layer, own, wires), layer.out_features, columns)
 
 
 def _weight_of(layer: Any, own: slice, wires: Wires) -> Callable[[], Tensor]:
@@ -44,14 +55,11 @@ def _weight_of(layer: Any, own: slice, wires: Wires) -> Callable[[], Tensor]:
 
 def columns(name: str, layer: Any, wires: Wires) -> Forward:
     """Columns of all ranks, side by side."""
-    size, (weight, bias) = layer.weight.shape[0], (layer.weight, layer.bias)
+    size = layer.out_features
     by_rank = [chunk(size, rank, wires.tp_size) for rank in range(wires.tp_size)]
     all_gather = wires.column_parallel(name, [own.stop - own.start for own in by_rank])
-    if not wires.virtual:
-        (own,) = chunks(size, wires)
-        weight, bias = own_rows(weight, own), None if bias is None else own_rows(bias, own)
-        return lambda x: all_gather(_product(wires.inputs(name, x)[0], weight, bias))
-    return lambda x: all_gather(_own_columns(layer, wires.inputs(name, x), by_rank))
+    own_columns = _own_columns(layer, chunks(size, wires), wires)
+    return lambda x: all_gather(own_columns(wires.inputs(name, x)))
 
 
 def kept_columns(name: str, layer: Any, wires: Wires) -> Forward:
@@ -59,8 +67,36 @@ def kept_columns(name: str, layer: Any, wires: Wires) -> Forward:
     if not wires.virtual:
         forward = layer.forward
         return lambda x: forward(wires.inputs(name, x)[0])
-    by_rank = chunks(layer.weight.shape[0], wires)
-    return lambda x: _own_columns(layer, wires.inputs(name, x), by_rank)
+    own_columns = _own_columns(layer, chunks(layer.out_features, wires), wires)
+    return lambda x: own_columns(wires.inputs(name, x))
+
+
+def _own_columns(layer: Any, by_rank: Sequence[slice], wires: Wires) -> Callable[[Sequence[Tensor]], Tensor]:
+    """The columns of the ranks that compute here, side by side, each rank's computed from its own input."""
+    if is_packed(layer):
+        parts = [_packed_columns(layer, own, wires) for own in by_rank]
+    else:
+        parts = [_dense_columns(layer, own, wires) for own in by_rank]
+
+    def side_by_side(inputs: Sequence[Tensor]) -> Tensor:
+        found = [part(x) for part, x in zip(parts, inputs, strict=True)]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
+
+    return side_by_side
+
+
+def _packed_columns(layer: Any, own: slice, wires: Wires) -> Callable[[Tensor], Tensor]:
+    bias = None if layer.bias is None else own_rows(layer.bias, own)
+    is_whole = layer.matrix.shape[0] == layer.out_features
+    held = own if wires.virtual or is_whole else slice(None)
+    return lambda x: layer.multiply(x, bias, rows=held)
+
+
+def _dense_columns(layer: Any, own: slice, wires: Wires) -> Callable[[Tensor], Tensor]:
+    if wires.virtual:
+        return lambda x: _product(x, layer.weight[own], None if layer.bias is None else layer.bias[own])
+    weight, bias = own_rows(layer.weight, own), None if layer.bias is None else own_rows(layer.bias, own)
+    return lambda x: _product(x, weight, bias)
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -70,12 +106,3 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     gradient as a batch of matrices: 220 ms instead of 4 for one token and 16,000 columns in BF16.
     """
     return functional.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], len(weight))
-
-
-def _own_columns(layer: Any, inputs: Sequence[Tensor], by_rank: Sequence[slice]) -> Tensor:
-    """The columns of all ranks side by side, each rank's computed from its own input."""
-    weight, bias = layer.weight, layer.bias
-    parts = [
-        _product(x, weight[own], None if bias is None else bias[own]) for x, own in zip(inputs, by_rank, strict=True)
-    ]
-    return torch.cat(parts, dim=-1)

@@ -1,0 +1,261 @@
+"""Loading models whose weights stay in few bits: each rank reads its own rows and columns, and nothing is unpacked."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from narrowcast.engines.base import Weights
+from narrowcast.engines.forwards import chunk
+from narrowcast.engines.transformers.files.fingerprint import sample_places
+from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, WHOLE, styles_of
+from narrowcast.engines.transformers.sharding import is_experts, own_chunk
+from narrowcast.errors import InvalidInputError, MissingDependencyError
+from narrowcast.progress import Progress, tell
+from narrowcast.weights.checkpoint import Checkpoint
+from narrowcast.weights.formats import Q4_0, Q8_0, GroupedCodes, WeightFormat
+from narrowcast.weights.layers import PackedEmbedding, PackedLinear
+from narrowcast.weights.packed import PackedMatrix, check_columns
+from narrowcast.weights.quantize import quantize_int4, quantize_int8
+
+
+class Quantizer(NamedTuple):
+    """Makes codes of values."""
+
+    format: WeightFormat
+    quantize: Callable[[Tensor], GroupedCodes]
+
+
+QUANTIZERS: Mapping[str, Quantizer] = {
+    "int4-group32": Quantizer(Q4_0, quantize_int4),
+    "int8-group32": Quantizer(Q8_0, quantize_int8),
+}
+ROWS_AT_A_TIME = 1024
+PackedLayer = PackedLinear | PackedEmbedding
+
+
+class PackedModel:
+    """A checkpoint on its way into a model. `weights`: the format for matrices that the checkpoint has as values."""
+
+    def __init__(self, path: str | Path, checkpoint: Checkpoint, weights: Weights) -> None:
+        self._path, self._checkpoint = path, checkpoint
+        self._quantizer = QUANTIZERS.get(weights)
+        self._output = ""  # the parameter that gives logits
+        self._dense = weights == "dense"
+
+    def load(self, config: Any, dtype: torch.dtype, distributed_config: Any = None) -> nn.Module:
+        """The causal LM, or this rank's part of it; activations are of `dtype`.
+
+        InvalidInputError for weights that are missing or have other shapes than the config says, and for a split that
+        cuts groups of columns.
+        """
+        model = _empty(config, dtype)
+        if any(is_experts(module) for module in model.modules()):
+            raise self._refusal("a model without experts", "a mixture of experts", "Pass --weights dense.")
+        self._put_layers(model, dtype)
+        mesh = None
+        if distributed_config is not None:
+            kind = cast(Any, type(model))
+            distributed_config, _, mesh = kind.prepare_distribute_model(distributed_config)
+            model = kind.maybe_distribute_model(model, distributed_config, mesh)
+        self._fill(model, None if mesh is None else mesh.get_mesh("tp"))
+        _check_filled(self._path, model)
+        return model.eval()
+
+    def _put_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Give the model layers for matrices in few bits."""
+        styles, tied = styles_of(model), _tied(model)
+        output = cast(Any, model).get_output_embeddings()
+        self._output = next((f"{name}.weight" for name, module in model.named_modules() if module is output), "")
+        self._output = self._source(self._output, tied) or ""
+        for name, module in list(model.named_modules()):
+            source = self._source(f"{name}.weight", tied)
+            if type(module) is nn.Linear and styles.get(name, WHOLE) in (WHOLE, SPLIT_ROWS, SPLIT_COLUMNS):
+                if source is not None and self._format(source) is not None:
+                    model.set_submodule(name, PackedLinear(module.in_features, module.out_features, module.bias))
+            elif isinstance(module, nn.Embedding) and source is not None and self._keeps_embedding(source, tied):
+                scale = getattr(module, "embed_scale", None)
+                model.set_submodule(name, PackedEmbedding(module.num_embeddings, module.embedding_dim, dtype, scale))
+
+    def _source(self, parameter: str, tied: Mapping[str, str]) -> str | None:
+        """The checkpoint's name of a parameter, which may be another one that it shares; None if it has neither."""
+        names = self._checkpoint.names
+        return next((name for name in (parameter, tied.get(parameter)) if name in names), None)
+
+    def _format(self, source: str) -> WeightFormat | None:
+        """The format to keep a matrix in; None for values."""
+        if self._dense:
+            return None
+        if (stored := self._checkpoint.format(source)) is not None:
+            return stored
+        shape = self._checkpoint.shape(source)
+        if (quantizer := self._quantizer_of(source)) is None or len(shape) != 2:
+            return None
+        return None if shape[1] % quantizer.format.group_size else quantizer.format
+
+    def _quantizer_of(self, source: str) -> Quantizer | None:
+        """Logits want 8 bits: SmolLM2 in 4, output layer included, has a fifth more KL divergence."""
+        return QUANTIZERS["int8-group32"] if self._quantizer and source == self._output else self._quantizer
+
+    def _keeps_embedding(self, source: str, tied: Mapping[str, str]) -> bool:
+        """True where the file has it in few bits, or it is the output layer too: looking up reads next to nothing."""
+        return self._format(source) is not None and (
+            self._checkpoint.format(source) is not None or source in tied.values()
+        )
+
+    def _fill(self, model: nn.Module, mesh: Any) -> None:
+        styles, tied, matrices = styles_of(model), _tied(model), {}
+        modules = dict(model.named_modules())
+        for done, (name, module) in enumerate(modules.items()):
+            tell(Progress(f"reading {self._path}", done, len(modules)))
+            if isinstance(module, PackedLayer):
+                source = self._source(f"{name}.weight", tied)
+                assert source is not None
+                style = styles.get(name, WHOLE) if mesh is not None else WHOLE
+                if (source, style) not in matrices:
+                    matrices[source, style] = self._read(name, source, module, style, mesh)
+                _set(module, matrices[source, style], style, mesh)
+                module.samples = self._samples(source, module, style, mesh)
+            for key, weight in list(module.named_parameters(recurse=False)):
+                if weight.is_meta and (source := self._source(f"{name}.{key}", tied)) is not None:
+                    module.register_parameter(key, self._values(source, weight))
+
+    def _read(self, name: str, source: str, module: PackedLayer, style: str, mesh: Any) -> PackedMatrix:
+        """The matrix that this rank holds, read some rows at a time."""
+        shape = _shape(module)
+        if (found := self._checkpoint.shape(source)) != shape:
+            raise self._refusal(f"{source} of shape {shape}, as its config says", f"{found}", "Copy it again.")
+        form = self._format(source)
+        assert form is not None
+        rows, columns = _own(shape, style, mesh)
+        check_columns(name, form, columns, shape[1], 1 if mesh is None else mesh.size())
+        matrix: PackedMatrix | None = None
+        for start in range(rows.start, max(rows.stop, rows.start + 1), ROWS_AT_A_TIME):
+            codes = self._codes(source, slice(start, min(start + ROWS_AT_A_TIME, rows.stop)), columns)
+            if matrix is None:
+                held = rows.stop - rows.start, columns.stop - columns.start
+                scale = float(codes.scales) if form.is_ternary else 1.0
+                matrix = PackedMatrix.empty(form, held, bf16_scales=codes.scales.dtype == torch.bfloat16, scale=scale)
+            matrix.fill(start - rows.start, codes)
+        assert matrix is not None
+        return matrix
+
+    def _codes(self, source: str, rows: slice, columns: slice) -> GroupedCodes:
+        if self._checkpoint.format(source) is not None:
+            return self._checkpoint.codes(source, rows, columns)
+        quantizer = self._quantizer_of(source)
+        assert quantizer is not None
+        return quantizer.quantize(self._checkpoint.values(source, rows, columns))
+
+    def _samples(self, source: str, module: PackedLayer, style: str, mesh: Any) -> dict[int, Tensor]:
+        """Of a linear layer columns, of an embedding rows, of the checkpoint's own values, BF16."""
+        rows, columns = _own(_shape(module), style, mesh)
+        if isinstance(module, PackedEmbedding):
+            held = [place for place in sample_places(_shape(module)[0]) if rows.start <= place < rows.stop]
+            return {place: self._values_of(source, slice(place, place + 1), columns)[0] for place in held}
+        if style == SPLIT_ROWS:
+            return {}  # of layers whose columns are summed alone models are told apart
+        held = [place for place in sample_places(_shape(module)[1]) if columns.start <= place < columns.stop]
+        return {place: self._values_of(source, rows, slice(place, place + 1))[:, 0] for place in held}
+
+    def _values_of(self, source: str, rows: slice, columns: slice) -> Tensor:
+        """Values of a few columns, of which files have whole groups."""
+        size = 1 if (form := self._checkpoint.format(source)) is None else form.group_size
+        first = columns.start // size * size
+        whole = self._checkpoint.values(source, rows, slice(first, -(-columns.stop // size) * size))
+        return whole[:, columns.start - first : columns.stop - first].bfloat16()
+
+    def _values(self, source: str, weight: nn.Parameter) -> nn.Parameter:
+        """A parameter that is kept in values, or this rank's part of it."""
+        if (found := self._checkpoint.shape(source)) != tuple(weight.shape):
+            raise self._refusal(
+                f"{source} of shape {tuple(weight.shape)}, as its config says", f"{found}", "Copy it again."
+            )
+        own = [own_chunk(weight.data, axis) for axis in range(weight.ndim)]
+        rows, columns = (own[0], own[-1]) if weight.ndim > 1 else (own[0], slice(None))
+        values = self._checkpoint.values(source, rows, columns).to(weight.dtype)
+        for axis in range(1, weight.ndim - 1):
+            values = values.narrow(axis, own[axis].start, own[axis].stop - own[axis].start)
+        if not isinstance(weight.data, DTensor):
+            return nn.Parameter(values, requires_grad=False)
+        spread = weight.data
+        part = DTensor.from_local(
+            values.contiguous(),
+            spread.device_mesh,
+            spread.placements,
+            run_check=False,
+            shape=spread.shape,
+            stride=spread.stride(),
+        )
+        return nn.Parameter(part, requires_grad=False)
+
+    def _refusal(self, expected: str, found: str, remedy: str) -> InvalidInputError:
+        return InvalidInputError(f"model {self._path}", expected=expected, found=found, remedy=remedy)
+
+
+def _empty(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model without weights; buffers, which no file has, are there."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        from accelerate import init_empty_weights
+    except ImportError as error:
+        raise MissingDependencyError("accelerate", "transformers") from error
+    with init_empty_weights(include_buffers=False), _without_quantization(config):
+        return cast(nn.Module, AutoModelForCausalLM.from_config(config, dtype=dtype))
+
+
+@contextlib.contextmanager
+def _without_quantization(config: Any) -> Iterator[None]:
+    """The engine has quantizers of its own for what a config may ask for."""
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    yield
+
+
+def _tied(model: nn.Module) -> dict[str, str]:
+    """The parameters that another one stands for."""
+    module = cast(Any, model)
+    if not module.config.get_text_config().tie_word_embeddings:
+        return {}
+    embedding, output = module.get_input_embeddings(), module.get_output_embeddings()
+    names = {id(layer): name for name, layer in model.named_modules()}
+    if output is None or id(embedding) not in names:  # another stage of a pipeline has it
+        return {}
+    return {f"{names[id(output)]}.weight": f"{names[id(embedding)]}.weight"}
+
+
+def _shape(module: PackedLayer) -> tuple[int, int]:
+    if isinstance(module, PackedLinear):
+        return module.out_features, module.in_features
+    return module.num_embeddings, module.embedding_dim
+
+
+def _own(shape: tuple[int, int], style: str, mesh: Any) -> tuple[slice, slice]:
+    """The rows and columns that this rank holds."""
+    whole = tuple(slice(0, size) for size in shape)
+    if mesh is None or style == WHOLE:
+        return cast(tuple[slice, slice], whole)
+    own = [chunk(size, mesh.get_local_rank(), mesh.size()) for size in shape]
+    return (own[0], whole[1]) if style == SPLIT_ROWS else (whole[0], own[1])
+
+
+def _set(module: PackedLayer, matrix: PackedMatrix, style: str, mesh: Any) -> None:
+    module.matrix, module.device_mesh = matrix, mesh
+    if isinstance(module, PackedEmbedding):
+        module.own = _own(_shape(module), style, mesh)[0]
+
+
+def _check_filled(path: str | Path, model: nn.Module) -> None:
+    missing = [name for name, weight in model.named_parameters() if weight.is_meta]
+    if missing:
+        raise InvalidInputError(
+            f"model {path}",
+            expected="all weights of its config",
+            found=f"none for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            remedy="Copy or download it again.",
+        )

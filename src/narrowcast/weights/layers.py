@@ -1,0 +1,115 @@
+"""Layers whose weights are in few bits: linear ones, and embeddings.
+
+Shapes: T tokens, N rows (features of the output), K columns (features of the input), V rows of an embedding.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from narrowcast.weights.packed import ALL, PackedMatrix
+from narrowcast.weights.products import dequantized_bf16, look_up, multiply
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of `in_features` and `out_features`, or this rank's rows or columns of it.
+
+    `matrix`: what this process holds. `samples`: columns of the checkpoint's own values by place, BF16 [N], by which a
+    model is told from others. `device_mesh`: that of the ranks that share the layer out.
+    """
+
+    matrix: PackedMatrix
+    bias: nn.Parameter | None
+    _hf_quantized_needs_local_tp = True  # Transformers' word for a layer that takes plain tensors when it is split
+
+    def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_parameter("bias", bias)
+        self.samples: Mapping[int, Tensor] = {}
+        self.device_mesh: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Products of tokens [..., K] with all rows held, plus the bias."""
+        bias = None if self.bias is None else local(self.bias)
+        return self.multiply(x, bias)
+
+    def multiply(self, x: Tensor, bias: Tensor | None = None, *, rows: slice = ALL, columns: slice = ALL) -> Tensor:
+        """Products [..., N] of tokens [..., K] with rows and columns of what is held; gradients reach the tokens."""
+        x_TK = x.reshape(-1, x.shape[-1])
+        if torch.is_grad_enabled() and x.requires_grad:
+            y_TN: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+                x_TK, self.matrix, bias, rows, columns
+            )
+        else:
+            y_TN = multiply(self.matrix, x_TK, bias, rows=rows, columns=columns)
+        return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
+
+    def dequantized(self) -> Tensor:
+        """The values held, BF16 [N, K]."""
+        return dequantized_bf16(self.matrix)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.matrix.format.name}"
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TK: Tensor, matrix: PackedMatrix, bias: Tensor | None, rows: slice, columns: slice
+    ) -> Tensor:
+        ctx.part = matrix, rows, columns
+        return multiply(matrix, x_TK.detach(), bias, rows=rows, columns=columns)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        matrix, rows, columns = ctx.part
+        (y_TN,) = gradients
+        return y_TN @ dequantized_bf16(matrix, rows, columns).to(y_TN.dtype), None, None, None, None
+
+
+class PackedEmbedding(nn.Module):
+    """An embedding of V tokens, or this rank's rows of it; Gemma scales what is found. Attributes as of `PackedLinear`.
+
+    `dtype`: of what is found. `samples`: rows by place, BF16.
+    """
+
+    matrix: PackedMatrix
+    scale: Tensor | None
+    _hf_quantized_needs_local_tp = True
+
+    def __init__(
+        self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, scale: Tensor | None = None
+    ) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.register_buffer("scale", scale, persistent=False)
+        self.samples: Mapping[int, Tensor] = {}
+        self.device_mesh: Any = None
+        self.own = slice(0, num_embeddings)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Rows [..., K] of tokens; zeros of those that another rank holds."""
+        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.num_embeddings:
+            raise IndexError(f"token ids from {ids.min()} to {ids.max()} for a vocabulary of {self.num_embeddings}")
+        held = (ids >= self.own.start) & (ids < self.own.stop)
+        found = self.look_up((ids - self.own.start).masked_fill(~held, 0))
+        return found.masked_fill(~held[..., None], 0)
+
+    def look_up(self, rows: Tensor) -> Tensor:
+        """Rows [..., K] of what is held."""
+        if not self.matrix.shape[0]:
+            return torch.zeros(*rows.shape, self.embedding_dim, dtype=self.dtype)
+        found = look_up(self.matrix, rows.flatten()).to(self.dtype).view(*rows.shape, self.embedding_dim)
+        return found if self.scale is None else found * self.scale.to(self.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.matrix.format.name}"
+
+
+def local(weight: Tensor) -> Tensor:
+    """The part of a weight that this rank holds."""
+    part: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight  # of a DTensor
+    return part
