@@ -46,7 +46,7 @@ def _grouped(x_NK: Tensor) -> Tensor:
             found=f"shape {tuple(x_NK.shape)}",
             remedy="Leave these in 16 bits.",
         )
-    return x_NK.float().reshape(len(x_NK), -1, GROUP_SIZE)
+    return x_NK.float().reshape(len(x_NK), x_NK.shape[1] // GROUP_SIZE, GROUP_SIZE)
 
 
 def _reciprocal(scales: Tensor) -> Tensor:

@@ -45,7 +45,8 @@ class GgufFile:
     @property
     def notes(self) -> Sequence[str]:
         kinds = Counter(entry.type for name, entry in self._entries.items() if self.format(name))
-        return [f"{note} ({count} tensors)" for kind, count in kinds.items() if (note := note_of(kind))]
+        numbers = {kind: f"{count} tensor" + "s" * (count > 1) for kind, count in kinds.items()}
+        return [f"{note} ({numbers[kind]})" for kind in kinds if (note := note_of(kind))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape

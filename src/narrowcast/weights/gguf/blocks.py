@@ -35,8 +35,11 @@ def values_of(kind: Any, block_NBb: Tensor) -> Tensor:
     """The values of blocks, [N, K]: of their own dtype if they are plain, else FP32."""
     from gguf import quants
 
-    if kind.name in PLAIN:
-        return block_NBb.flatten(1).view(PLAIN[kind.name])
+    dtype = PLAIN.get(kind.name)
+    if not block_NBb.numel():
+        return torch.empty(len(block_NBb), block_NBb.shape[1] * block_size(kind)[0], dtype=dtype)
+    if dtype is not None:
+        return block_NBb.flatten(1).view(dtype)
     with np.errstate(all="ignore"):  # scales of a broken file may be infinite
         return torch.from_numpy(quants.dequantize(block_NBb.flatten(1).numpy(), kind))
 
@@ -67,7 +70,7 @@ def note_of(kind: Any) -> str:
         return f"Q4_K is kept as {Q4_1.name}: scales and minima rounded to FP16, by 1/2048 of each at most"
     if kind.name == "Q5_0":
         return f"Q5_0 is kept as {Q8_0.name}, the same values in more bits"
-    return f"{kind.name} is repacked to {Q8_0.name}, its values rounded to 1/254 of the largest one in a group at most"
+    return f"{kind.name} is repacked to {Q8_0.name}, values rounded by 1/225 of a group's largest at most"
 
 
 def _q4_0(block_NBb: Tensor) -> GroupedCodes:
@@ -114,7 +117,7 @@ def _halves(bytes_NBb: Tensor, run: int) -> Tensor:
 
 
 def _fp16(block_NBb: Tensor, place: int) -> Tensor:
-    return block_NBb[..., place : place + 2].contiguous().view(torch.float16)[..., 0]
+    return block_NBb[..., place : place + 2].reshape(-1).view(torch.float16).reshape(block_NBb.shape[:2])
 
 
 KEPT: dict[str, tuple[WeightFormat, Callable[[Tensor], GroupedCodes]]] = {
