@@ -1,10 +1,12 @@
-// The Python module narrowcast._native: kernels of the codecs, the TCP mesh, and sums that are one call of both.
+// The Python module narrowcast._native: kernels of the codecs, the TCP mesh, sums that are one call of both, and products
+// with weights in few bits.
 // Tensors come as addresses; the GIL is released while anything is done with them.
 #include <nanobind/nanobind.h>
 
 void bind_kernels(nanobind::module_& m);
 void bind_mesh(nanobind::module_& m);
 void bind_sum(nanobind::module_& m);
+void bind_weights(nanobind::module_& m);
 
 NB_MODULE(_native, m) {
   m.doc() = "Kernels of the codecs and the TCP mesh.";
@@ -12,4 +14,5 @@ NB_MODULE(_native, m) {
   bind_kernels(m);
   bind_mesh(m);
   bind_sum(m);
+  bind_weights(m);
 }

@@ -124,6 +124,8 @@ struct Format {
   LevelTables tables;
 };
 
+struct WeightKernels;  // weights/weights.h
+
 // One path. Row ranges [begin, end) let threads share a tensor.
 struct Kernels {
   const char* name;
@@ -136,6 +138,7 @@ struct Kernels {
   // What two_shot does to a share: add up, and code the sum again, a row at a time.
   void (*recode)(const Format& partial, const Payloads&, const Format& reduced, size_t num_features,
                  const Payload& out, Counts&, const Scratch&, size_t begin, size_t end);
+  const WeightKernels* weights;
 };
 
 extern const Kernels avx512_bf16_kernels, avx512_kernels, avx2_kernels, portable_kernels;

@@ -5,6 +5,7 @@
 #include "cast.h"
 #include "feature.h"
 #include "minifloat.h"
+#include "weights/weights.h"
 
 namespace narrowcast {
 namespace NARROWCAST_PATH {
@@ -13,6 +14,7 @@ namespace NARROWCAST_PATH {
 #define NARROWCAST_TEXT(macro) NARROWCAST_QUOTED(macro)
 #define NARROWCAST_JOINED(left, right) left##right
 #define NARROWCAST_TABLE(path) NARROWCAST_JOINED(path, _kernels)
+#define NARROWCAST_WEIGHTS(path) NARROWCAST_JOINED(path, _weights)
 
 // Calls `body` with a null pointer that tells the type of the values.
 template <class Body>
@@ -109,6 +111,7 @@ const Kernels NARROWCAST_TABLE(NARROWCAST_PATH) = {
     NARROWCAST_PATH::encode_with_residue,
     NARROWCAST_PATH::decode_sum,
     NARROWCAST_PATH::recode,
+    &NARROWCAST_WEIGHTS(NARROWCAST_PATH),
 };
 
 }  // namespace narrowcast

@@ -22,7 +22,8 @@ std::vector<const Kernels*> runnable_kernels() {
   if (__builtin_cpu_supports("x86-64-v4")) found.push_back(&avx512_kernels);
 #endif
 #ifdef NARROWCAST_HAS_avx512_bf16
-  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16")) {
+  if (__builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16") &&
+      __builtin_cpu_supports("avx512vnni")) {
     found.push_back(&avx512_bf16_kernels);
   }
 #endif

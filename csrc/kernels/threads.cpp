@@ -9,6 +9,10 @@
 
 #include <unistd.h>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace narrowcast {
 namespace {
 
@@ -34,7 +38,19 @@ class ScratchOwner {
 
 thread_local ScratchOwner scratch;
 
-// Workers that wait for a job and take one part of it each. Made when first needed, and again after a fork.
+// Let others have the core, if any wait for it: a spinning thread would keep them off for milliseconds.
+void give_way(size_t turn) {
+  constexpr size_t kTurnsAlone = 2000;  // some 20 to 80 us
+#if defined(__SSE2__)
+  if (turn < kTurnsAlone) return _mm_pause();
+#else
+  if (turn < kTurnsAlone) return;
+#endif
+  std::this_thread::yield();
+}
+
+// Workers that take one part of a job each. They spin for a while after one, as the next layer's comes soon, then sleep.
+// Made when first needed, and again after a fork.
 class Pool {
  public:
   explicit Pool(size_t num_workers) {
@@ -45,39 +61,49 @@ class Pool {
 
   // Calls `part(index)` for indices below `num_parts`, 0 on this thread.
   void run(size_t num_parts, const std::function<void(size_t)>& part) {
-    {
+    part_ = &part;
+    unfinished_.store(num_parts - 1);
+    job_.store((job_.load() / kMostParts + 1) * kMostParts + num_parts);
+    if (num_asleep_.load()) {
       std::lock_guard<std::mutex> lock(mutex_);
-      part_ = &part;
-      num_parts_ = num_parts;
-      unfinished_ = num_parts - 1;
-      ++job_;
+      wake_.notify_all();
     }
-    wake_.notify_all();
     part(0);
-    std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return unfinished_ == 0; });
+    for (size_t turn = 0; unfinished_.load(std::memory_order_acquire); ++turn) give_way(turn);
   }
 
  private:
+  static constexpr uint64_t kMostParts = 1 << 16;
+  static constexpr size_t kTurns = 4000;  // of spinning before sleeping: some 1 ms where nobody else wants the core
+
   void serve(size_t worker) {
-    size_t seen = 0;
-    std::unique_lock<std::mutex> lock(mutex_);
-    for (;;) {
-      wake_.wait(lock, [&] { return job_ != seen; });
-      seen = job_;
-      if (worker + 1 >= num_parts_) continue;
-      const std::function<void(size_t)>* part = part_;
-      lock.unlock();
-      (*part)(worker + 1);
-      lock.lock();
-      if (--unfinished_ == 0) done_.notify_one();
+    for (uint64_t seen = 0;;) {
+      seen = next_job(seen);
+      // Whoever has no part looks at nothing else: the caller does not wait for it, and may be at the next job.
+      if (worker + 1 >= seen % kMostParts) continue;
+      (*part_)(worker + 1);
+      unfinished_.fetch_sub(1, std::memory_order_release);
     }
   }
 
+  uint64_t next_job(uint64_t seen) {
+    for (size_t turn = 0; turn < kTurns; ++turn) {
+      const uint64_t job = job_.load(std::memory_order_acquire);
+      if (job != seen) return job;
+      give_way(turn);
+    }
+    std::unique_lock<std::mutex> lock(mutex_);
+    ++num_asleep_;  // before looking once more: whoever gives out a job looks here after it
+    wake_.wait(lock, [&] { return job_.load() != seen; });
+    --num_asleep_;
+    return job_.load();
+  }
+
   std::mutex mutex_;
-  std::condition_variable wake_, done_;
+  std::condition_variable wake_;
   const std::function<void(size_t)>* part_ = nullptr;
-  size_t num_parts_ = 0, unfinished_ = 0, job_ = 0;
+  std::atomic<uint64_t> job_{0};  // its number and, in the low bits, how many parts it has
+  std::atomic<size_t> unfinished_{0}, num_asleep_{0};
 };
 
 std::atomic<size_t> most_threads{1};
@@ -116,6 +142,16 @@ void for_rows(size_t num_rows, size_t nbytes, size_t num_features, size_t num_ra
   pool->run(num_parts, [&](size_t part) {
     work(part * num_rows / num_parts, (part + 1) * num_rows / num_parts, scratch.of(num_features, num_ranks));
   });
+  shared.mutex.unlock();
+}
+
+void for_parts(size_t num_parts, const std::function<void(size_t, size_t)>& work) {
+  Pool* pool = num_parts > 1 ? take_pool(num_parts - 1) : nullptr;
+  if (!pool) {
+    for (size_t part = 0; part < num_parts; ++part) work(part, num_parts);
+    return;
+  }
+  pool->run(num_parts, [&](size_t part) { work(part, num_parts); });
   shared.mutex.unlock();
 }
 

@@ -16,4 +16,9 @@ void limit_threads(size_t most);
 void for_rows(size_t num_rows, size_t nbytes, size_t num_features, size_t num_ranks,
               const std::function<void(size_t, size_t, const Scratch&)>& work);
 
+// Calls `work(index, num_parts)` for each index below `num_parts`, at the same time in as many threads, or one after the
+// other where they are at other work. Handing over takes less than a microsecond: workers that have just been at work
+// spin for a while.
+void for_parts(size_t num_parts, const std::function<void(size_t, size_t)>& work);
+
 }  // namespace narrowcast

@@ -104,6 +104,52 @@ def paths() -> list[str]: ...
 def path() -> str: ...
 def use_path(name: str) -> None: ...
 
+# Matrices in few bits: csrc/bindings/weights.cpp. Kinds are those of `weights.packed`; strides are in values.
+
+class PackedMatrix: ...
+
+def packed(
+    kind: int, blocks: int, row_nbytes: int, num_rows: int, group_size: int, bf16_scales: bool, scale: float
+) -> PackedMatrix: ...
+def multiply_packed(
+    matrix: PackedMatrix,
+    first_row: int,
+    num_rows: int,
+    first_column: int,
+    num_columns: int,
+    x: int,
+    dtype: int,
+    num_tokens: int,
+    x_stride: int,
+    bias: int,
+    y: int,
+    y_stride: int,
+    num_threads: int,
+) -> None: ...
+def multiply_bf16(
+    weight: int,
+    stride: int,
+    num_rows: int,
+    num_columns: int,
+    x: int,
+    num_tokens: int,
+    bias: int,
+    y: int,
+    y_stride: int,
+    num_threads: int,
+) -> None: ...
+def dequantize_packed(
+    matrix: PackedMatrix,
+    first_row: int,
+    num_rows: int,
+    first_column: int,
+    num_columns: int,
+    out: int,
+    num_threads: int,
+) -> None: ...
+def use_huge_pages(address: int, nbytes: int) -> None: ...
+def read_memory(address: int, nbytes: int, num_threads: int) -> int: ...
+
 # The TCP mesh: csrc/bindings/mesh.cpp.
 
 class Exchange:
