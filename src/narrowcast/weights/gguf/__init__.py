@@ -16,7 +16,7 @@ from narrowcast.weights.gguf.header import Entry, read_header
 from narrowcast.weights.parts import group_span, span
 from narrowcast.weights.refusals import unserved
 
-CHUNK = 1 << 22  # values that are unpacked at a time
+CHUNK = 1 << 19  # values that are unpacked at a time: what stays in the cache
 
 
 class GgufFile:

@@ -14,6 +14,7 @@ from torch import Tensor
 from narrowcast.weights.formats import Q4_0, Q4_1, Q8_0, GroupedCodes, WeightFormat
 from narrowcast.weights.quantize import quantize_int8
 
+SHIFTS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -40,6 +41,8 @@ def values_of(kind: Any, block_NBb: Tensor) -> Tensor:
         return torch.empty(len(block_NBb), block_NBb.shape[1] * block_size(kind)[0], dtype=dtype)
     if dtype is not None:
         return block_NBb.flatten(1).view(dtype)
+    if kind.name == "Q6_K":  # in most files of 4 bits, and the package takes three times as long
+        return _q6_k(block_NBb)
     with np.errstate(all="ignore"):  # scales of a broken file may be infinite
         return torch.from_numpy(quants.dequantize(block_NBb.flatten(1).numpy(), kind))
 
@@ -108,6 +111,19 @@ def _q4_k(block_NBb: Tensor) -> GroupedCodes:
     scales_NG = (scale_NB1 * factors_NBg).flatten(1).half()
     minima_NG = (minimum_NB1 * offsets_NBg).neg().flatten(1).half()
     return GroupedCodes(Q4_1, _halves(block_NBb[..., 16:], 32), scales_NG, minima_NG)
+
+
+def _q6_k(block_NBb: Tensor) -> Tensor:
+    """128 bytes with the low 4 bits of 256 codes, 64 with the high 2, 16 signed factors of the FP16 scale, that one.
+
+    Of each 128 codes the first 64 are in the low halves of 64 bytes; 4 runs of 32 share the 32 bytes of high bits.
+    """
+    low_NBhk = _halves(block_NBb[..., :128], 64).reshape(*block_NBb.shape[:2], 2, 4, 32)
+    high_NBhk = block_NBb[..., 128:192].reshape(*block_NBb.shape[:2], 2, 1, 32) >> SHIFTS & 3
+    codes_NBgk = (low_NBhk | high_NBhk << 4).reshape(*block_NBb.shape[:2], 16, 16).float().sub_(32)
+    factors_NBg = block_NBb[..., 192:208].contiguous().view(torch.int8)
+    scales_NBg = _fp16(block_NBb, 208).float()[..., None] * factors_NBg
+    return codes_NBgk.mul_(scales_NBg[..., None]).flatten(1)
 
 
 def _halves(bytes_NBb: Tensor, run: int) -> Tensor:

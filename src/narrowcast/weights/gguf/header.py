@@ -25,7 +25,7 @@ ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_ENTRIES = 1 << 20  # of keys, of tensors
 MAX_STRINGS = 1 << 24  # in an array
-MAX_NAME_NBYTES = 1 << 16
+MAX_NAME_NBYTES = 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
