@@ -1,5 +1,6 @@
 """GGUF files as weights: codes as the file has them, under the names and in the order of Transformers' parameters."""
 
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,7 @@ from gguf_files import CONFIGS, SCALES, Kind, blocks, gguf, loaded, write_gguf
 from narrowcast.engines import load_engine
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
 from narrowcast.engines.transformers.files.gguf_model import knows
-from narrowcast.errors import InvalidInputError
+from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.weights.checkpoint import ALL
 from narrowcast.weights.formats import Q4_0, Q4_1, Q8_0, GroupedCodes
 from narrowcast.weights.gguf import GgufFile
@@ -196,7 +197,31 @@ def test_frequencies_that_transformers_does_not_read_are_told(tmp_path: Path) ->
         path, "llama", Kind.Q4_0, add=lambda writer: writer.add_tensor("rope_freqs.weight", torch.ones(12).numpy())
     )
     assert knows(path) and "rope_freqs.weight" not in open_checkpoint(path).names
-    assert open_checkpoint(path).notes == ["rope_freqs.weight is not used: Transformers' own positions are"]
+    assert open_checkpoint(path).notes == [
+        "rope_freqs.weight is left out, as Transformers does: positions are not scaled by it"
+    ]
+
+
+def test_plain_tensors_keep_their_dtype(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    model = write_gguf(path, "qwen2", Kind.BF16, {"blk.0.attn_v.weight": Kind.F16, "blk.0.ffn_up.weight": Kind.F32})
+    checkpoint, expected = open_checkpoint(path), model.state_dict()
+    for name, dtype in {
+        "self_attn.q_proj.weight": torch.bfloat16,
+        "self_attn.v_proj.weight": torch.float16,
+        "mlp.up_proj.weight": torch.float32,
+        "self_attn.q_proj.bias": torch.float32,
+    }.items():
+        value = checkpoint.values(f"model.layers.0.{name}")
+        assert value.dtype == dtype and torch.equal(value, expected[f"model.layers.0.{name}"].to(dtype))
+    assert not any(map(checkpoint.format, checkpoint.names))
+
+
+def test_the_package_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(tmp_path / "model.gguf", "llama", Kind.Q4_0)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingDependencyError, match=r"narrowcast\[gguf\]"):
+        open_checkpoint(tmp_path / "model.gguf")
 
 
 def test_types_that_the_package_cannot_unpack_are_named(tmp_path: Path) -> None:
@@ -206,5 +231,5 @@ def test_types_that_the_package_cannot_unpack_are_named(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(InvalidInputError, match="blocks that the package gguf can unpack, found Q8_K of x"):
+    with pytest.raises(InvalidInputError, match="types that the package gguf can unpack, found Q8_K of x"):
         GgufFile(tmp_path / "x.gguf")

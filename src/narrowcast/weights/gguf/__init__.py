@@ -11,7 +11,7 @@ from torch import Tensor
 
 from narrowcast.weights.checkpoint import ALL
 from narrowcast.weights.formats import GroupedCodes, WeightFormat
-from narrowcast.weights.gguf.blocks import block_size, codes_of, format_of, note_of, readable, values_of
+from narrowcast.weights.gguf.blocks import OTHER_FILE, block_size, codes_of, format_of, note_of, readable, values_of
 from narrowcast.weights.gguf.header import Entry, read_header
 from narrowcast.weights.parts import group_span, span
 from narrowcast.weights.refusals import unserved
@@ -30,12 +30,8 @@ class GgufFile:
         self._entries = self.header.entries
         for name, entry in self._entries.items():
             if not readable(entry.type):
-                raise unserved(
-                    path,
-                    "blocks that the package gguf can unpack",
-                    f"{entry.type.name} of {name}",
-                    "Choose another file of this model, such as one in Q4_0, Q8_0 or Q4_K_M.",
-                )
+                found = f"{entry.type.name} of {name}"
+                raise unserved(path, "types that the package gguf can unpack", found, OTHER_FILE)
         self._bytes = np.memmap(path, mode="r")
 
     @property

@@ -14,6 +14,7 @@ from torch import Tensor
 from narrowcast.weights.formats import Q4_0, Q4_1, Q8_0, GroupedCodes, WeightFormat
 from narrowcast.weights.quantize import quantize_int8
 
+OTHER_FILE = "Choose another file of this model, such as one in Q4_0, Q8_0 or Q4_K_M."
 SHIFTS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
