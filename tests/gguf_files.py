@@ -4,10 +4,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+import pytest
 import torch
-from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -20,6 +19,9 @@ from transformers import (
     Qwen3Config,
 )
 
+gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
+Kind = gguf.GGMLQuantizationType
+
 SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 96,
@@ -31,6 +33,17 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
 }
 HEADS = SIZES | {"head_dim": 48}
+
+# Types of blocks that the package does not quantize to: where their FP16 scales are.
+SCALES = {
+    Kind.Q2_K: (80, 82),
+    Kind.Q3_K: (108,),
+    Kind.Q4_K: (0, 2),
+    Kind.Q5_K: (0, 2),
+    Kind.Q6_K: (208,),
+    Kind.IQ4_NL: (0,),
+    Kind.IQ4_XS: (0,),
+}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: LlamaConfig(**SIZES),
@@ -53,20 +66,32 @@ def random_model(name: str) -> PreTrainedModel:
     return model
 
 
-def kinds_of_rows(name: str, value: np.ndarray, kind: Kind) -> Kind:
-    """The type that llama.cpp takes where it is asked for `kind`: norms and biases stay plain."""
-    size = gguf.GGML_QUANT_SIZES[kind][0]
-    return kind if value.ndim == 2 and value.shape[1] % size == 0 else Kind.F32
+def blocks(kind: Kind, num_rows: int, num_columns: int, seed: int = 0) -> np.ndarray:
+    """Rows of random blocks whose scales are small, as bytes: the package quantizes to few types."""
+    size, nbytes = gguf.GGML_QUANT_SIZES[kind]
+    made = np.random.default_rng(seed).integers(0, 256, (num_rows, num_columns // size, nbytes), dtype=np.uint8)
+    scales = np.random.default_rng(seed + 1).uniform(0.001, 0.01, (num_rows, num_columns // size, 1))
+    for place in SCALES[kind]:
+        made[..., place : place + 2] = scales.astype(np.float16).view(np.uint8)
+    return made.reshape(num_rows, -1)
+
+
+def stored_as(value: np.ndarray, kind: Kind) -> tuple[np.ndarray, Kind]:
+    """The bytes of a tensor where llama.cpp is asked for `kind`: norms and biases stay plain."""
+    value = np.ascontiguousarray(value)
+    if value.ndim != 2 or value.shape[1] % gguf.GGML_QUANT_SIZES[kind][0]:
+        return value, Kind.F32
+    return (blocks(kind, *value.shape) if kind in SCALES else gguf.quants.quantize(value, kind)), kind
 
 
 def write_gguf(
     path: Path,
     name: str,
-    kind: Kind | Mapping[str, Kind],
-    *,
+    kind: Kind,
+    others: Mapping[str, Kind] | None = None,
     add: Callable[[gguf.GGUFWriter], None] = lambda writer: None,
 ) -> PreTrainedModel:
-    """Write a random model; matrices in `kind`, or by name in the file (others plain). The model, unrounded."""
+    """Write a random model; matrices in `kind`, `others` by name in the file. The model, unrounded."""
     model = random_model(name)
     config: Any = model.config
     architecture = name.split("-")[0]
@@ -99,9 +124,8 @@ def write_gguf(
             value = value.reshape(heads, 2, -1, *value.shape[1:]).swapaxes(1, 2).reshape(value.shape)
         if "gemma" in name and key.endswith("norm.weight"):
             value = value + 1
-        wanted = kind.get(stored, Kind.F32) if isinstance(kind, Mapping) else kind
-        taken = kinds_of_rows(stored, value, wanted)
-        writer.add_tensor(stored, gguf.quants.quantize(np.ascontiguousarray(value), taken), raw_dtype=taken)
+        data, taken = stored_as(value, (others or {}).get(stored, kind))
+        writer.add_tensor(stored, data, raw_dtype=taken)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

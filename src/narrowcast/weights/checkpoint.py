@@ -20,7 +20,7 @@ class Checkpoint(Protocol):
 
     @property
     def notes(self) -> Sequence[str]:
-        """Where something is not as the files have it, in words for the user: "Q6_K is repacked to int8-group32"."""
+        """Words for the user on all that is not as the files have it: "Q6_K is repacked to int8-group32"."""
         ...
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -20,8 +20,8 @@ def quantize_int4(x_NK: Tensor) -> GroupedCodes:
     x_NGk = _grouped(x_NK)
     farthest_NG1 = x_NGk.gather(-1, x_NGk.abs().argmax(-1, keepdim=True))
     scales_NG1 = farthest_NG1 / -8
-    codes_NGk = (x_NGk * _reciprocal(scales_NG1) + 8.5).trunc().nan_to_num(8).clamp(0, 15)
-    return GroupedCodes(Q4_0, codes_NGk.to(torch.uint8).flatten(1), scales_NG1[..., 0].half())
+    scaled_NGk = (x_NGk * _reciprocal(scales_NG1)).add_(8.5).nan_to_num_(8).clamp_(0, 15)
+    return GroupedCodes(Q4_0, scaled_NGk.to(torch.uint8).flatten(1), scales_NG1[..., 0].half())
 
 
 def quantize_int8(x_NK: Tensor) -> GroupedCodes:
@@ -31,11 +31,10 @@ def quantize_int8(x_NK: Tensor) -> GroupedCodes:
     """
     x_NGk = _grouped(x_NK)
     scales_NG1 = x_NGk.abs().amax(-1, keepdim=True) / 127
-    scaled_NGk = x_NGk * _reciprocal(scales_NG1)
-    whole_NGk = scaled_NGk.abs().floor()
-    rounded_NGk = (whole_NGk + (2 * (scaled_NGk.abs() - whole_NGk)).floor()).copysign(scaled_NGk)
-    codes_NGk = (rounded_NGk.nan_to_num(0) + 128).clamp(0, 255)
-    return GroupedCodes(Q8_0, codes_NGk.to(torch.uint8).flatten(1), scales_NG1[..., 0].half())
+    scaled_NGk = (x_NGk * _reciprocal(scales_NG1)).nan_to_num_(0).clamp_(-128, 127)
+    codes_NGk = scaled_NGk.to(torch.int8)  # towards zero, as the halves of what is left
+    codes_NGk += scaled_NGk.sub_(codes_NGk).mul_(2).to(torch.int8)
+    return GroupedCodes(Q8_0, codes_NGk.view(torch.uint8).flatten(1) ^ Q8_0.middle, scales_NG1[..., 0].half())
 
 
 def _grouped(x_NK: Tensor) -> Tensor:
@@ -46,7 +45,7 @@ def _grouped(x_NK: Tensor) -> Tensor:
             found=f"shape {tuple(x_NK.shape)}",
             remedy="Leave these in 16 bits.",
         )
-    return x_NK.float().reshape(len(x_NK), -1, GROUP_SIZE)
+    return x_NK.float().reshape(len(x_NK), x_NK.shape[1] // GROUP_SIZE, GROUP_SIZE)
 
 
 def _reciprocal(scales: Tensor) -> Tensor:

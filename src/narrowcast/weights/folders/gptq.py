@@ -43,7 +43,7 @@ class GptqWeight:
         num_columns = num_words * self._per_word
         check_part(tensors, f"{layer}.qweight", ("I32",), (num_words, num_rows))
         check_part(tensors, f"{layer}.qzeros", ("I32",), (num_groups, -(-num_rows // self._per_word)))
-        check_part(tensors, f"{layer}.scales", SCALES, (num_groups, num_rows))
+        check_part(tensors, f"{layer}.scales", SCALES if num_bits == 4 else ("F16",), (num_groups, num_rows))
         self._group_size = group_size(tensors, layer, num_columns, num_groups)
         check_order(tensors, f"{layer}.g_idx", num_columns, self._group_size)
         self.parts = {f"{layer}.{part}" for part in ("qweight", "qzeros", "scales", "g_idx")}

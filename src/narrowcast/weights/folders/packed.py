@@ -42,8 +42,9 @@ def layers(tensors: Tensors, part: str) -> Iterator[str]:
 
 def unpacked(words: Tensor, num_bits: int) -> Tensor:
     """Codes of 4 or 8 bits, uint8 [..., 8 or 4 for a word], of int32 [...]: the lowest bits come first."""
-    found = words.contiguous().view(torch.uint8)
-    return found if num_bits == 8 else torch.stack([found & 15, found >> 4], dim=-1).flatten(-2)
+    found = words.reshape(-1).view(torch.uint8)
+    codes = found if num_bits == 8 else torch.stack([found & 15, found >> 4], dim=-1)
+    return codes.reshape(*words.shape[:-1], words.shape[-1] * (WORD // num_bits))
 
 
 def packed_rows(

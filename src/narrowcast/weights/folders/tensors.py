@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class Tensors:
         if len(shape) > 1:
             parts += [ALL] * (len(shape) - 2) + [slice(*span(columns, shape[-1]))]
         found: Tensor = self._slices[name][tuple(parts) or ...]
-        return found.clone()
+        return found.clone(memory_format=torch.contiguous_format)
 
 
 def _sharded(folder: Path, files_of: object) -> dict[str, Any]:

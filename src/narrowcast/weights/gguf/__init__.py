@@ -11,12 +11,12 @@ from torch import Tensor
 
 from narrowcast.weights.checkpoint import ALL
 from narrowcast.weights.formats import GroupedCodes, WeightFormat
-from narrowcast.weights.gguf.blocks import block_size, codes_of, format_of, note_of, readable, values_of
+from narrowcast.weights.gguf.blocks import OTHER_FILE, block_size, codes_of, format_of, note_of, readable, values_of
 from narrowcast.weights.gguf.header import Entry, read_header
 from narrowcast.weights.parts import group_span, span
 from narrowcast.weights.refusals import unserved
 
-CHUNK = 1 << 22  # values that are unpacked at a time
+CHUNK = 1 << 19  # values that are unpacked at a time: what stays in the cache
 
 
 class GgufFile:
@@ -30,12 +30,8 @@ class GgufFile:
         self._entries = self.header.entries
         for name, entry in self._entries.items():
             if not readable(entry.type):
-                raise unserved(
-                    path,
-                    "blocks that the package gguf can unpack",
-                    f"{entry.type.name} of {name}",
-                    "Choose another file of this model, such as one in Q4_0, Q8_0 or Q4_K_M.",
-                )
+                found = f"{entry.type.name} of {name}"
+                raise unserved(path, "types that the package gguf can unpack", found, OTHER_FILE)
         self._bytes = np.memmap(path, mode="r")
 
     @property
@@ -45,7 +41,8 @@ class GgufFile:
     @property
     def notes(self) -> Sequence[str]:
         kinds = Counter(entry.type for name, entry in self._entries.items() if self.format(name))
-        return [f"{note} ({count} tensors)" for kind, count in kinds.items() if (note := note_of(kind))]
+        numbers = {kind: f"{count} tensor" + "s" * (count > 1) for kind, count in kinds.items()}
+        return [f"{note} ({numbers[kind]})" for kind in kinds if (note := note_of(kind))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape

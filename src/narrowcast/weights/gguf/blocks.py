@@ -14,6 +14,8 @@ from torch import Tensor
 from narrowcast.weights.formats import Q4_0, Q4_1, Q8_0, GroupedCodes, WeightFormat
 from narrowcast.weights.quantize import quantize_int8
 
+OTHER_FILE = "Choose another file of this model, such as one in Q4_0, Q8_0 or Q4_K_M."
+SHIFTS = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -35,10 +37,15 @@ def values_of(kind: Any, block_NBb: Tensor) -> Tensor:
     """The values of blocks, [N, K]: of their own dtype if they are plain, else FP32."""
     from gguf import quants
 
-    if kind.name in PLAIN:
-        return block_NBb.flatten(1).view(PLAIN[kind.name])
+    dtype = PLAIN.get(kind.name)
+    if not block_NBb.numel():
+        return torch.empty(len(block_NBb), block_NBb.shape[1] * block_size(kind)[0], dtype=dtype)
+    if dtype is not None:
+        return block_NBb.flatten(1).view(dtype)
     if kind.name in EXACT:  # the same as below, many times faster
         return codes_of(kind, block_NBb).dequantized()
+    if kind.name == "Q6_K":  # in most files of 4 bits, and the package takes three times as long
+        return _q6_k(block_NBb)
     with np.errstate(all="ignore"):  # scales of a broken file may be infinite
         return torch.from_numpy(quants.dequantize(block_NBb.flatten(1).numpy(), kind))
 
@@ -69,7 +76,7 @@ def note_of(kind: Any) -> str:
         return f"Q4_K is kept as {Q4_1.name}: scales and minima rounded to FP16, by 1/2048 of each at most"
     if kind.name == "Q5_0":
         return f"Q5_0 is kept as {Q8_0.name}, the same values in more bits"
-    return f"{kind.name} is repacked to {Q8_0.name}, its values rounded to 1/254 of the largest one in a group at most"
+    return f"{kind.name} is repacked to {Q8_0.name}, values rounded by 1/225 of a group's largest at most"
 
 
 def _q4_0(block_NBb: Tensor) -> GroupedCodes:
@@ -109,6 +116,19 @@ def _q4_k(block_NBb: Tensor) -> GroupedCodes:
     return GroupedCodes(Q4_1, _halves(block_NBb[..., 16:], 32), scales_NG, minima_NG)
 
 
+def _q6_k(block_NBb: Tensor) -> Tensor:
+    """128 bytes with the low 4 bits of 256 codes, 64 with the high 2, 16 signed factors of the FP16 scale, that one.
+
+    Of each 128 codes the first 64 are in the low halves of 64 bytes; 4 runs of 32 share the 32 bytes of high bits.
+    """
+    low_NBhk = _halves(block_NBb[..., :128], 64).reshape(*block_NBb.shape[:2], 2, 4, 32)
+    high_NBhk = block_NBb[..., 128:192].reshape(*block_NBb.shape[:2], 2, 1, 32) >> SHIFTS & 3
+    codes_NBgk = (low_NBhk | high_NBhk << 4).reshape(*block_NBb.shape[:2], 16, 16).float().sub_(32)
+    factors_NBg = block_NBb[..., 192:208].contiguous().view(torch.int8)
+    scales_NBg = _fp16(block_NBb, 208).float()[..., None] * factors_NBg
+    return codes_NBgk.mul_(scales_NBg[..., None]).flatten(1)
+
+
 def _halves(bytes_NBb: Tensor, run: int) -> Tensor:
     """Codes [N, K] of bytes: of each `run` of them first the low halves, then the high ones."""
     runs_NBrb = bytes_NBb.unflatten(-1, (-1, run))
@@ -116,7 +136,7 @@ def _halves(bytes_NBb: Tensor, run: int) -> Tensor:
 
 
 def _fp16(block_NBb: Tensor, place: int) -> Tensor:
-    return block_NBb[..., place : place + 2].contiguous().view(torch.float16)[..., 0]
+    return block_NBb[..., place : place + 2].reshape(-1).view(torch.float16).reshape(block_NBb.shape[:2])
 
 
 KEPT: dict[str, tuple[WeightFormat, Callable[[Tensor], GroupedCodes]]] = {

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from narrowcast.errors import InvalidInputError, MissingDependencyError
-from narrowcast.weights.gguf.blocks import block_size
-from narrowcast.weights.refusals import broken
+from narrowcast.weights.gguf.blocks import OTHER_FILE, block_size
+from narrowcast.weights.refusals import broken, unserved
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -25,7 +25,7 @@ ALIGNMENT = 32
 MAX_DIMS = 4
 MAX_ENTRIES = 1 << 20  # of keys, of tensors
 MAX_STRINGS = 1 << 24  # in an array
-MAX_NAME_NBYTES = 1 << 16
+MAX_NAME_NBYTES = 1 << 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,7 +210,9 @@ def _size(cursor: _Cursor, name: str, shape: tuple[int, ...], number: int) -> tu
     try:
         kind = GGMLQuantizationType(number)
     except ValueError:
-        raise cursor.wrong(f"a type that the package gguf knows for {name!r}", number) from None
+        raise unserved(
+            cursor.path, "types that the package gguf knows", f"type {number} of {name}", OTHER_FILE
+        ) from None
     size, nbytes = block_size(kind)
     if 0 in shape or shape[-1] % size:
         raise cursor.wrong(f"{name!r} in whole blocks of {size}", f"shape {shape}")

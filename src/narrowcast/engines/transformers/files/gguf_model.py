@@ -41,7 +41,10 @@ class GgufModel:
     @property
     def notes(self) -> Sequence[str]:
         left = sorted(UNUSED & self._file.header.entries.keys())
-        return [*self._file.notes, *(f"{name} is not used: Transformers' own positions are" for name in left)]
+        return [
+            *self._file.notes,
+            *(f"{name} is left out, as Transformers does: positions are not scaled by it" for name in left),
+        ]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.shape(self._names[name])

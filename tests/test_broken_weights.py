@@ -1,0 +1,211 @@
+"""Files of weights that are cut off, altered or lie: one clear error, or values; never a crash, a hang, much memory."""
+
+import json
+import random
+import struct
+import tracemalloc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
+from narrowcast.errors import InvalidInputError
+from narrowcast.weights.checkpoint import Checkpoint
+
+PACKED = sorted((Path(__file__).parent / "packed").glob("*.safetensors"))
+U32, U64 = struct.Struct("<I").pack, struct.Struct("<Q").pack
+HUGE = 2**64 - 1
+
+
+def read_all(checkpoint: Checkpoint) -> None:
+    """Everything, whole and in part; shapes are those that were told."""
+    for name in checkpoint.names:
+        shape = checkpoint.shape(name)
+        assert checkpoint.values(name).shape == shape
+        if checkpoint.format(name):
+            assert checkpoint.codes(name).codes.shape == shape
+            assert checkpoint.codes(name, slice(1, 3)).codes.shape[1] == shape[1]
+
+
+def is_read(path: Path) -> bool:
+    """True if everything in it is read; False for the error that tells why not, in a sentence."""
+    try:
+        read_all(open_checkpoint(path))
+    except InvalidInputError as error:
+        assert "expected" in str(error) and "\n" not in str(error) and len(str(error)) < 1000
+        return False
+    return True
+
+
+def altered(data: bytes, count: int, within: int) -> Iterator[bytes]:
+    """Copies with one to four bytes changed, or an integer of 4 or 8 bytes, mostly where the header is."""
+    dice = random.Random(0)
+    for _ in range(count):
+        changed = bytearray(data)
+        for _ in range(dice.choice((1, 1, 2, 4))):
+            place = dice.randrange(within if dice.random() < 0.9 else len(data))
+            new = dice.choice(
+                (dice.randbytes(1), b"\0", b"\xff", U32(dice.randrange(64)), U64(HUGE >> dice.randrange(64)))
+            )
+            changed[place : place + len(new)] = new
+        yield bytes(changed[: len(data)])
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama with a vocabulary and most ways to a parameter."""
+    from gguf_files import Kind, write_gguf
+
+    def add(writer: object) -> None:
+        writer.add_token_list(["a", "b", "c"])  # type: ignore[attr-defined]
+        writer.add_token_scores([0.0, 1.0, 2.0])  # type: ignore[attr-defined]
+
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    write_gguf(
+        path, "llama-tied", Kind.Q8_0, {"blk.0.ffn_down.weight": Kind.Q6_K, "blk.0.ffn_up.weight": Kind.Q4_0}, add
+    )
+    return path
+
+
+def size_of_header(data: bytes) -> int:
+    return data.rindex(b"output_norm.weight") + 40
+
+
+def test_a_gguf_file_may_be_cut_off_anywhere(gguf_file: Path, tmp_path: Path) -> None:
+    data, path = gguf_file.read_bytes(), tmp_path / "cut.gguf"
+    header = size_of_header(data)
+    for length in [*range(0, header, 7), *range(header, len(data) - 64, len(data) // 50)]:
+        path.write_bytes(data[:length])
+        assert not is_read(path), length
+
+
+def test_bytes_of_a_gguf_file_may_be_any(gguf_file: Path, tmp_path: Path) -> None:
+    data, path = gguf_file.read_bytes(), tmp_path / "altered.gguf"
+    assert is_read(gguf_file)
+    num_read = 0
+    for changed in altered(data, 400, size_of_header(data)):
+        path.write_bytes(changed)
+        num_read += is_read(path)
+    assert 20 < num_read < 380
+
+
+def text(value: bytes) -> bytes:
+    return U64(len(value)) + value
+
+
+def gguf_bytes(keys: bytes = b"", num_keys: int = 0, tensors: bytes = b"", num_tensors: int = 0) -> bytes:
+    architecture = text(b"general.architecture") + U32(8) + text(b"llama")
+    head = b"GGUF" + U32(3) + U64(num_tensors) + U64(num_keys + 1) + architecture + keys + tensors
+    return head + bytes(-len(head) % 32 + 1000)
+
+
+def entry(dims: list[int], kind: int = 0, offset: int = 0, name: bytes = b"x") -> bytes:
+    return text(name) + U32(len(dims)) + b"".join(map(U64, dims)) + U32(kind) + U64(offset)
+
+
+LIES = {
+    "another file": b"PK\3\4" + bytes(100),
+    "version": b"GGUF" + U32(1) + bytes(100),
+    "big-endian": b"GGUF" + struct.pack(">I", 3) + bytes(100),
+    "numbers of tensors": b"GGUF" + U32(3) + U64(HUGE) + U64(0) + bytes(100),
+    "numbers of keys": b"GGUF" + U32(3) + U64(0) + U64(HUGE) + bytes(100),
+    "a key's length": gguf_bytes(U64(HUGE), 1),
+    "a key that is no text": gguf_bytes(text(b"\xff\xfe") + U32(4) + U32(1), 1),
+    "an unknown type of value": gguf_bytes(text(b"k") + U32(13), 1),
+    "a long array of numbers": gguf_bytes(text(b"k") + U32(9) + U32(10) + U64(HUGE), 1),
+    "a long array of words": gguf_bytes(text(b"k") + U32(9) + U32(8) + U64(HUGE), 1),
+    "arrays in arrays": gguf_bytes(text(b"k") + U32(9) + (U32(9) + U64(1)) * 60, 1),
+    "a key twice": gguf_bytes((text(b"k") + U32(4) + U32(1)) * 2, 2),
+    "alignment 0": gguf_bytes(text(b"general.alignment") + U32(4) + U32(0), 1, entry([4]), 1),
+    "alignment 3": gguf_bytes(text(b"general.alignment") + U32(4) + U32(3), 1, entry([4]), 1),
+    "alignment in words": gguf_bytes(text(b"general.alignment") + U32(8) + text(b"32"), 1, entry([4]), 1),
+    "no dimensions": gguf_bytes(tensors=entry([]), num_tensors=1),
+    "5 dimensions": gguf_bytes(tensors=entry([1] * 5), num_tensors=1),
+    "2 ** 32 - 1 dimensions": gguf_bytes(tensors=text(b"x") + U32(2**32 - 1), num_tensors=1),
+    "dimension 0": gguf_bytes(tensors=entry([4, 0]), num_tensors=1),
+    "dimensions whose product overflows": gguf_bytes(tensors=entry([2**32, 2**32]), num_tensors=1),
+    "dimensions beyond the file": gguf_bytes(tensors=entry([1024, 1024]), num_tensors=1),
+    "an offset beyond the file": gguf_bytes(tensors=entry([4], offset=2**40), num_tensors=1),
+    "an offset that overflows": gguf_bytes(tensors=entry([4], offset=HUGE - 15), num_tensors=1),
+    "an unknown type": gguf_bytes(tensors=entry([256], kind=1000), num_tensors=1),
+    "blocks that are cut": gguf_bytes(tensors=entry([33, 2], kind=2), num_tensors=1),
+    "a tensor twice": gguf_bytes(tensors=entry([4]) * 2, num_tensors=2),
+    "a part of several": gguf_bytes(text(b"split.count") + U32(2) + struct.pack("<H", 2), 1),
+    "many layers": gguf_bytes(
+        text(b"llama.block_count") + U32(4) + U32(2**31), 1, entry([4], name=b"output_norm.weight"), 1
+    ),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_of_gguf_files_are_told_without_memory(tmp_path: Path, lie: str) -> None:
+    path = tmp_path / "lie.gguf"
+    path.write_bytes(LIES[lie])
+    tracemalloc.start()
+    try:
+        assert not is_read(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def folder_of(path: Path, tmp_path: Path) -> Path:
+    """A folder with a layer that a package has packed."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    with safe_open(path, "pt") as file:
+        quantization = json.loads(file.metadata()["quantization_config"])
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}), encoding="utf8")
+    parts = {f"up.{name}": tensor for name, tensor in load_file(path).items() if name != "expected"}
+    save_file(parts | {"norm.weight": torch.ones(4).bfloat16()}, tmp_path / "model.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("path", PACKED, ids=lambda path: path.stem)
+def test_bytes_of_a_folder_may_be_any(path: Path, tmp_path: Path) -> None:
+    folder = folder_of(path, tmp_path)
+    data = (folder / "model.safetensors").read_bytes()
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    assert is_read(folder)
+    for length in [*range(0, header, 11), *range(header, len(data), 97)]:
+        (folder / "model.safetensors").write_bytes(data[:length])
+        assert not is_read(folder)
+    num_read = 0
+    for changed in altered(data, 200, header):
+        (folder / "model.safetensors").write_bytes(changed)
+        num_read += is_read(folder)
+    assert num_read < 150
+    (folder / "model.safetensors").write_bytes(data)
+    config = (folder / "config.json").read_bytes()
+    for changed in altered(config, 200, len(config)):
+        (folder / "config.json").write_bytes(changed)
+        is_read(folder)
+
+
+def tensor(dtype: str, shape: list[int], offsets: list[int]) -> bytes:
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+    return U64(len(header)) + header + bytes(64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        U64(2**62) + b"{}",
+        U64(99_000_000) + b"{}",
+        U64(100_000) + b"[" * 100_000,
+        tensor("F32", [2**33, 2**33], [0, 64]),
+        tensor("F32", [16], [0, 2**60]),
+        tensor("F32", [16], [64, 0]),
+        tensor("F32", [17], [0, 64]),
+        tensor("F33", [16], [0, 64]),
+        tensor("F32", [-16], [0, 64]),
+    ],
+)
+def test_lies_of_safetensors_are_told(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf8")
+    (tmp_path / "model.safetensors").write_bytes(data)
+    assert not is_read(tmp_path)
