@@ -19,7 +19,7 @@ from narrowcast.cli.options import OUTPUT, SPLIT, TEXT, option
 from narrowcast.cli.progress import shown
 from narrowcast.cli.verdicts import tell
 from narrowcast.codecs import FittedRecipe, Recipe, TransformRecipe, recipe
-from narrowcast.engines import Dtype, load_engine
+from narrowcast.engines import Dtype, Weights, load_engine
 from narrowcast.engines.parts import load_part
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_writable
@@ -51,6 +51,7 @@ def calibrate(
     first_tokens: Annotated[FirstTokens, option(TEXT, "NAME", "count, choosing, or skip.")] = DEFAULT_FIRST_TOKENS,
     device: options.Device = "cpu",
     dtype: options.DtypeOption = "auto",
+    weights: options.WeightsOption = "stored",
     real: options.Real = False,
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
     overwrite: options.Overwrite = False,
@@ -83,10 +84,10 @@ def calibrate(
         found = sequences(engine.load_tokenizer(model), text, length=max_seq_len, limit=num_samples)
         given = found, chosen, asked, not no_feedback
         if real:
-            plans = run(_on_rank, split.world_size, model, split, dtype, *given, timeout_s=timeout)
+            plans = run(_on_rank, split.world_size, model, split, dtype, weights, *given, timeout_s=timeout)
             plan = Plan.from_bytes(plans[0], output)
         else:
-            plan = _plan(engine.load(model, device=device, dtype=dtype), *given)
+            plan = _plan(engine.load(model, device=device, dtype=dtype, weights=weights), *given)
     if is_first_rank():
         plan.save(output, overwrite=overwrite)
         about, bits = plan.calibration, mean_bits(plan)
@@ -163,8 +164,9 @@ def _groups(tp_size: int, num_nodes: int) -> list[range]:
     return [range(node * size, (node + 1) * size) for node in range(num_nodes)] if num_nodes > 1 else []
 
 
-def _on_rank(model: str, split: Split, dtype: Dtype, *given: Any) -> bytes:
-    return _plan(load_part(load_engine(), model, split=split, dtype=dtype), *given).to_bytes()
+def _on_rank(model: str, split: Split, dtype: Dtype, weights: Weights, *given: Any) -> bytes:
+    part = load_part(load_engine(), model, split=split, dtype=dtype, weights=weights)
+    return _plan(part, *given).to_bytes()
 
 
 def _plan(

@@ -40,6 +40,7 @@ def evaluate(
     prompt_chunks: options.PromptChunks = "auto",
     device: options.Device = "cpu",
     dtype: options.DtypeOption = "auto",
+    weights: options.WeightsOption = "stored",
     real: options.Real = False,
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
     sites: Annotated[bool, option(OUTPUT, None, "Measure each site alone, too.", "--sites")] = False,
@@ -65,14 +66,14 @@ def evaluate(
         if earlier is not None:  # before the work, not after it
             earlier.check(conditions(loaded, batches, algorithm))
         if real:
-            found = evaluate_on_ranks(model, plan, batches, dtype=dtype, timeout_s=timeout, **asked)
+            found = evaluate_on_ranks(model, plan, batches, dtype=dtype, weights=weights, timeout_s=timeout, **asked)
         else:
-            whole = load_engine().load(model, device=device, dtype=dtype)
+            whole = load_engine().load(model, device=device, dtype=dtype, weights=weights)
             found = evaluate_simulated(whole, loaded, batches, sites=sites, tokenizer=tokenizer, **asked)
     if found is None:
         return
     changes = {} if earlier is None else earlier.changes(found)
-    about = {"model": model, "dtype": dtype, "plan": str(plan), "text": str(text)}
+    about = {"model": model, "dtype": dtype, "weights": weights, "plan": str(plan), "text": str(text)}
     about |= {"baseline": str(baseline)} if changes else {}
     if json is not None:
         _write(json, found, about, changes)

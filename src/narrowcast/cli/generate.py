@@ -42,6 +42,7 @@ def generate(
     prompt_chunks: options.PromptChunks = "auto",
     replicate: options.Replicate = "auto",
     dtype: options.DtypeOption = "auto",
+    weights: options.WeightsOption = "stored",
     timeout: options.Timeout = DEFAULT_TIMEOUT_S,
     json: options.JsonOption = None,
 ) -> None:
@@ -63,6 +64,7 @@ def generate(
             prompt_chunks=options.prompt_chunks(prompt_chunks),
             replicated=replicate,
             dtype=dtype,
+            weights=weights,
             timeout_s=timeout,
             prompts=encode(tokenizer, prompts, chat=chat),
             max_new_tokens=max_new_tokens,
@@ -87,7 +89,7 @@ def generate(
     if is_first_rank():
         typer.echo(f"{answers.speed()}\n{summary(outcome.report, split, outcome.replicated)}", err=True)
         if json is not None:
-            about = {"model": model, "plan": str(plan), "dtype": dtype, "chat": chat}
+            about = {"model": model, "plan": str(plan), "dtype": dtype, "weights": weights, "chat": chat}
             about |= {"temperature": temperature, "seed": seed}
             write_report(json, {**about, **answers.to_json(), "report": outcome.report.to_json()})
 

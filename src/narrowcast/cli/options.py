@@ -7,7 +7,7 @@ import typer
 
 from narrowcast.calibration import DEFAULT_TARGET_KL
 from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
-from narrowcast.engines import Dtype
+from narrowcast.engines import Dtype, Weights
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
 from narrowcast.runtime.prompts import Chunks
@@ -41,6 +41,7 @@ NumSamples = Annotated[int, option(TEXT, "N", "Sequences at most.", min=1)]
 MaxSeqLen = Annotated[int, option(TEXT, "N", "Tokens a sequence at most.", min=2)]
 Device = Annotated[str, option(RUN, "NAME", "Of the whole model.")]
 DtypeOption = Annotated[Dtype, option(RUN, "NAME", f"{', '.join(get_args(Dtype))}.")]
+WeightsOption = Annotated[Weights, option(RUN, "NAME", f"Or {', '.join(get_args(Weights)[1:])}.")]
 Real = Annotated[bool, option(RUN, None, "On real ranks, not simulated.", "--real")]
 TransportOption = Annotated[str, option(RUN, "NAME", f"{', '.join(TRANSPORTS)}.")]
 NoFeedback = Annotated[bool, option(RUN, None, "What a sum loses is lost for good.", "--no-feedback")]

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from narrowcast.attaching import Handle
-from narrowcast.engines import Dtype, Replicated, check_length, load_engine
+from narrowcast.engines import Dtype, Replicated, Weights, check_length, load_engine
 from narrowcast.engines.parts import load_part
 from narrowcast.engines.replication import affordable
 from narrowcast.evaluation.continuations import GREEDY, Sampling, continuations
@@ -33,9 +33,9 @@ class Job:
     """The work of ranks that share the model of a folder or hub name, under each of `plans` in turn.
 
     They score `batches` (ids [B, T]) and answer `tasks`, both beside the uncompressed model, then continue `prompts`
-    (ids [1, T]), but for the plans that are to be `silent`. `dtype`, `replicated`: as `load` has them, the
-    latter "auto" for what memory allows and the link pays for. `timeout_s`: how long they wait for one of them before
-    it counts as lost.
+    (ids [1, T]), but for the plans that are to be `silent`. `dtype`, `weights`, `replicated`: as `load` has
+    them, the last one "auto" for what memory allows and the link pays for. `timeout_s`: how long they wait for one of
+    them before it counts as lost.
     """
 
     model: str
@@ -46,6 +46,7 @@ class Job:
     prompt_chunks: Chunks = "auto"
     replicated: Replicated | Literal["auto"] = "none"
     dtype: Dtype = "auto"
+    weights: Weights = "stored"
     timeout_s: float = DEFAULT_TIMEOUT_S
     batches: Sequence[Tensor] = ()
     tasks: TaskSet | None = None
@@ -97,6 +98,7 @@ def evaluate_on_ranks(
     feedback: bool = True,
     prompt_chunks: Chunks = "auto",
     dtype: Dtype = "auto",
+    weights: Weights = "stored",
     tasks: TaskSet | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Evaluation | None:
@@ -112,6 +114,7 @@ def evaluate_on_ranks(
         feedback=feedback,
         prompt_chunks=prompt_chunks,
         dtype=dtype,
+        weights=weights,
         timeout_s=timeout_s,
         batches=batches,
         tasks=tasks,
@@ -141,7 +144,7 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
     engine, plans = load_engine(), [Plan.load(path) for path in job.plans]
     asked = job.replicated
     kept = affordable(engine, job.model, plans, dtype=job.dtype) if asked == "auto" else asked
-    model = load_part(engine, job.model, split=split, replicated=kept, dtype=job.dtype)
+    model = load_part(engine, job.model, split=split, replicated=kept, dtype=job.dtype, weights=job.weights)
     if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
         plans = [replace(plan, decisions=Decisions()) for plan in plans]
     names = "algorithm", "transport", "feedback", "prompt_chunks"
@@ -158,7 +161,7 @@ def _on_rank(job: Job, split: Split) -> list[Outcome]:
 
 def _compared(job: Job, model: nn.Module, handles: Sequence[Handle]) -> list[Outcome]:
     """Scores and tasks, beside the uncompressed model."""
-    reference = Reference(job.model, model, job.dtype)
+    reference = Reference(job.model, model, job.dtype, job.weights)
     batches = told(job.batches, "scoring")
     scores: Sequence[Score | None] = scored(model, handles, batches, reference.log_probs(job.batches))
     said = reference.ask(lambda whole: continuations(whole, job.prompts, job.max_new_tokens)) if job.prompts else []

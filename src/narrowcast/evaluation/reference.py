@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from narrowcast.engines import Dtype, device_of, load_engine
+from narrowcast.engines import Dtype, Weights, device_of, load_engine
 from narrowcast.scores import log_probs
 from narrowcast.transport import TorchDistributedTransport
 
@@ -23,7 +23,7 @@ SHARE = 0.8  # of the memory that is available; the rest is for what the ranks c
 class Reference:
     """The model of folder or hub name `path`, uncompressed, for ranks that hold a `part` each; all of them make one.
 
-    `dtype`: in which the parts were loaded.
+    `dtype`, `weights`: in which the parts were loaded.
 
     `kind`: "whole", a model of the first rank's own, if its weights take at most `SHARE` of the memory that is
     available once all parts are loaded; otherwise "split", the parts with the engine's own communication.
@@ -31,7 +31,7 @@ class Reference:
 
     kind: Literal["whole", "split"]
 
-    def __init__(self, path: str, part: nn.Module, dtype: Dtype = "auto") -> None:
+    def __init__(self, path: str, part: nn.Module, dtype: Dtype = "auto", weights: Weights = "stored") -> None:
         self._ranks = TorchDistributedTransport()
         self._first = self._ranks.rank == 0
         self._part, device = part, device_of(part)
@@ -40,7 +40,8 @@ class Reference:
         self.kind = "whole" if fits == "yes" else "split"
         self._whole: nn.Module | None = None
         if self.kind == "whole":
-            self._whole = self._on_first(lambda: load_engine().load(path, device=str(device), dtype=dtype))
+            engine = load_engine()
+            self._whole = self._on_first(lambda: engine.load(path, device=str(device), dtype=dtype, weights=weights))
 
     def ask(self, question: Callable[[nn.Module], T]) -> T | None:
         """The uncompressed model's answer, on the first rank; None on the others, which wait for it."""

@@ -16,6 +16,7 @@ from torch import nn
 
 from narrowcast.engines.base import Dtype, Replicated, Weights
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
+from narrowcast.engines.transformers.files.gguf_metadata import quick_metadata
 from narrowcast.engines.transformers.files.gguf_model import knows
 from narrowcast.engines.transformers.files.packed import PackedModel
 from narrowcast.engines.transformers.files.vocabulary import styles
@@ -54,7 +55,6 @@ def load(
     "all", the output layer too. Where both are one matrix, "embedding" still shares out the product with it. A whole
     model goes to `device`; where a part goes, Transformers decides.
     """
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar a rank would garble the screen
@@ -65,19 +65,19 @@ def load(
             _check_device(device)
             if (packed := _packed(path, located, weights)) is not None:
                 _check_computes_on_cpu(path, device)
-                return packed.load(AutoConfig.from_pretrained(**located), _activations(dtype))
+                return packed.load(_config(path), _activations(dtype))
             with _hushed(path):
                 model = _from_pretrained(path, located | _weights(path, dtype))
             return model.to(device)
         _check_version(split, replicated)
-        _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
+        _check_divisible(_config(path).get_text_config(), split)
         if split.pp_size > 1:
             check_stages(skeleton(path), split.pp_size)
         packed = _packed(path, located, weights)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
             if packed is not None:
-                return packed.load(AutoConfig.from_pretrained(**located), _activations(dtype), **distributed)
+                return packed.load(_config(path), _activations(dtype), **distributed)
             return _from_pretrained(path, located | _weights(path, dtype) | distributed)
     except NarrowcastError:
         raise
@@ -104,12 +104,11 @@ def _from_pretrained(path: str | Path, arguments: Mapping[str, Any]) -> nn.Modul
 
 def _packed(path: str | Path, located: Mapping[str, Any], weights: Weights) -> PackedModel | None:
     """The model's weights, if matrices are to be kept in few bits; None where the engine loads it."""
-    from transformers import AutoConfig
 
     if Path(path).suffix == GGUF:
         ours = weights != "dense" and (weights != "stored" or knows(Path(path)))
     else:
-        quantized = getattr(AutoConfig.from_pretrained(**located), "quantization_config", None) is not None
+        quantized = getattr(_config(path), "quantization_config", None) is not None
         ours = quantized or weights not in ("stored", "dense")
     if not ours:
         return None
@@ -117,6 +116,22 @@ def _packed(path: str | Path, located: Mapping[str, Any], weights: Weights) -> P
     for note in checkpoint.notes:
         logger.info("%s: %s", path, note)
     return PackedModel(path, checkpoint, weights)
+
+
+def _config(path: str | Path) -> Any:
+    """The model's config."""
+    from transformers import AutoConfig
+
+    with _metadata(path):
+        return AutoConfig.from_pretrained(**_located(path))
+
+
+def _metadata(path: str | Path) -> AbstractContextManager[None]:
+    """Of a GGUF file, what makes its config and tokenizer quick to read; its header is checked first."""
+    if Path(path).suffix != GGUF:
+        return nullcontext()
+    knows(Path(path))
+    return quick_metadata()
 
 
 def _folder(path: str | Path) -> Path:
@@ -152,12 +167,14 @@ def save(model: nn.Module, path: str | Path) -> None:
 
 def skeleton(path: str | Path) -> nn.Module:
     """The causal LM of `path` on the meta device: its config is all that is read."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    located = _located(path)
     try:
+        config = _config(path)
         with torch.device("meta"):
-            return cast(nn.Module, AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(**located)))
+            return cast(nn.Module, AutoModelForCausalLM.from_config(config))
+    except NarrowcastError:
+        raise
     except Exception as error:
         raise _not_loaded(path, error) from error
 
@@ -312,7 +329,10 @@ def load_tokenizer(path: str | Path) -> Any:
     located = _located(path)
     tell(Progress(f"reading the tokenizer of {path}"))
     try:
-        return AutoTokenizer.from_pretrained(**located)
+        with _metadata(path):
+            return AutoTokenizer.from_pretrained(**located)
+    except NarrowcastError:
+        raise
     except Exception as error:
         if not Path(path).is_dir() or any(file for pattern in TOKENIZERS for file in Path(path).glob(pattern)):
             raise _not_loaded(path, error) from error
