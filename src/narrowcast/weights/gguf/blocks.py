@@ -67,7 +67,7 @@ def readable(kind: Any) -> bool:
 
 
 def note_of(kind: Any) -> str:
-    """How codes of a type differ from those in the file; empty if they do not."""
+    """The difference of codes of a type from those in the file, in words; empty if there is none."""
     if kind.name in PLAIN or kind.name in EXACT:
         return ""
     if kind.name == "Q4_K":
