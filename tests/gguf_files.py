@@ -55,11 +55,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "phi3": lambda: Phi3Config(**SIZES, resid_pdrop=0.0),
 }
 
+# Models of which Transformers' own loader of GGUF files leaves something out.
+INCOMPLETE: dict[str, Callable[[], Any]] = {
+    "llama-biased": lambda: LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "qwen3-small-heads": lambda: Qwen3Config(**HEADS),
+}
+
 
 def random_model(name: str) -> PreTrainedModel:
     """A model of `CONFIGS` in FP32, whose norms and biases are no ones and zeros."""
     torch.manual_seed(0)
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(CONFIGS[name]()).float()
+    model: PreTrainedModel = AutoModelForCausalLM.from_config((CONFIGS | INCOMPLETE)[name]()).float()
     for key, value in model.named_parameters():
         if value.ndim == 1:
             torch.nn.init.normal_(value, mean=float(key.endswith("norm.weight") and "gemma" not in name), std=0.1)
@@ -108,6 +114,8 @@ def write_gguf(
     if head_dim := getattr(config, "head_dim", None):
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
+    if window := getattr(config, "sliding_window", None):
+        writer.add_sliding_window(window)
     add(writer)
     names = gguf.get_tensor_name_map(
         next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == architecture), config.num_hidden_layers

@@ -68,17 +68,18 @@ COMMANDS = {
     ),
     "calibrate": (
         "--bits --codec --device --dtype --experts --first-tokens --max-seq-len --nnodes --no-feedback --num-samples "
-        "--output --overwrite --pipeline-parallel-size --real --target-kl --tensor-parallel-size --text --timeout"
+        "--output --overwrite --pipeline-parallel-size --real --target-kl --tensor-parallel-size --text --timeout "
+        "--weights"
     ),
     "evaluate": (
         "--algorithm --baseline --device --dtype --json --limit --max-seq-len --no-feedback --num-samples --plan "
-        "--prompt-chunks --real --report --sites --tasks --text --timeout"
+        "--prompt-chunks --real --report --sites --tasks --text --timeout --weights"
     ),
     "inspect": "--overwrite --plot",
     "tune": "--output --overwrite --timeout --transport",
     "generate": (
         "--chat --dtype --file --json --max-new-tokens --no-feedback --plan --prompt --prompt-chunks --replicate "
-        "--seed --temperature --timeout --transport"
+        "--seed --temperature --timeout --transport --weights"
     ),
     "rotate": "--axes --device --max-seq-len --num-samples --overwrite --tensor-parallel-size --text",
     "bench": (

@@ -191,15 +191,36 @@ def test_other_architectures_are_told_apart(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
-def test_frequencies_that_transformers_does_not_read_are_told(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    write_gguf(
-        path, "llama", Kind.Q4_0, add=lambda writer: writer.add_tensor("rope_freqs.weight", torch.ones(12).numpy())
-    )
+def test_positions_are_scaled_as_the_file_says(tmp_path: Path) -> None:
+    """Llama 3.1's are, and Transformers' own loader of GGUF files leaves that out."""
+    path, divisors = tmp_path / "model.gguf", torch.linspace(1, 8, 12)
+    write_gguf(path, "llama", Kind.Q4_0, add=lambda writer: writer.add_tensor("rope_freqs.weight", divisors.numpy()))
+    scaled = load_engine().load(path).model.rotary_emb
+    plain = type(scaled)(scaled.config)
+
     assert knows(path) and "rope_freqs.weight" not in open_checkpoint(path).names
-    assert open_checkpoint(path).notes == [
-        "rope_freqs.weight is left out, as Transformers does: positions are not scaled by it"
-    ]
+    assert torch.equal(scaled.inv_freq, plain.inv_freq / divisors)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_positions_are_scaled_linearly_or_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.gguf"
+
+    def scaled(kind: gguf.RopeScalingType) -> None:
+        write_gguf(
+            path,
+            name,
+            Kind.Q4_0,
+            add=lambda writer: (writer.add_rope_scaling_type(kind), writer.add_rope_scaling_factor(8.0))[0],
+        )
+
+    scaled(gguf.RopeScalingType.LINEAR)
+    parameters = load_engine().load(path).config.rope_parameters
+    whole = parameters.get("full_attention", parameters)
+    assert (whole["rope_type"], whole["factor"]) == ("linear", 8.0)
+    scaled(gguf.RopeScalingType.YARN)
+    with pytest.raises(InvalidInputError, match="found scaling yarn"):
+        load_engine().load(path)
 
 
 def test_plain_tensors_keep_their_dtype(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from transformers import (
     Qwen3Config,
 )
 
+import gguf_files
 import narrowcast
 from models import random_ids
 from narrowcast import Plan
@@ -137,6 +138,22 @@ def test_a_model_in_few_bits_is_known_by_its_files(tmp_path: Path, name: str) ->
     dense, packed = load(saved(name, tmp_path), "dense"), load(tmp_path, "int4-group32")
 
     assert engine.fingerprint(packed) == engine.fingerprint(dense)
+
+
+@pytest.mark.parametrize("name", gguf_files.CONFIGS | gguf_files.INCOMPLETE)
+def test_a_gguf_file_is_the_model_that_it_was_made_of(tmp_path: Path, name: str) -> None:
+    """With biases, tied layers and sizes of heads that Transformers' own loader leaves out or takes for granted."""
+    path, ids = tmp_path / "model.gguf", random_ids(2, 12)
+    model = gguf_files.write_gguf(path, name, gguf_files.Kind.Q8_0).bfloat16().eval()
+    packed, dense = load(path, "stored"), load(path, "dense")
+
+    assert all(not isinstance(each, torch.nn.Linear) for each in packed.modules())
+    assert all(not isinstance(each, PackedLinear) for each in dense.modules())
+    expected = logits(model, ids).float().log_softmax(-1)
+    for found in (packed, dense):
+        assert (expected.exp() * (expected - logits(found, ids).float().log_softmax(-1))).sum(-1).mean() < 2e-3
+    assert load_engine().fingerprint(packed) == load_engine().fingerprint(dense)
+    assert load_engine().fingerprint(packed).config == load_engine().fingerprint(load_engine().skeleton(path)).config
 
 
 def test_gradients_reach_what_is_calibrated(tmp_path: Path) -> None:

@@ -2,11 +2,18 @@
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from narrowcast.engines.transformers.files.gguf_names import ARCHITECTURES, UNUSED, Architecture
+from narrowcast.engines.transformers.files.gguf_names import (
+    ARCHITECTURES,
+    FACTORS,
+    FREQUENCIES,
+    NO_PARAMETERS,
+    Architecture,
+)
 from narrowcast.weights.checkpoint import ALL
 from narrowcast.weights.formats import GroupedCodes, WeightFormat
 from narrowcast.weights.gguf import GgufFile
@@ -16,9 +23,39 @@ from narrowcast.weights.refusals import broken, unserved
 
 
 def knows(path: Path) -> bool:
-    """True if `GgufModel` can read the file; others Transformers may unpack. InvalidInputError if it is broken."""
+    """True if `GgufModel` can read the file; others Transformers may unpack.
+
+    InvalidInputError for a broken file, and for what Transformers would leave out without a word.
+    """
     header = read_header(path)
+    if factors := [name for name in header.entries if name.startswith(FACTORS)]:
+        raise unserved(path, "positions that one set of factors scales", factors[0], "Use a folder of safetensors.")
     return header.architecture in ARCHITECTURES and not _strangers(header)
+
+
+def complete(config: Any, path: Path) -> None:
+    """Set what Transformers leaves out of the config of a GGUF file: biases, the size of heads, scaled positions.
+
+    InvalidInputError for positions that are scaled in another way than by a factor.
+    """
+    if not knows(path):
+        return
+    file = GgufModel(path)
+    for field, module in (("attention_bias", "self_attn.q_proj"), ("mlp_bias", "mlp.up_proj")):
+        if hasattr(config, field) and any(name.endswith(f"{module}.bias") for name in file.names):
+            setattr(config, field, True)
+    size = file.head_size
+    if size is not None and getattr(config, "head_dim", None) not in (None, size):
+        config.head_dim = size
+    if (factor := file.position_factor) is not None:
+        for parameters in _of_whole_contexts(config.rope_parameters):
+            parameters |= {"rope_type": "linear", "factor": factor}
+
+
+def _of_whole_contexts(parameters: dict[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of positions in layers that see all of a context; Gemma 3 has others for those that do not."""
+    by_kind = [each for kind, each in parameters.items() if kind == "full_attention"]
+    return by_kind or [parameters]
 
 
 class GgufModel:
@@ -31,7 +68,7 @@ class GgufModel:
         self._file = GgufFile(path)
         header = self._file.header
         self._architecture = _architecture(header)
-        self._names = {str(self._architecture.parameter(name)): name for name in header.entries.keys() - UNUSED}
+        self._names = {str(self._architecture.parameter(name)): name for name in header.entries.keys() - NO_PARAMETERS}
         self._heads = _num_heads(header) if self._architecture.interleaved else {}
 
     @property
@@ -40,11 +77,38 @@ class GgufModel:
 
     @property
     def notes(self) -> Sequence[str]:
-        left = sorted(UNUSED & self._file.header.entries.keys())
-        return [
-            *self._file.notes,
-            *(f"{name} is left out, as Transformers does: positions are not scaled by it" for name in left),
-        ]
+        return self._file.notes
+
+    @property
+    def head_size(self) -> int | None:
+        """Features of a head, where the file says so."""
+        found = self._file.header.metadata.get(f"{self._file.header.architecture}.attention.key_length")
+        return found if isinstance(found, int) else None
+
+    @property
+    def position_factor(self) -> float | None:
+        """The factor that positions are to be divided by; None for none."""
+        header = self._file.header
+        prefix = f"{header.architecture}.rope.scaling"
+        kind = header.metadata.get(f"{prefix}.type", "none")
+        if kind == "none":
+            return None
+        factor = header.metadata.get(f"{prefix}.factor")
+        if kind != "linear" or not isinstance(factor, float):
+            raise unserved(
+                header.path,
+                "positions as they are, or scaled linearly",
+                f"scaling {kind}",
+                "Use a folder of safetensors.",
+            )
+        return factor
+
+    @property
+    def frequency_divisors(self) -> Tensor | None:
+        """The numbers that rotary frequencies are to be divided by, FP32; None for none."""
+        if FREQUENCIES not in self._file.header.entries:
+            return None
+        return self._file.values(FREQUENCIES).float()
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._file.shape(self._names[name])
@@ -98,7 +162,9 @@ def _strangers(header: Header) -> list[str]:
     """Tensors that are no parameters of the model."""
     architecture = ARCHITECTURES.get(header.architecture)
     return [
-        name for name in header.entries if name not in UNUSED and not (architecture and architecture.parameter(name))
+        name
+        for name in header.entries
+        if name not in NO_PARAMETERS and not (architecture and architecture.parameter(name))
     ]
 
 

@@ -22,7 +22,9 @@ FOUR_NORMS = {
 }
 HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
 FUSED = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
-UNUSED = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}  # Transformers computes them
+FREQUENCIES = "rope_freqs.weight"  # by which Llama 3.1 and later divide those of their positions
+NO_PARAMETERS = {FREQUENCIES}
+FACTORS = "rope_factors_"  # other ones for long contexts than for short ones
 
 
 @dataclass(frozen=True, kw_only=True)

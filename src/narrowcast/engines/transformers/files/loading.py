@@ -17,7 +17,7 @@ from torch import nn
 from narrowcast.engines.base import Dtype, Replicated, Weights
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
 from narrowcast.engines.transformers.files.gguf_metadata import quick_metadata
-from narrowcast.engines.transformers.files.gguf_model import knows
+from narrowcast.engines.transformers.files.gguf_model import complete, knows
 from narrowcast.engines.transformers.files.packed import PackedModel
 from narrowcast.engines.transformers.files.vocabulary import styles
 from narrowcast.engines.transformers.layered import by_layer, in_words
@@ -63,9 +63,10 @@ def load(
     try:
         if split == WHOLE:
             _check_device(device)
-            if (packed := _packed(path, located, weights)) is not None:
-                _check_computes_on_cpu(path, device)
-                return packed.load(_config(path), _activations(dtype))
+            if (packed := _packed(path, weights)) is not None:
+                if weights != "dense":
+                    _check_computes_on_cpu(path, device)
+                return packed.load(_config(path), _activations(dtype)).to(device)
             with _hushed(path):
                 model = _from_pretrained(path, located | _weights(path, dtype))
             return model.to(device)
@@ -73,7 +74,7 @@ def load(
         _check_divisible(_config(path).get_text_config(), split)
         if split.pp_size > 1:
             check_stages(skeleton(path), split.pp_size)
-        packed = _packed(path, located, weights)
+        packed = _packed(path, weights)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
             if packed is not None:
@@ -102,11 +103,10 @@ def _from_pretrained(path: str | Path, arguments: Mapping[str, Any]) -> nn.Modul
     return cast(nn.Module, model)
 
 
-def _packed(path: str | Path, located: Mapping[str, Any], weights: Weights) -> PackedModel | None:
-    """The model's weights, if matrices are to be kept in few bits; None where the engine loads it."""
-
+def _packed(path: str | Path, weights: Weights) -> PackedModel | None:
+    """The model's weights, where they are read by us: stored in few bits, or to be kept so; None for the engine."""
     if Path(path).suffix == GGUF:
-        ours = weights != "dense" and (weights != "stored" or knows(Path(path)))
+        ours = knows(Path(path)) or weights not in ("stored", "dense")
     else:
         quantized = getattr(_config(path), "quantization_config", None) is not None
         ours = quantized or weights not in ("stored", "dense")
@@ -122,8 +122,12 @@ def _config(path: str | Path) -> Any:
     """The model's config."""
     from transformers import AutoConfig
 
+    located = _located(path)
     with _metadata(path):
-        return AutoConfig.from_pretrained(**_located(path))
+        config = AutoConfig.from_pretrained(**located)
+    if Path(path).suffix == GGUF:
+        complete(config, Path(path))
+    return config
 
 
 def _metadata(path: str | Path) -> AbstractContextManager[None]:

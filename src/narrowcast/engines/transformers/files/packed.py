@@ -35,6 +35,7 @@ QUANTIZERS: Mapping[str, Quantizer] = {
     "int8-group32": Quantizer(Q8_0, quantize_int8),
 }
 ROWS_AT_A_TIME = 1024
+LEFT_OUT = "rotary_emb.inv_freq"  # computed, though old checkpoints have it
 PackedLayer = PackedLinear | PackedEmbedding
 
 
@@ -56,7 +57,9 @@ class PackedModel:
         model = _empty(config, dtype)
         if any(is_experts(module) for module in model.modules()):
             raise self._refusal("a model without experts", "a mixture of experts", "Pass --weights dense.")
+        self._check_place_for_all(model)
         self._put_layers(model, dtype)
+        self._set_frequencies(model)
         mesh = None
         if distributed_config is not None:
             kind = cast(Any, type(model))
@@ -65,6 +68,26 @@ class PackedModel:
         self._fill(model, None if mesh is None else mesh.get_mesh("tp"))
         _check_filled(self._path, model)
         return model.eval()
+
+    def _check_place_for_all(self, model: nn.Module) -> None:
+        """InvalidInputError for weights of the checkpoint that the model would leave out."""
+        known = model.state_dict().keys() | _tied(model).keys()
+        strangers = sorted(name for name in set(self._checkpoint.names) - known if not name.endswith(LEFT_OUT))
+        if strangers:
+            raise self._refusal(
+                f"weights that a {type(model).__name__} of its config has",
+                strangers[0] + (f" and {len(strangers) - 1} more" if len(strangers) > 1 else ""),
+                "Use a folder of safetensors of this model.",
+            )
+
+    def _set_frequencies(self, model: nn.Module) -> None:
+        """Positions as a GGUF file has them, of which its config says nothing."""
+        if (divisors := getattr(self._checkpoint, "frequency_divisors", None)) is None:
+            return
+        rotary = cast(Any, model).base_model.rotary_emb
+        if rotary.inv_freq.shape != divisors.shape:
+            raise self._refusal(f"{len(rotary.inv_freq)} rotary frequencies", str(len(divisors)), "Copy it again.")
+        rotary.inv_freq = rotary.original_inv_freq = rotary.inv_freq / divisors
 
     def _put_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Give the model layers for matrices in few bits."""
