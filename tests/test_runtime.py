@@ -29,7 +29,7 @@ class LowRank:
     num_features: int = NUM_FEATURES
     dtype: torch.dtype | None = None
 
-    def __call__(self, x_TF: Tensor) -> Tensor:
+    def __call__(self, x_TF: Tensor, num_tokens: int) -> Tensor:
         return linear(linear(x_TF, self.down), self.up)
 
 
@@ -42,7 +42,7 @@ class Int8:
     num_features: int = NUM_FEATURES
     dtype: torch.dtype | None = torch.bfloat16
 
-    def __call__(self, x_TF: Tensor) -> Tensor:
+    def __call__(self, x_TF: Tensor, num_tokens: int) -> Tensor:
         return linear(x_TF.float(), self.codes.float() * self.scale_E1).bfloat16()
 
 
@@ -87,7 +87,7 @@ def test_a_product_of_any_make_is_summed_alike_on_real_and_virtual_ranks(
     assert expected.shape == (2, 5, NUM_FEATURES)
     for found in ranks(2).run(summed, make, transformed):
         assert torch.equal(found, expected)
-    partials = [product(random(10, NUM_INPUTS, seed=9)) for product in products]
+    partials = [product(random(10, NUM_INPUTS, seed=9), 10) for product in products]
     exact = sum(x_TE.float() for x_TE in partials)
     codec = sites(transformed=transformed).hops("s", torch.bfloat16).codecs[0]
     bound = sum(codec.error_bound(x_TE, source=rank) for rank, x_TE in enumerate(partials)).norm()

@@ -187,6 +187,15 @@ def test_products_with_bf16_have_the_bits_of_the_reference(num_rows, num_columns
         assert torch.equal(found[path], found[kernels.REFERENCE]), path
 
 
+@pytest.mark.parametrize("path", [kernels.REFERENCE, *PATHS])
+def test_subnormal_values_count_as_zeros(path):
+    weight_NK, x_TK = torch.full((3, 40), 2.0**-127).bfloat16(), torch.full((2, 40), 2.0**120).bfloat16()
+    with kernels.forced(path):
+        assert not multiply_dense(weight_NK, x_TK).any()
+        assert not multiply_dense(x_TK[:1].expand(3, 40).contiguous(), weight_NK[:2]).any()
+        assert multiply_dense(2 * weight_NK, x_TK).all()
+
+
 def test_many_tokens_are_left_to_pytorch():
     weight_NK, x_TK = torch.randn(8, 64).bfloat16(), torch.randn(DENSE_TOKENS, 64).bfloat16()
 

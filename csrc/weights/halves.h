@@ -1,8 +1,8 @@
 // Products with activations in BF16, of matrices in 4 bits with zero points and of those that are BF16 themselves.
 //
 // A step takes two columns: the odd one first, then the even one, multiplied (which is exact) and added, as the
-// instruction for it does (VDPBF16PS). It takes numbers below 2**-126 for zero: activations below 2**-118 are zeros here,
-// so that no sum of their products with whole numbers comes there.
+// instruction for it does (VDPBF16PS). It takes numbers below 2**-126 for zero, so others do. Of sums below 2**-100 bits
+// may differ by path. In products with codes no sum comes there, as activations below 2**-118 are zeros.
 #pragma once
 
 #include "kernels/values.h"
@@ -26,6 +26,16 @@ NARROWCAST_INLINE Pairs pairs_of_bf16(I32 both) {
 #else
   return {bits_as<F32>(both << 16), bits_as<F32>(both & int32_t(0xFFFF0000))};
 #endif
+}
+
+// The same of any numbers: those below 2**-126 are zeros.
+NARROWCAST_INLINE Pairs normal_pairs(I32 both) {
+  Pairs pairs = pairs_of_bf16(both);
+#if !defined(__AVX512BF16__)
+  pairs.even = select((bits_as<I32>(pairs.even) & int32_t(kInfinity)) == 0, splat(0.0f), pairs.even);
+  pairs.odd = select((bits_as<I32>(pairs.odd) & int32_t(kInfinity)) == 0, splat(0.0f), pairs.odd);
+#endif
+  return pairs;
 }
 
 // Of 8 columns in 4 bits those two that stand in the `index`-th bits of either half of a lane, less 8.
@@ -188,10 +198,10 @@ NARROWCAST_FLAT void multiply_dense_rows(const DenseMatrix& matrix, const uint16
     for (; column + 128 <= num_columns; column += 128) {
 #pragma GCC unroll 16
       for (size_t v = 0; v < vectors; ++v) {
-        const Pairs weights = pairs_of_bf16(load_vector<I32>(w + column + 2 * kLanes * v));
+        const Pairs weights = normal_pairs(load_vector<I32>(w + column + 2 * kLanes * v));
 #pragma GCC unroll 4
         for (int t = 0; t < width; ++t) {
-          const Pairs activations = pairs_of_bf16(load_vector<I32>(x + t * num_columns + column + 2 * kLanes * v));
+          const Pairs activations = normal_pairs(load_vector<I32>(x + t * num_columns + column + 2 * kLanes * v));
           sums[t][v] = add_products(sums[t][v], weights, activations);
         }
       }
@@ -202,11 +212,11 @@ NARROWCAST_FLAT void multiply_dense_rows(const DenseMatrix& matrix, const uint16
         const size_t count = num_columns - first < 2 * kLanes ? num_columns - first : 2 * kLanes;
         I32 both = {};
         memcpy(&both, w + first, 2 * count);
-        const Pairs weights = pairs_of_bf16(both);
+        const Pairs weights = normal_pairs(both);
         for (int t = 0; t < width; ++t) {
           I32 x_both = {};
           memcpy(&x_both, x + t * num_columns + first, 2 * count);
-          sums[t][v] = add_products(sums[t][v], weights, pairs_of_bf16(x_both));
+          sums[t][v] = add_products(sums[t][v], weights, normal_pairs(x_both));
         }
       }
     }

@@ -170,7 +170,7 @@ class PlannedWires(Wires):
 
 
 def _deferred(product: Product, x_TF: Tensor) -> Deferred:
-    return Deferred(len(x_TF), product.num_features, lambda tokens: product(x_TF[tokens]))
+    return Deferred(len(x_TF), product.num_features, lambda tokens: product(x_TF[tokens], len(x_TF)))
 
 
 def payload(codec: Codec, shape: Sequence[int]) -> Traffic:

@@ -9,17 +9,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from narrowcast.weights.packed import PackedMatrix
-from narrowcast.weights.products import multiply
+from narrowcast.weights.products import multiply, multiply_dense
 
 
 class Product(Protocol):
     """`product(tokens) -> partial`: of tokens [T, F], what one rank puts into their sum, [T, num_features].
 
     What its weights look like is its own affair: dense, in few bits, low-rank, rows that are looked up. A token's
-    product depends on that token alone, so that tokens may be computed while others travel.
+    product depends on that token alone, so that tokens may be computed while others travel; and on `num_tokens`, of
+    which these are some: few may be computed in another way than many.
     """
 
     @property
@@ -32,8 +32,8 @@ class Product(Protocol):
         """That of the sum; None for that of the tokens."""
         ...
 
-    def __call__(self, x_TF: Tensor, /) -> Tensor:
-        """Partial sums of these tokens."""
+    def __call__(self, x_TF: Tensor, num_tokens: int, /) -> Tensor:
+        """Partial sums of these tokens, of `num_tokens` that are summed up together."""
         ...
 
 
@@ -46,8 +46,8 @@ class Dense:
     columns: slice | None = None
     dtype = None
 
-    def __call__(self, x_TF: Tensor) -> Tensor:
-        return functional.linear(self._own(x_TF), self.weight())
+    def __call__(self, x_TF: Tensor, num_tokens: int) -> Tensor:
+        return multiply_dense(self.weight(), self._own(x_TF), num_tokens=num_tokens)
 
     def _own(self, x_TF: Tensor) -> Tensor:
         return x_TF if self.columns is None else x_TF[:, self.columns].contiguous()
@@ -66,6 +66,6 @@ class Packed:
     held: slice
     dtype = None
 
-    def __call__(self, x_TF: Tensor) -> Tensor:
+    def __call__(self, x_TF: Tensor, num_tokens: int) -> Tensor:
         own_TF = x_TF if self.columns is None else x_TF[:, self.columns]
-        return multiply(self.matrix, own_TF, columns=self.held)
+        return multiply(self.matrix, own_TF, columns=self.held, num_tokens=num_tokens)

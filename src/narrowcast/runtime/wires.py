@@ -80,7 +80,7 @@ class Wires(ABC):
     def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         """The sum [..., E] over all ranks of their products of tokens `x` [..., F]."""
         x_TF = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # a rank may hold no column
-        total_TE = self.sum([product(x_TF) for product in self.products(site)], site, residue)
+        total_TE = self.sum([product(x_TF, len(x_TF)) for product in self.products(site)], site, residue)
         return total_TE.view(*x.shape[:-1], total_TE.shape[-1])
 
     @abstractmethod

@@ -3,14 +3,14 @@
 Shapes: T tokens, N rows (features of the output), K columns (features of the input), V rows of an embedding.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from narrowcast.weights.packed import ALL, PackedMatrix
-from narrowcast.weights.products import dequantized_bf16, look_up, multiply
+from narrowcast.weights.packed import ALL, BLOCK_ROWS, PackedMatrix
+from narrowcast.weights.products import dequantized_bf16, look_up, multiply, multiply_dense
 
 
 class PackedLinear(nn.Module):
@@ -53,6 +53,47 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}, {self.matrix.format.name}"
+
+
+class DenseLinear(nn.Linear):
+    """A linear layer of PyTorch that reads weights in BF16 at the memory's rate where tokens are few."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Products of tokens [..., K], plus the bias."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu:
+            return super().forward(x)
+        y_TN = multiply_dense(self.weight, x.reshape(-1, x.shape[-1]), self.bias)
+        return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
+
+
+class Fused:
+    """Layers that read the same tokens, asked at once: their matrices are rows of one."""
+
+    def __init__(self, matrix: PackedMatrix, layers: Sequence[PackedLinear]) -> None:
+        self._matrix, self._sizes = matrix, [layer.matrix.shape[0] for layer in layers]
+        biases = [layer.bias for layer in layers if layer.bias is not None]
+        self._bias = torch.cat([local(bias.data) for bias in biases]) if biases else None
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The products [..., N] of tokens [..., K] with each layer."""
+        y_TN = multiply(self._matrix, x.reshape(-1, x.shape[-1]), self._bias)
+        parts: tuple[Tensor, ...] = y_TN.view(*x.shape[:-1], y_TN.shape[-1]).split(self._sizes, dim=-1)
+        return parts
+
+    @staticmethod
+    def join(layers: Sequence[PackedLinear]) -> "Fused | None":
+        """Put the matrices of layers behind each other in memory; None where they are too different."""
+        first, *others = layers
+        alike = all(
+            each.matrix.is_like(first.matrix) and (each.bias is None) == (first.bias is None) for each in others
+        )
+        if not alike or any(each.matrix.shape[0] % BLOCK_ROWS for each in layers):
+            return None
+        matrices = [layer.matrix for layer in layers]
+        whole, *parts = PackedMatrix.joined(matrices)
+        for layer, part in zip(layers, parts, strict=True):
+            layer.matrix = part
+        return Fused(whole, layers)
 
 
 class _Product(torch.autograd.Function):

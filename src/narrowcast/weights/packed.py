@@ -4,6 +4,7 @@ Shapes: B blocks of 16 rows, C blocks of columns, N rows, K columns, G groups of
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -92,6 +93,25 @@ class PackedMatrix:
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self.blocks.numel()
+
+    def is_like(self, other: Self) -> bool:
+        """True for a matrix that may stand above the other one in a larger one."""
+        kinds = [(each.format, each.shape[1], each.bf16_scales, each.scale) for each in (self, other)]
+        return kinds[0] == kinds[1]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> list[Self]:
+        """The matrix of all rows of alike ones, and these as parts of it; each but the last is of whole blocks."""
+        first = parts[0]
+        sizes = [part.shape[0] for part in parts]
+        whole = cls.empty(first.format, (sum(sizes), first.shape[1]), bf16_scales=first.bf16_scales, scale=first.scale)
+        found, start = [whole], 0
+        for part in parts:
+            blocks = whole.blocks[start : start + len(part.blocks)]
+            blocks.copy_(part.blocks)
+            found.append(cls(first.format, part.shape, blocks, bf16_scales=first.bf16_scales, scale=first.scale))
+            start += len(blocks)
+        return found
 
     def of_blocks(self, blocks: Tensor) -> Self:
         """The matrix of some blocks of 16 rows, by their numbers."""

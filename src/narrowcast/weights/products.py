@@ -18,23 +18,32 @@ DENSE_TOKENS, ZERO_POINT_TOKENS = 5, 17
 
 
 def multiply(
-    matrix: PackedMatrix, x_TK: Tensor, bias: Tensor | None = None, *, rows: slice = ALL, columns: slice = ALL
+    matrix: PackedMatrix,
+    x_TK: Tensor,
+    bias: Tensor | None = None,
+    *,
+    rows: slice = ALL,
+    columns: slice = ALL,
+    num_tokens: int | None = None,
 ) -> Tensor:
     """Products [T, N] of tokens with rows of a matrix, plus the bias [N]; of the tokens' dtype, BF16 or FP32.
 
-    `columns`: those, whole groups, that the tokens' values belong to. A token's bits depend neither on other tokens nor
-    on rows beside its own, as long as kernels are ours.
+    `columns`: those, whole groups, that the tokens' values belong to. `num_tokens`: of which these are some; by default
+    they are all. By it PyTorch's product is chosen, or ours, where a token's bits depend neither on other tokens nor on
+    other rows.
     """
     first, stop, _ = rows.indices(matrix.shape[0])
     left, right, _ = columns.indices(matrix.shape[1])
     if cpu.native is None or kernels.reference_is_forced():
         return reference.multiply(matrix.unpacked(slice(first, stop), slice(left, right)), x_TK, bias)
-    if matrix.format.activations == "bf16" and len(x_TK) >= ZERO_POINT_TOKENS:
+    num_tokens = len(x_TK) if num_tokens is None else num_tokens
+    if matrix.format.activations == "bf16" and num_tokens >= ZERO_POINT_TOKENS:
         weight = dequantized_bf16(matrix, slice(first, stop), slice(left, right))
         return functional.linear(x_TK.bfloat16(), weight, None if bias is None else bias.bfloat16()).to(x_TK.dtype)
     if before := first % BLOCK_ROWS:  # blocks of rows are whole: those before the first one are computed as well
         padded = None if bias is None else functional.pad(bias, (before, 0))
-        return multiply(matrix, x_TK, padded, rows=slice(first - before, stop), columns=columns)[:, before:]
+        whole = slice(first - before, stop)
+        return multiply(matrix, x_TK, padded, rows=whole, columns=columns, num_tokens=num_tokens)[:, before:]
     x_TK = x_TK if x_TK.stride(-1) == 1 else x_TK.contiguous()
     y_TN = x_TK.new_empty(len(x_TK), stop - first)
     cpu.native.multiply_packed(
@@ -75,13 +84,16 @@ def look_up(matrix: PackedMatrix, rows_T: Tensor) -> Tensor:
     return blocks.unpacked().rows(places * BLOCK_ROWS + rows_T % BLOCK_ROWS).dequantized()
 
 
-def multiply_dense(weight_NK: Tensor, x_TK: Tensor, bias: Tensor | None = None) -> Tensor:
+def multiply_dense(
+    weight_NK: Tensor, x_TK: Tensor, bias: Tensor | None = None, *, num_tokens: int | None = None
+) -> Tensor:
     """As `functional.linear` of BF16 on the CPU, reading weights at the memory's rate where there are few tokens.
 
-    Weights must not be subnormal, as what is computed with such depends on the machine.
+    Values below 2**-126 count as zeros then. `num_tokens` as of `multiply`.
     """
-    ours = len(x_TK) < DENSE_TOKENS and weight_NK.dtype is x_TK.dtype is torch.bfloat16 and weight_NK.stride(-1) == 1
-    if not ours or cpu.native is None or not weight_NK.is_cpu:
+    in_bf16 = weight_NK.dtype is x_TK.dtype is torch.bfloat16
+    is_few = (len(x_TK) if num_tokens is None else num_tokens) < DENSE_TOKENS
+    if not (in_bf16 and is_few and weight_NK.is_cpu and weight_NK.stride(-1) == 1) or cpu.native is None:
         return functional.linear(x_TK, weight_NK, bias)
     if kernels.reference_is_forced():
         return reference.multiply_dense(weight_NK, x_TK, bias)

@@ -75,10 +75,15 @@ def multiply_dense(weight_NK: Tensor, x_TK: Tensor, bias: Tensor | None = None) 
     """Products [T, N] of BF16 tokens with BF16 weights: 64 sums of pairs of columns, added up by halves."""
     missing = -x_TK.shape[1] % (2 * CHAINS)
     x_Tlik, w_Nlik = (
-        torch.nn.functional.pad(each.float(), (0, missing)).unflatten(1, (-1, CHAINS, 2)) for each in (x_TK, weight_NK)
+        torch.nn.functional.pad(_normal(each), (0, missing)).unflatten(1, (-1, CHAINS, 2)) for each in (x_TK, weight_NK)
     )
     y_TN = _sum_by_halves(_add_pairs(x_Tlik, w_Nlik).flatten(0, 1)).view(len(x_TK), len(weight_NK))
     return (y_TN if bias is None else y_TN + bias.float()).to(x_TK.dtype)
+
+
+def _normal(x: Tensor) -> Tensor:
+    """FP32 values, those below 2**-126 being zeros, as the instruction for such products has them."""
+    return torch.where(x.float().abs() < 2.0**-126, 0.0, x.float())
 
 
 def _halves(x_TK: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from narrowcast.engines.forwards import chunk
 from narrowcast.runtime.wires import Wires
-from narrowcast.weights.layers import PackedEmbedding, PackedLinear, local
+from narrowcast.weights.layers import DenseLinear, PackedEmbedding, PackedLinear, local
 
 EXPERT_WEIGHTS = {"gate_up_proj", "down_proj"}  # [X, 2 * I, E] and [X, E, I] for X experts of I hidden features
 
@@ -40,7 +40,7 @@ def is_plain(weight: Tensor) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """True for a layer that computes what ours do: one of another quantizer, say, does not."""
     return isinstance(module, PackedLinear) or (
-        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+        isinstance(module, nn.Linear) and type(module).forward in (nn.Linear.forward, DenseLinear.forward)
     )
 
 

@@ -26,6 +26,7 @@ from narrowcast.engines.transformers.seam.rehearsal import check_stages, mistake
 from narrowcast.errors import InvalidInputError, MissingDependencyError, NarrowcastError
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
+from narrowcast.weights.layers import DenseLinear
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def load(
                 return packed.load(_config(path), _activations(dtype)).to(device)
             with _hushed(path):
                 model = _from_pretrained(path, located | _weights(path, dtype))
-            return model.to(device)
+            return _quick_in_steps(model.to(device))
         _check_version(split, replicated)
         _check_divisible(_config(path).get_text_config(), split)
         if split.pp_size > 1:
@@ -79,13 +80,21 @@ def load(
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
             if packed is not None:
                 return packed.load(_config(path), _activations(dtype), **distributed)
-            return _from_pretrained(path, located | _weights(path, dtype) | distributed)
+            return _quick_in_steps(_from_pretrained(path, located | _weights(path, dtype) | distributed))
     except NarrowcastError:
         raise
     except ImportError as error:  # splitting a model needs accelerate besides
         raise MissingDependencyError(error.name or "accelerate", "transformers") from error
     except Exception as error:  # of Transformers, safetensors or PyTorch, as files can be wrong in many ways
         raise _not_loaded(path, error) from error
+
+
+def _quick_in_steps(model: nn.Module) -> nn.Module:
+    """Let linear layers read their weights at the memory's rate where tokens are few; `attach` sees to split ones."""
+    for module in model.modules():
+        if type(module) is nn.Linear and "forward" not in vars(module):
+            module.__class__ = DenseLinear
+    return model
 
 
 def _from_pretrained(path: str | Path, arguments: Mapping[str, Any]) -> nn.Module:

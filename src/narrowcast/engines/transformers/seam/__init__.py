@@ -157,8 +157,10 @@ def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
     try:
         for name, module, style in _communicating(model, split):
             forwards.replace(module, style.forward(name, module, wires))
+        for name, layer in _keeping(model, split).items():
+            forwards.replace(layer, linear.kept_columns(name, layer, wires))
         if wires.feedback.readers:
-            _take_over_readers(model, split, wires, forwards)
+            _take_over_norms(model, wires, forwards)
         if split.pp_size > 1:
             pipeline.take_over(model, split.pp_size, wires, forwards)
     except BaseException:
@@ -176,10 +178,8 @@ def short_prompt(model: nn.Module, num_tokens: int) -> Tensor:
     return logits[0]
 
 
-def _take_over_readers(model: nn.Module, split: Split, wires: Wires, forwards: Forwards) -> None:
+def _take_over_norms(model: nn.Module, wires: Wires, forwards: Forwards) -> None:
     """Let norms read the stream as each rank knows it, for layers whose columns each rank keeps."""
-    for name, layer in _keeping(model, split).items():
-        forwards.replace(layer, linear.kept_columns(name, layer, wires))
     for name, module in model.named_modules():
         if name in wires.feedback.readers:
             forwards.replace(module, _reading(name, module.forward, wires))

@@ -26,7 +26,7 @@ class Lookup:
     num_features: int
     dtype: torch.dtype
 
-    def __call__(self, ids_T1: Tensor) -> Tensor:
+    def __call__(self, ids_T1: Tensor, num_tokens: int) -> Tensor:
         ids = ids_T1[:, 0]
         if not ids.is_cuda and ids.numel() and not 0 <= ids.min() <= ids.max() < self.num_rows:
             raise IndexError(f"token ids from {ids.min()} to {ids.max()} for a vocabulary of {self.num_rows}")
