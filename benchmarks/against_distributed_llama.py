@@ -44,7 +44,9 @@ from narrowcast.plan.split import Split
 ENGINES = OURS, DISTRIBUTED, LOCAL = "narrowcast", "distributed-llama", "llama.cpp"
 TWO, FOUR = 2, 4  # nodes: timed, and counted alone
 COUNTED_TOKENS = 16
+TIMES = {"prompt_s": "s of the prompt", "ms_per_token": "ms of a decoded token"}
 NO_LINK = "none"
+DIGITS = 5  # that are printed
 ANSWER_BY_LLAMA_CPP = Path(__file__).parent / "peers" / "answer_by_llama_cpp.py"
 LLAMA_CPP_VERSION = "import llama_cpp; print(llama_cpp.__version__)"
 
@@ -59,8 +61,9 @@ class Way:
     split: bool = True
 
     def measured(self, job: Job, place: Place) -> Answer:
-        print(f"{self.engine} {self.weights}: {place}", flush=True)
-        return self.answer(replace(job, split=Split(tp_size=place.num_nodes)), place)
+        found = self.answer(replace(job, split=Split(tp_size=place.num_nodes)), place)
+        print(f"{place}: {self.engine} {self.weights}, {found.prompt_s:.2f} s, {found.ms_per_token:.1f} ms", flush=True)
+        return found
 
 
 def by_narrowcast(folders: Mapping[int, Path], weights: str) -> Way:
@@ -102,8 +105,8 @@ def all_ways(asked: argparse.Namespace, folders: Mapping[int, Path], folder: Pat
 
 
 def row(way: Way, place: Place, answers: Sequence[Answer], *, timed: bool) -> dict[str, Any]:
-    """Medians of the answers."""
-    prompt_s, ms_per_token = [each.prompt_s for each in answers], [each.ms_per_token for each in answers]
+    """Medians and minima of the answers' times, medians of their bytes."""
+    figures = {name: [getattr(each, name) for each in answers] for name in TIMES}
     nbytes = statistics.median(each.bytes_per_token for each in answers)
     return {
         "engine": way.engine,
@@ -111,9 +114,8 @@ def row(way: Way, place: Place, answers: Sequence[Answer], *, timed: bool) -> di
         "nodes": place.num_nodes,
         "threads": place.num_threads,
         "link": None if place.link is None else str(place.link),
-        "prompt_s": statistics.median(prompt_s) if timed else None,
-        "ms_per_token": statistics.median(ms_per_token) if timed else None,
-        "least_ms_per_token": min(ms_per_token) if timed else None,
+        **{name: statistics.median(each) if timed else None for name, each in figures.items()},
+        **{f"least_{name}": min(each) if timed else None for name, each in figures.items()},
         "bytes_per_token": None if math.isnan(nbytes) else nbytes,
     }
 
@@ -126,34 +128,32 @@ def measured(job: Job, ways: Sequence[Way], links: Sequence[Link | None], rounds
             found.setdefault((place, way), []).append(way.measured(job, place))
     yield from (row(way, place, answers, timed=True) for (place, way), answers in found.items())
     for link in [each for each in links if each is not None][:1]:
-        place, brief = Place(FOUR, 1, link), replace(job, decode=COUNTED_TOKENS)
+        place, brief = Place(FOUR, 1, link), replace(job, prefill=COUNTED_TOKENS, decode=COUNTED_TOKENS)
         yield from (row(way, place, [way.measured(brief, place)], timed=False) for way in ways if way.split)
 
 
 def printed(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ["engine", "weights", "nodes", "threads", "link", "prompt, s", "ms a token", "least", "bytes a token"]
-    figures = {"prompt_s": ".2f", "ms_per_token": ".1f", "least_ms_per_token": ".1f", "bytes_per_token": ".0f"}
+    words, figures = list(rows[0])[:5], list(rows[0])[5:]
     cells = (
-        [*map(str, list(each.values())[:4]), each["link"] or "-"]
-        + ["-" if each[name] is None else f"{each[name]:{form}}" for name, form in figures.items()]
+        ["-" if each[name] is None else str(each[name]) for name in words]
+        + ["-" if each[name] is None else f"{each[name]:.{DIGITS}g}" for name in figures]
         for each in rows
     )
-    return aligned([head, *cells])
+    return aligned([[*words, *figures], *cells])
 
 
 def draw(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """A bar for each engine, its weights and the place where it answers: of a token, and of the prompt."""
+    """A bar for each engine, its weights and the place where it answers: its prompt, and a token."""
     timed = [each for each in rows if each["ms_per_token"] is not None]
     figure = Figure(figsize=(10, 1.2 + 0.24 * len(timed)), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     labels = [f"{_place(each)}: {each['engine']} {each['weights']}" for each in timed]
     colours = [f"C{ENGINES.index(each['engine'])}" for each in timed]
-    for panel, name, title in zip(
-        axes, ("ms_per_token", "prompt_s"), ("ms of a decoded token", "s of the prompt"), strict=True
-    ):
+    for panel, (name, title) in zip(axes, TIMES.items(), strict=True):
         bars = panel.barh(range(len(timed)), [each[name] for each in timed], color=colours)
         panel.bar_label(bars, fmt="%.3g", fontsize=7, padding=2)
         panel.set_xlabel(title)
+        panel.margins(x=0.15)  # for the figures
     axes[0].set_yticks(range(len(timed)), labels, fontsize=7)
     axes[0].invert_yaxis()
     return figure
