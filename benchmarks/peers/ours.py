@@ -24,7 +24,7 @@ FORMATS = ("BF16",)  # of weights
 
 
 def answer(job: Job, folder: Path, weights: str, place: Place) -> Answer:
-    """The second answer, at `place`, by what `models.prepared` left in `folder`."""
+    """An answer at `place` after others, by what `models.prepared` left in `folder`."""
     with place.ranks() as ranks:
         spans, sent = zip(*ranks.run(_on_rank, job, folder, weights), strict=True)
     (prompt_s,) = over_ranks([[each.prefill] for each in spans])
