@@ -1,0 +1,56 @@
+"""Answers by narrowcast."""
+
+import itertools
+import os
+import statistics
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from peers.answer import TIMEOUT_S, Answer, Place, sent_bytes
+
+from narrowcast import attach
+from narrowcast.engines import load_engine
+from narrowcast.engines.parts import load_part
+from narrowcast.perf import model as models
+from narrowcast.perf.model import Job, Spans
+from narrowcast.perf.timing import over_ranks
+from narrowcast.perf.tune import tune
+from narrowcast.plan import Plan
+from narrowcast.transport import connect_group
+
+FORMATS = ("BF16",)  # of weights
+
+
+def answer(job: Job, folder: Path, weights: str, place: Place) -> Answer:
+    """An answer at `place` after others, by what `models.prepared` left in `folder`."""
+    with place.ranks() as ranks:
+        spans, sent = zip(*ranks.run(_on_rank, job, folder, weights), strict=True)
+    (prompt_s,) = over_ranks([[each.prefill] for each in spans])
+    (decode_s,) = over_ranks([[each.decode] for each in spans])
+    return Answer(prompt_s=prompt_s, ms_per_token=decode_s * 1e3 / job.decode, bytes_per_token=statistics.mean(sent))
+
+
+def _on_rank(job: Job, folder: Path, weights: str) -> tuple[Spans, float]:
+    """The times of an answer, and the bytes that this rank sends for each token after its prompt."""
+    assert weights in FORMATS
+    split = job.split.tp_size > 1
+    model = load_part(
+        load_engine(), folder / models.WEIGHTS, split=job.split, replicated="embedding" if split else "none"
+    )
+    with attach(model, _tuned(folder / job.codecs[0])) if split else nullcontext():
+        models.answer(model, replace(job, decode=job.decode // 8))  # warms up
+        sent = [sent_bytes([os.getpid()])]
+        for each in (replace(job, decode=0), job):
+            spans = models.answer(model, each)
+            sent.append(sent_bytes([os.getpid()]))
+    of_prompt, of_answer = (after - before for before, after in itertools.pairwise(sent))
+    return spans, (of_answer - of_prompt) / job.decode
+
+
+def _tuned(path: Path) -> Plan:
+    """A plan with what is decided for it on this link."""
+    plan = Plan.load(path)
+    ranks = connect_group(None, transport="tcp", device=torch.device("cpu"), timeout_s=TIMEOUT_S)
+    return replace(plan, decisions=tune(plan, ranks).decisions)
