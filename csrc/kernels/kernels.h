@@ -124,6 +124,9 @@ struct Format {
   LevelTables tables;
 };
 
+struct Attention;  // ../decode/decode.h
+struct RmsNorm;
+
 // One path. Row ranges [begin, end) let threads share a tensor.
 struct Kernels {
   const char* name;
@@ -136,6 +139,10 @@ struct Kernels {
   // What two_shot does to a share: add up, and code the sum again, a row at a time.
   void (*recode)(const Format& partial, const Payloads&, const Format& reduced, size_t num_features,
                  const Payload& out, Counts&, const Scratch&, size_t begin, size_t end);
+  // Attention of few queries, by units of work; where the context has several pieces, partial results are joined.
+  void (*attend)(const Attention&, float* scratch, float* partials, size_t begin, size_t end);
+  void (*join)(const Attention&, const float* partials, size_t begin, size_t end);
+  void (*norm)(const RmsNorm&, size_t begin, size_t end);
 };
 
 extern const Kernels avx512_bf16_kernels, avx512_kernels, avx2_kernels, portable_kernels;

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from narrowcast.engines.base import Dtype, Replicated
+from narrowcast.engines.transformers.decoding import choose
 from narrowcast.engines.transformers.files.vocabulary import styles
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
@@ -55,15 +56,18 @@ def load(
         if split == WHOLE:
             _check_device(device)
             with _hushed(path):
-                model = _from_pretrained(path, located | _weights(path, dtype))
-            return model.to(device)
+                model = _from_pretrained(path, located | _weights(path, dtype)).to(device)
+            choose(model)
+            return model
         _check_version(split, replicated)
         _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
         if split.pp_size > 1:
             check_stages(skeleton(path), split.pp_size)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
-            return _from_pretrained(path, located | _weights(path, dtype) | distributed)
+            model = _from_pretrained(path, located | _weights(path, dtype) | distributed)
+        choose(model)
+        return model
     except NarrowcastError:
         raise
     except ImportError as error:  # splitting a model needs accelerate besides
