@@ -6,51 +6,55 @@
 namespace narrowcast {
 namespace NARROWCAST_PATH {
 
-constexpr size_t kSumLevels = 4, kAtOnce = 4, kSumStep = 16;
+constexpr size_t kSumLevels = 4, kSumStep = 16;
+constexpr size_t kEight = 8, kAtOnce = 4 * kEight;
 
-// The sum of squares in the order in which PyTorch adds on machines with AVX-512: four vectors of sixteen side by side,
-// every sixteen of those one number of the next level, then lane after lane.
+// The sum of squares in the order in which PyTorch adds on x86: four vectors of eight side by side, every sixteen steps
+// one number of the next level; then vector after vector, and lane after lane.
 template <class T>
 NARROWCAST_INLINE float sum_of_squares(const T* x, size_t num_values) {
-  Wide level[kSumLevels][kAtOnce];
-  for (auto& sums : level) {
-    for (Wide& sum : sums) sum = wide_splat(0.0f);
-  }
-  auto square = [&](Wide& sum, size_t vector) {
-    for (size_t p = 0; p < kParts; ++p) {
-      const F32 value = load(x + vector * kWide + p * kLanes);
-      sum.part[p] += value * value;
+  Wide level[kSumLevels][2];
+  for (auto& sums : level) sums[0] = sums[1] = wide_splat(0.0f);
+  auto add_step = [&](size_t step) {
+    for (size_t half = 0; half < 2; ++half) {
+      for (size_t p = 0; p < kParts; ++p) {
+        const F32 value = load(x + step * kAtOnce + half * kWide + p * kLanes);
+        level[0][half].part[p] += value * value;
+      }
     }
   };
-  const size_t vectors = num_values / kWide, steps = vectors / kAtOnce;
+  auto raise = [&](size_t j) {
+    for (size_t half = 0; half < 2; ++half) {
+      add(level[j][half], level[j - 1][half]);
+      level[j - 1][half] = wide_splat(0.0f);
+    }
+  };
+  const size_t steps = num_values / kAtOnce;
   size_t step = 0;
   while (step + kSumStep <= steps) {
-    for (size_t i = 0; i < kSumStep; ++i, ++step) {
-      for (size_t k = 0; k < kAtOnce; ++k) square(level[0][k], step * kAtOnce + k);
-    }
+    for (size_t i = 0; i < kSumStep; ++i) add_step(step++);
     for (size_t j = 1; j < kSumLevels; ++j) {
-      for (size_t k = 0; k < kAtOnce; ++k) {
-        add(level[j][k], level[j - 1][k]);
-        level[j - 1][k] = wide_splat(0.0f);
-      }
+      raise(j);
       if (step & (kSumStep - 1) << (4 * j)) break;
     }
   }
-  for (; step < steps; ++step) {
-    for (size_t k = 0; k < kAtOnce; ++k) square(level[0][k], step * kAtOnce + k);
+  while (step < steps) add_step(step++);
+  for (size_t j = 1; j < kSumLevels; ++j) {
+    for (size_t half = 0; half < 2; ++half) add(level[0][half], level[j][half]);
   }
-  for (size_t k = 0; k < kAtOnce; ++k) {
-    for (size_t j = 1; j < kSumLevels; ++j) add(level[0][k], level[j][k]);
-  }
-  for (size_t vector = steps * kAtOnce; vector < vectors; ++vector) square(level[0][0], vector);
-  for (size_t k = 1; k < kAtOnce; ++k) add(level[0][0], level[0][k]);
-  float sum = 0.0f, lanes[kWide];
-  for (size_t i = vectors * kWide; i < num_values; ++i) {
-    const float value = load(x + i, 1)[0];
-    sum += value * value;
-  }
+  float lanes[kAtOnce], sum = 0.0f;
   store_wide(lanes, level[0][0]);
-  for (size_t lane = 0; lane < kWide; ++lane) sum += lanes[lane];
+  store_wide(lanes + kWide, level[0][1]);
+  auto square = [&](size_t i) {
+    const float value = load(x + i, 1)[0];
+    return value * value;
+  };
+  const size_t whole = num_values / kEight * kEight;
+  for (size_t i = steps * kAtOnce; i < whole; ++i) lanes[i % kEight] += square(i);
+  for (size_t i = whole; i < num_values; ++i) sum += square(i);
+  for (size_t lane = 0; lane < kEight; ++lane) {
+    sum += ((lanes[lane] + lanes[lane + kEight]) + lanes[lane + 2 * kEight]) + lanes[lane + 3 * kEight];
+  }
   return sum;
 }
 

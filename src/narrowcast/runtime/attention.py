@@ -53,11 +53,11 @@ def fits(q_BHTD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, mask: Tensor | None = N
         and q_BHTD.dtype == k_BGCD.dtype == v_BGCD.dtype
         and q_BHTD.dtype in cpu.DTYPES
         and q_BHTD.stride(3) == k_BGCD.stride(3) == v_BGCD.stride(3) == 1
-        and (mask is None or _is_mask(mask, q_BHTD, k_BGCD.shape[2]))
+        and (mask is None or is_mask(mask, q_BHTD, k_BGCD.shape[2]))
     )
 
 
-def _is_mask(mask: Tensor, q_BHTD: Tensor, context: int) -> bool:
+def is_mask(mask: Tensor, q_BHTD: Tensor, context: int) -> bool:
     """True for one that says of each key whether it is seen, or what is added to its score."""
     sizes = (len(q_BHTD), *q_BHTD.shape[1:3], context)
     alike = mask.dim() == 4 and all(have in (1, want) for have, want in zip(mask.shape, sizes, strict=True))

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from narrowcast.engines.base import Dtype, Replicated
-from narrowcast.engines.transformers.decoding import choose
+from narrowcast.engines.transformers.decoding import choose, shorten_steps
 from narrowcast.engines.transformers.files.vocabulary import styles
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
@@ -58,6 +58,7 @@ def load(
             with _hushed(path):
                 model = _from_pretrained(path, located | _weights(path, dtype)).to(device)
             choose(model)
+            shorten_steps(model)
             return model
         _check_version(split, replicated)
         _check_divisible(AutoConfig.from_pretrained(**located).get_text_config(), split)
@@ -67,6 +68,7 @@ def load(
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
             model = _from_pretrained(path, located | _weights(path, dtype) | distributed)
         choose(model)
+        shorten_steps(model)
         return model
     except NarrowcastError:
         raise
