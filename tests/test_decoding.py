@@ -31,7 +31,7 @@ from narrowcast.runtime import attention
 compiled = pytest.mark.skipif(kernels.available() == [kernels.REFERENCE], reason="the compiled module is not installed")
 pytestmark = compiled
 
-FAMILIES = "llama", "llama-biased", "mistral", "qwen2", "qwen3", "phi3", "olmo2", "mixtral", "qwen3-moe"
+FAMILIES = "llama", "llama-biased", "mistral", "qwen2", "qwen3", "gemma2", "phi3", "olmo2", "mixtral", "qwen3-moe"
 
 
 @pytest.fixture
@@ -95,17 +95,18 @@ def test_a_loaded_model_answers_as_with_sdpa(
     ours = step_by_step(model, cache(), padding=padding)
     assert {shape[2] for shape in calls} == {1, 2}
     calls.clear()
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("eager" if name == "gemma2" else "sdpa")  # the default of each
     plain = step_by_step(model, cache(), padding=padding)
     assert not calls
     assert float((ours - plain).abs().max()) <= 1e-4 * float(plain.abs().max())
 
 
-def test_a_prompt_runs_sdpa(tmp_path: Path, calls: list[tuple[int, ...]]) -> None:
-    model = random_model("llama", tmp_path)
+@pytest.mark.parametrize("name, default", [("llama", "sdpa"), ("gemma2", "eager")])
+def test_a_prompt_runs_as_it_would(tmp_path: Path, calls: list[tuple[int, ...]], name: str, default: str) -> None:
+    model = random_model(name, tmp_path)
     with torch.no_grad():
         ours = model(texts(2, attention.MOST_QUERIES + 1)).logits
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(default)
         assert torch.equal(ours, model(texts(2, attention.MOST_QUERIES + 1)).logits)
     assert not calls
 
@@ -169,7 +170,7 @@ def test_what_our_kernel_does_not_know_runs_sdpa(calls: list[tuple[int, ...]], m
 
 # --- Forwards for steps ----------------------------------------------------------------------------------------------
 
-SHORTENED = "llama", "llama-biased", "mistral", "qwen2", "qwen3", "gemma3"
+SHORTENED = "llama", "llama-biased", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3"
 as_pytorch_adds = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 

@@ -34,7 +34,8 @@ void run(const Attention& a) {
   float* shared = partials.data();
   const size_t nbytes =
       2 * a.num_sequences * a.num_kv_heads * a.context * a.head_dim * (a.dtype == Dtype::fp32 ? 4 : 2);
-  for_rows(num_units, nbytes, a.scratch_size(), 0, [&](size_t begin, size_t end, const Scratch& scratch) {
+  const size_t effort = nbytes * (rows + 3) / 4;  // of one row reading is most, of others arithmetic
+  for_rows(num_units, effort, a.scratch_size(), 0, [&](size_t begin, size_t end, const Scratch& scratch) {
     path->attend(a, scratch.values, shared, begin, end);
   });
   if (in_pieces) path->join(a, shared, 0, a.num_sequences * a.num_kv_heads);

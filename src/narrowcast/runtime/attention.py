@@ -18,7 +18,7 @@ from narrowcast.runtime import attention_reference as reference
 
 MOST_QUERIES = 16  # of a sequence: with more PyTorch's blocks of queries win (benchmarks/results/decoding.json)
 MOST_HEAD_DIM = 256
-_LARGE = 1 << 18  # values from which on several threads may share the keys
+_LARGE = 1 << 18  # products from which on several threads may share the keys
 
 Place = tuple[int, int, int, int]
 _NOWHERE: Place = (0, 0, 0, 0)
@@ -87,7 +87,7 @@ def attend(
         if new is not None:
             q_BHTD = reference.append(q_BHTD, k_BGCD, v_BGCD, *new)
         return reference.attend(q_BHTD, k_BGCD, v_BGCD, scale, mask, softcap, causal)
-    if k_BGCD.numel() >= _LARGE:
+    if q_BHTD.numel() * context >= _LARGE:
         cpu.limit_threads()
     out_BTHD = q_BHTD.new_empty(num_sequences, num_queries, num_heads, head_dim)
     mask_kind, mask_dtype, mask_place, mask_key = _of_mask(mask, (num_sequences, num_heads, num_queries, context))

@@ -22,21 +22,27 @@ from narrowcast.engines.transformers.seam.rehearsal import ABOUT_WEIGHTS, quietl
 
 logger = logging.getLogger(__name__)
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma3": "Gemma3"}
+FAMILIES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "phi3": "Phi3",
+    "gemma2": "Gemma2",
+    "gemma3": "Gemma3",
+}
 FORWARDS: dict[str, Callable[..., Any]] = {
     "Attention": layers.attention_forward,
     "RMSNorm": layers.norm_forward,
     "MLP": layers.mlp_forward,
 }
 SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "vocab_size": 64,
-    "max_position_embeddings": 64,
+    "pad_token_id": 0,
     "sliding_window": 8,
 }
 ROUNDING = 1e-4  # of the largest logit, in FP32: a mistake is as large as logits
@@ -83,11 +89,13 @@ def _classes() -> dict[type, Callable[..., Any]]:
 def _is_same(kind: Any, config_kind: Any, config: str) -> bool:
     """True if a small model of this class and config answers alike with its own forwards and with ours."""
     fields = json.loads(config)
-    small = {name: value for name, value in SMALL.items() if fields.get(name) is not None}
-    kinds = {"layer_types": fields["layer_types"][-2:]} if fields.get("layer_types") else {}
+    small: dict[str, Any] = {name: value for name, value in SMALL.items() if fields.get(name) is not None}
+    small["hidden_size"] = 4 * (fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"])
+    if fields.get("layer_types"):
+        small["layer_types"] = fields["layer_types"][-2:]
     try:
         with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), quietly():
-            model = kind._from_config(config_kind.from_dict(fields | small | kinds), dtype=torch.float32).eval()
+            model = kind._from_config(config_kind.from_dict(fields | small), dtype=torch.float32).eval()
             randomize_(model)
             choose(model)
             expected = _logits(model)

@@ -50,6 +50,7 @@ def attention_forward(
         or past_key_values is None
         or hidden_states.shape[1] > MOST_QUERIES
         or not is_step(hidden_states)
+        or self.training
         or self.config._attn_implementation != NAME
         or any(kwargs.get(name) is not None for name in ITS_OWN)
     ):
@@ -70,13 +71,21 @@ def attention_forward(
 
 def _projected(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values [B, H, T, D], with their norms, if any."""
-    fused = vars(self).get(QKV)
+    fused, shape = vars(self).get(QKV), (*x.shape[:-1], -1, self.head_dim)
     parts = None if fused is None else fused(x)
-    shape = *x.shape[:-1], -1, self.head_dim
-    q, k, v = (part.view(shape) for part in parts or (self.q_proj(x), self.k_proj(x), self.v_proj(x)))
+    if parts is None:
+        parts = _in_one(self, x) if "qkv_proj" in self._modules else (self.q_proj(x), self.k_proj(x), self.v_proj(x))
+    q, k, v = (part.view(shape) for part in parts)
     if "q_norm" in self._modules:
         q, k = self.q_norm(q), self.k_norm(k)
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _in_one(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """As Phi-3 has them, in one layer."""
+    qkv: Tensor = self.qkv_proj(x)
+    size = self.num_key_value_heads * self.head_dim
+    return tuple(qkv.split([qkv.shape[-1] - 2 * size, size, size], dim=-1))
 
 
 def _attended(
@@ -92,15 +101,16 @@ def _attended(
     """The attention [B, T, H, D] of new tokens, which go into the cache."""
     num_tokens, is_made = q.shape[2], self.layer_idx < len(cache.layers) and not cache.offloading
     layer = cache.layers[self.layer_idx] if is_made else None
-    num_keys = growing.length(layer, num_tokens)
+    num_keys, softcap = growing.length(layer, num_tokens), getattr(self, "attn_logit_softcapping", None)
     if layer is not None and num_keys is not None and fits(q, layer.keys, layer.values):
         seen = None if mask is None else mask[..., : num_keys + num_tokens]
         if num_tokens == 1 if seen is None else is_mask(seen, q, num_keys + num_tokens):
             keys, values = growing.grow(layer, num_tokens)
-            return attend(q, keys, values, scale=self.scaling, mask=seen, new=NewTokens(k, v, *position_embeddings))
+            new = NewTokens(k, v, *position_embeddings)
+            return attend(q, keys, values, scale=self.scaling, mask=seen, softcap=softcap or 0.0, new=new)
     q, k = (turned(x, *position_embeddings) for x in (q, k))
     k, v = cache.update(k, v, self.layer_idx)
-    return attention(self, q, k, v, mask, scaling=self.scaling, **kwargs)[0]
+    return attention(self, q, k, v, mask, scaling=self.scaling, softcap=softcap, **kwargs)[0]
 
 
 def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
