@@ -228,7 +228,7 @@ def four_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(4)
     yield
     torch.set_num_threads(1)
-    cpu._limit_threads()
+    cpu.limit_threads()
 
 
 def threads_of_this_process() -> int:

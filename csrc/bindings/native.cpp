@@ -3,6 +3,7 @@
 // Tensors come as addresses; the GIL is released while anything is done with them.
 #include <nanobind/nanobind.h>
 
+void bind_decode(nanobind::module_& m);
 void bind_kernels(nanobind::module_& m);
 void bind_mesh(nanobind::module_& m);
 void bind_sum(nanobind::module_& m);
@@ -11,6 +12,7 @@ void bind_weights(nanobind::module_& m);
 NB_MODULE(_native, m) {
   m.doc() = "Kernels of the codecs and the TCP mesh.";
   nanobind::set_leak_warnings(false);  // what caches hold when Python ends is no leak
+  bind_decode(m);
   bind_kernels(m);
   bind_mesh(m);
   bind_sum(m);

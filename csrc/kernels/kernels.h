@@ -125,6 +125,8 @@ struct Format {
 };
 
 struct WeightKernels;  // weights/weights.h
+struct Attention;  // ../decode/decode.h
+struct RmsNorm;
 
 // One path. Row ranges [begin, end) let threads share a tensor.
 struct Kernels {
@@ -139,6 +141,10 @@ struct Kernels {
   void (*recode)(const Format& partial, const Payloads&, const Format& reduced, size_t num_features,
                  const Payload& out, Counts&, const Scratch&, size_t begin, size_t end);
   const WeightKernels* weights;
+  // Attention of few queries, by units of work; where the context has several pieces, partial results are joined.
+  void (*attend)(const Attention&, float* scratch, float* partials, size_t begin, size_t end);
+  void (*join)(const Attention&, const float* partials, size_t begin, size_t end);
+  void (*norm)(const RmsNorm&, size_t begin, size_t end);
 };
 
 extern const Kernels avx512_bf16_kernels, avx512_kernels, avx2_kernels, portable_kernels;

@@ -6,6 +6,7 @@
 #include "feature.h"
 #include "minifloat.h"
 #include "weights/weights.h"
+#include "../decode/norm.h"
 
 namespace narrowcast {
 namespace NARROWCAST_PATH {
@@ -103,6 +104,18 @@ static void recode(const Format& partial, const Payloads& payloads, const Format
   }
 }
 
+static void attend(const Attention& a, float* scratch, float* partials, size_t begin, size_t end) {
+  with_dtype(a.dtype, [&](auto* of) { attend_units(of, a, scratch, partials, begin, end); });
+}
+
+static void join(const Attention& a, const float* partials, size_t begin, size_t end) {
+  with_dtype(a.dtype, [&](auto* of) { join_pieces(of, a, partials, begin, end); });
+}
+
+static void norm(const RmsNorm& n, size_t begin, size_t end) {
+  with_dtype(n.dtype, [&](auto* of) { norm_rows(of, n, begin, end); });
+}
+
 }  // namespace NARROWCAST_PATH
 
 const Kernels NARROWCAST_TABLE(NARROWCAST_PATH) = {
@@ -112,6 +125,9 @@ const Kernels NARROWCAST_TABLE(NARROWCAST_PATH) = {
     NARROWCAST_PATH::decode_sum,
     NARROWCAST_PATH::recode,
     &NARROWCAST_WEIGHTS(NARROWCAST_PATH),
+    NARROWCAST_PATH::attend,
+    NARROWCAST_PATH::join,
+    NARROWCAST_PATH::norm,
 };
 
 }  // namespace narrowcast

@@ -150,6 +150,47 @@ def dequantize_packed(
 def use_huge_pages(address: int, nbytes: int) -> None: ...
 def read_memory(address: int, nbytes: int, num_threads: int) -> int: ...
 
+# Decoding steps: csrc/bindings/decode.cpp. A place is an address and the strides between sequences, heads and tokens.
+
+def attend(
+    dtype: int,
+    num_sequences: int,
+    num_heads: int,
+    num_kv_heads: int,
+    num_queries: int,
+    context: int,
+    head_dim: int,
+    scale: float,
+    softcap: float,
+    causal: bool,
+    q: tuple[int, int, int, int],
+    k: tuple[int, int, int, int],
+    v: tuple[int, int, int, int],
+    out: tuple[int, int, int, int],
+    mask_kind: int,
+    mask_dtype: int,
+    mask: tuple[int, int, int, int],
+    mask_key: int,
+    new_k: tuple[int, int, int, int],
+    new_v: tuple[int, int, int, int],
+    cos: int,
+    sin: int,
+    turn_sequence: int,
+    turn_token: int,
+    turn_size: int,
+) -> None: ...
+def rms_norm(
+    dtype: int,
+    x: int,
+    stride: int,
+    weight: int,
+    out: int,
+    num_rows: int,
+    num_values: int,
+    epsilon: float,
+    from_one: bool,
+) -> None: ...
+
 # The TCP mesh: csrc/bindings/mesh.cpp.
 
 class Exchange:

@@ -43,7 +43,7 @@ def encode(codec: "Codec", x_TE: Tensor, source: int, out_TB: Tensor, stats: Ten
     assert native is not None
     num_tokens, num_features = x_TE.shape
     if num_tokens * num_features >= _LARGE:
-        _limit_threads()
+        limit_threads()
     native.encode(
         form_of(codec),
         x_TE.data_ptr(),
@@ -65,7 +65,7 @@ def encode_with_residue(
     assert native is not None
     num_tokens, num_features = x_TE.shape
     if num_tokens * num_features >= _LARGE:
-        _limit_threads()
+        limit_threads()
     native.encode_with_residue(
         form_of(codec),
         x_TE.data_ptr(),
@@ -87,7 +87,7 @@ def decode_sum(codec: "Codec", payloads_RTB: Tensor, first_source: int, out_TE: 
     assert native is not None
     num_tokens, num_features = out_TE.shape
     if num_tokens * num_features >= _LARGE:
-        _limit_threads()
+        limit_threads()
     native.decode_sum(
         form_of(codec),
         payloads_RTB.data_ptr(),
@@ -117,7 +117,7 @@ def recode(
         return reference.recode(codec, payloads_RTB, reduced, num_features, out_TB, stats)
     num_tokens = len(out_TB)
     if num_tokens * num_features >= _LARGE:
-        _limit_threads()
+        limit_threads()
     native.recode(
         form_of(codec),
         payloads_RTB.data_ptr(),
@@ -267,6 +267,7 @@ def cores_of_this_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def _limit_threads() -> None:
+def limit_threads() -> None:
+    """Let kernels have the threads of PyTorch, but no more than this rank's cores."""
     assert native is not None
     native.limit_threads(min(torch.get_num_threads(), cores_of_this_rank()))

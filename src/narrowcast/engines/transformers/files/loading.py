@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from narrowcast.engines.base import Dtype, Replicated, Weights
+from narrowcast.engines.transformers.decoding import choose, shorten_steps
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
 from narrowcast.engines.transformers.files.gguf_metadata import quick_metadata
 from narrowcast.engines.transformers.files.gguf_model import complete, knows
@@ -67,7 +68,7 @@ def load(
             if (packed := _packed(path, weights)) is not None:
                 if weights != "dense":
                     _check_computes_on_cpu(path, device)
-                return packed.load(_config(path), _activations(dtype)).to(device)
+                return _quick_in_steps(packed.load(_config(path), _activations(dtype)).to(device))
             with _hushed(path):
                 model = _from_pretrained(path, located | _weights(path, dtype))
             return _quick_in_steps(model.to(device))
@@ -79,8 +80,10 @@ def load(
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
             if packed is not None:
-                return packed.load(_config(path), _activations(dtype), **distributed)
-            return _quick_in_steps(_from_pretrained(path, located | _weights(path, dtype) | distributed))
+                model = packed.load(_config(path), _activations(dtype), **distributed)
+            else:
+                model = _from_pretrained(path, located | _weights(path, dtype) | distributed)
+        return _quick_in_steps(model)
     except NarrowcastError:
         raise
     except ImportError as error:  # splitting a model needs accelerate besides
@@ -90,7 +93,9 @@ def load(
 
 
 def _quick_in_steps(model: nn.Module) -> nn.Module:
-    """Let linear layers read their weights at the memory's rate where tokens are few; `attach` sees to split ones."""
+    """Make steps of few tokens quick: linear layers (`attach` sees to split ones), attention, what is in between."""
+    choose(model)
+    shorten_steps(model)
     for module in model.modules():
         if type(module) is nn.Linear and "forward" not in vars(module):
             module.__class__ = DenseLinear

@@ -70,7 +70,7 @@ def mistake(model: nn.Module, pp_size: int) -> str:
 @functools.lru_cache(maxsize=8)
 def _mistake(kind: Any, config_kind: Any, config: str, pp_size: int) -> str:
     fields = json.loads(config)
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), _quietly():
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad(), quietly():
         for divisor in DIVISORS:
             try:
                 whole = _small(kind, config_kind.from_dict(_smaller(fields, divisor)))
@@ -114,17 +114,22 @@ def _smaller(fields: dict[str, Any], divisor: int) -> dict[str, Any]:
 
 
 def _small(kind: Any, config: Any) -> nn.Module:
-    """A model with weights, norms and biases all random, so that each counts. ValueError if it is not small."""
+    """A random model. ValueError if it is not small."""
     with torch.device("meta"):
         num_weights = sum(weight.numel() for weight in kind(config).parameters())
     if num_weights > MAX_WEIGHTS:
         raise ValueError(f"{num_weights} weights")
     model: nn.Module = kind._from_config(config, dtype=torch.float32).eval()
+    randomize_(model)
+    return model
+
+
+def randomize_(model: nn.Module) -> None:
+    """Make weights, norms and biases all random, so that each counts."""
     random = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         noise = torch.randn(weight.shape, generator=random)
         weight.copy_(noise / weight.shape[-1] ** 0.5 if weight.ndim > 1 else weight + 0.1 * noise)
-    return model
 
 
 def _stages(whole: nn.Module, pp_size: int) -> list[nn.Module]:
@@ -184,7 +189,7 @@ def _logits(stages: Sequence[nn.Module]) -> Tensor:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Nothing is told of a model that nobody asked for."""
     from transformers.utils import logging as engine_logging
 

@@ -1,0 +1,79 @@
+// What a decoding step does besides products: attention of few queries, norms. Knows addresses and nothing of PyTorch.
+//
+// Contract (src/narrowcast/runtime/attention.py has the reference): the same bits on every path, for any number of
+// threads, and for a head whatever other heads and sequences there are. FP32, every operation rounded by itself.
+#pragma once
+
+#include "../kernels/kernels.h"
+
+namespace narrowcast {
+
+// Vectors of D values by sequence, head and token; strides are in values, those within a vector one.
+struct Heads {
+  void* data;
+  ptrdiff_t sequence, head, token;
+
+  template <class T>
+  T* at(size_t b, size_t h, size_t t) const {
+    return static_cast<T*>(data) + static_cast<ptrdiff_t>(b) * sequence + static_cast<ptrdiff_t>(h) * head +
+           static_cast<ptrdiff_t>(t) * token;
+  }
+};
+
+enum class MaskKind : int { none = 0, allowed = 1, added = 2 };  // bytes, 0 for what is not seen; FP32 or the dtype
+
+struct Mask {
+  const void* data;
+  MaskKind kind;
+  Dtype dtype;
+  ptrdiff_t sequence, head, query, key;
+
+  ptrdiff_t place(size_t b, size_t h, size_t t, size_t c) const {
+    return static_cast<ptrdiff_t>(b) * sequence + static_cast<ptrdiff_t>(h) * head +
+           static_cast<ptrdiff_t>(t) * query + static_cast<ptrdiff_t>(c) * key;
+  }
+};
+
+// What the new tokens of a step bring: their keys and values, which go into the cache, and the cosines and sines
+// [B or 1, T, `size`] that turn the first `size` values of queries and keys. `cos` is null where nothing is to be done.
+struct NewTokens {
+  Heads k, v;
+  const void *cos, *sin;
+  ptrdiff_t sequence, token;
+  size_t size;
+};
+
+// Contexts are cut into pieces of so many keys, whatever else there is; each is attended to by itself.
+constexpr size_t kPiece = 512;
+constexpr size_t kMostHeadDim = 256, kBlock = 32;
+
+struct Attention {
+  Dtype dtype;
+  size_t num_sequences, num_heads, num_kv_heads, num_queries, context, head_dim;
+  float scale, softcap;  // 0 for none
+  bool causal;           // query t sees the first context - num_queries + t + 1 keys
+  Heads q, k, v, out;
+  Mask mask;
+  NewTokens added;
+
+  size_t group() const { return num_heads / num_kv_heads; }
+  size_t rows() const { return group() * num_queries; }  // that share keys
+  size_t num_pieces() const { return (context + kPiece - 1) / kPiece; }
+  size_t num_units() const { return num_sequences * num_kv_heads * num_pieces(); }
+  size_t width() const { return (head_dim + kBlock - 1) / kBlock * kBlock; }  // of a vector in FP32, padded
+  size_t partial_size() const { return width() + 2; }  // floats of a row of a unit, where there are several pieces
+  // Floats that `attend` needs for itself: of each row scores, the query, what is summed, and two numbers.
+  size_t scratch_size() const { return rows() * (kPiece + 2 * width() + 2); }
+};
+
+struct RmsNorm {
+  Dtype dtype;
+  const void *x, *weight;
+  void* out;
+  ptrdiff_t stride, out_stride;  // of rows, in values
+  size_t num_rows, num_values;
+  float epsilon;
+  bool from_one;  // the weight is added to one, and multiplied with in FP32
+};
+
+}  // namespace narrowcast
