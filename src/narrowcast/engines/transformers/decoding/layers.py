@@ -19,6 +19,7 @@ from narrowcast.runtime.attention_reference import turned
 # Attributes of modules by which layers that share an input are asked at once: given tokens, the outputs of each, or
 # None where they are to be asked one by one. `Forwards.set` sets them.
 QKV, GATE_UP = "fused_qkv", "fused_gate_up"
+FUSED = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
 
 MOST_TOKENS = 64  # of all sequences
 

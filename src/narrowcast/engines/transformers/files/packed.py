@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.base import Weights
 from narrowcast.engines.forwards import chunk
+from narrowcast.engines.transformers.decoding.layers import FUSED
 from narrowcast.engines.transformers.files.fingerprint import sample_places
 from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, WHOLE, styles_of
 from narrowcast.engines.transformers.sharding import is_experts, own_chunk
@@ -18,7 +19,7 @@ from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.progress import Progress, tell
 from narrowcast.weights.checkpoint import Checkpoint
 from narrowcast.weights.formats import Q4_0, Q8_0, GroupedCodes, WeightFormat
-from narrowcast.weights.layers import PackedEmbedding, PackedLinear
+from narrowcast.weights.layers import Fused, PackedEmbedding, PackedLinear
 from narrowcast.weights.packed import PackedMatrix, check_columns
 from narrowcast.weights.quantize import quantize_int4, quantize_int8
 
@@ -66,6 +67,7 @@ class PackedModel:
             distributed_config, _, mesh = kind.prepare_distribute_model(distributed_config)
             model = kind.maybe_distribute_model(model, distributed_config, mesh)
         self._fill(model, None if mesh is None else mesh.get_mesh("tp"))
+        _fuse(model)
         _check_filled(self._path, model)
         return model.eval()
 
@@ -265,6 +267,15 @@ def _own(shape: tuple[int, int], style: str, mesh: Any) -> tuple[slice, slice]:
         return cast(tuple[slice, slice], whole)
     own = [chunk(size, mesh.get_local_rank(), mesh.size()) for size in shape]
     return (own[0], whole[1]) if style == SPLIT_ROWS else (whole[0], own[1])
+
+
+def _fuse(model: nn.Module) -> None:
+    """Let layers that read the same tokens be asked at once, in decoding steps."""
+    for module in model.modules():
+        for attribute, names in FUSED.items():
+            layers = [module._modules.get(name) for name in names]
+            if all(isinstance(layer, PackedLinear) for layer in layers):
+                vars(module)[attribute] = Fused.join(cast(list[PackedLinear], layers))
 
 
 def _set(module: PackedLayer, matrix: PackedMatrix, style: str, mesh: Any) -> None:

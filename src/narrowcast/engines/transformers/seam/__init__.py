@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
+from narrowcast.engines.transformers.decoding.layers import FUSED
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
@@ -161,6 +162,7 @@ def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
             forwards.replace(layer, linear.kept_columns(name, layer, wires))
         if wires.feedback.readers:
             _take_over_norms(model, wires, forwards)
+            _take_over_fused(model, wires, forwards)
         if split.pp_size > 1:
             pipeline.take_over(model, split.pp_size, wires, forwards)
     except BaseException:
@@ -176,6 +178,14 @@ def short_prompt(model: nn.Module, num_tokens: int) -> Tensor:
     with torch.no_grad():
         logits: Tensor = module(input_ids=ids[None]).logits
     return logits[0]
+
+
+def _take_over_fused(model: nn.Module, wires: Wires, forwards: Forwards) -> None:
+    """Let layers that are asked at once read what each would; virtual ranks, with inputs of their own, are not."""
+    for parent, module in model.named_modules():
+        for attribute, (first, *_) in FUSED.items():
+            if (fused := vars(module).get(attribute)) is not None:
+                forwards.set(module, attribute, linear.asked_at_once(f"{parent}.{first}", fused, wires))
 
 
 def _take_over_norms(model: nn.Module, wires: Wires, forwards: Forwards) -> None:

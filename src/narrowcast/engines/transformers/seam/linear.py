@@ -68,6 +68,15 @@ def kept_columns(name: str, layer: Any, wires: Wires) -> Forward:
     return lambda x: own_columns(wires.inputs(name, x))
 
 
+def asked_at_once(
+    name: str, fused: Callable[[Tensor], tuple[Tensor, ...]], wires: Wires
+) -> Callable[[Tensor], tuple[Tensor, ...] | None]:
+    """The columns of several layers, `name` being one of them, of which each rank keeps its own."""
+    if wires.virtual:
+        return lambda x: None
+    return lambda x: fused(wires.inputs(name, x)[0])
+
+
 def _own_columns(layer: Any, by_rank: Sequence[slice], wires: Wires) -> Callable[[Sequence[Tensor]], Tensor]:
     """The columns of the ranks that compute here, side by side, each rank's computed from its own input."""
     if is_packed(layer):
