@@ -14,6 +14,7 @@ from narrowcast.weights.products import (
     DENSE_TOKENS,
     ZERO_POINT_TOKENS,
     dequantized_bf16,
+    look_up,
     multiply,
     multiply_dense,
 )
@@ -139,6 +140,15 @@ def test_tokens_of_zeros_and_of_next_to_nothing_give_zeros(form):
     x_TK[1] = 1e-37
 
     assert not multiply(PackedMatrix.pack(random_codes(form, 20, 2 * form.group_size)), x_TK).any()
+
+
+@formats
+@pytest.mark.parametrize("path", [kernels.REFERENCE, *PATHS])
+def test_rows_are_looked_up(form, path):
+    codes = random_codes(form, 40, 3 * form.group_size, form.scale_dtypes[-1])
+    rows = torch.tensor([39, 0, 17, 17])
+    with kernels.forced(path):
+        assert torch.equal(look_up(PackedMatrix.pack(codes), rows), codes.dequantized()[rows])
 
 
 @formats

@@ -47,6 +47,11 @@ void dequantize_packed(const PackedMatrix& matrix, size_t first_row, size_t num_
              at<uint16_t>(out), num_threads);
 }
 
+void look_up_packed(const PackedMatrix& matrix, uintptr_t rows, size_t num_rows, size_t num_columns, uintptr_t out) {
+  nb::gil_scoped_release release;
+  look_up(matrix, at<const int64_t>(rows), num_rows, num_columns, at<float>(out));
+}
+
 uint64_t read_at(uintptr_t address, size_t nbytes, size_t num_threads) {
   nb::gil_scoped_release release;
   return read_memory(at<const uint8_t>(address), nbytes, num_threads);
@@ -71,6 +76,7 @@ void bind_weights(nb::module_& m) {
   m.def("multiply_packed", &multiply_packed);
   m.def("multiply_bf16", &multiply_bf16);
   m.def("dequantize_packed", &dequantize_packed);
+  m.def("look_up_packed", &look_up_packed);
   m.def("use_huge_pages", &use_huge_pages);
   m.def("read_memory", &read_at);
 }

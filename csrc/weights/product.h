@@ -17,6 +17,9 @@ void multiply_dense(const WeightKernels&, const DenseMatrix&, const Rows& x, con
 // The part's values in BF16 [num_rows, num_columns], of int4_zero_point.
 void dequantize(const WeightKernels&, const PackedMatrix&, const MatrixPart&, uint16_t* out, size_t num_threads);
 
+// Values of rows by their numbers, FP32 [num_rows, num_columns] without gaps.
+void look_up(const PackedMatrix&, const int64_t* rows, size_t num_rows, size_t num_columns, float* out);
+
 // Reads memory and does nothing with it, for measuring; some number.
 uint64_t read_memory(const uint8_t* from, size_t nbytes, size_t num_threads);
 

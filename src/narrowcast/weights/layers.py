@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from narrowcast.weights.arena import Arena
 from narrowcast.weights.packed import ALL, BLOCK_ROWS, PackedMatrix
 from narrowcast.weights.products import dequantized_bf16, look_up, multiply, multiply_dense
 
@@ -81,16 +82,15 @@ class Fused:
         return parts
 
     @staticmethod
-    def join(layers: Sequence[PackedLinear]) -> "Fused | None":
-        """Put the matrices of layers behind each other in memory; None where they are too different."""
+    def join(layers: Sequence[PackedLinear], arena: Arena) -> "Fused | None":
+        """Put the matrices of layers behind each other in an arena; None where they are too different."""
         first, *others = layers
         alike = all(
             each.matrix.is_like(first.matrix) and (each.bias is None) == (first.bias is None) for each in others
         )
         if not alike or any(each.matrix.shape[0] % BLOCK_ROWS for each in layers):
             return None
-        matrices = [layer.matrix for layer in layers]
-        whole, *parts = PackedMatrix.joined(matrices)
+        whole, *parts = PackedMatrix.joined([layer.matrix for layer in layers], arena)
         for layer, part in zip(layers, parts, strict=True):
             layer.matrix = part
         return Fused(whole, layers)

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from narrowcast.codecs.kernels import cpu
 from narrowcast.errors import InvalidInputError
+from narrowcast.weights.arena import Arena
 from narrowcast.weights.formats import GroupedCodes, WeightFormat
 
 BLOCK_ROWS = 16
@@ -54,8 +55,6 @@ class PackedMatrix:
             )
         per_block, nbytes = _block(form)
         blocks = torch.empty(-(-num_rows // BLOCK_ROWS), -(-num_columns // per_block), nbytes, dtype=torch.uint8)
-        if cpu.native is not None:
-            cpu.native.use_huge_pages(blocks.data_ptr(), blocks.numel())
         return cls(form, shape, blocks, bf16_scales=bf16_scales, scale=scale)
 
     @classmethod
@@ -100,23 +99,21 @@ class PackedMatrix:
         return kinds[0] == kinds[1]
 
     @classmethod
-    def joined(cls, parts: Sequence[Self]) -> list[Self]:
-        """The matrix of all rows of alike ones, and these as parts of it; each but the last is of whole blocks."""
-        first = parts[0]
-        sizes = [part.shape[0] for part in parts]
-        whole = cls.empty(first.format, (sum(sizes), first.shape[1]), bf16_scales=first.bf16_scales, scale=first.scale)
-        found, start = [whole], 0
-        for part in parts:
-            blocks = whole.blocks[start : start + len(part.blocks)]
-            blocks.copy_(part.blocks)
-            found.append(cls(first.format, part.shape, blocks, bf16_scales=first.bf16_scales, scale=first.scale))
-            start += len(blocks)
-        return found
+    def joined(cls, parts: Sequence[Self], arena: Arena) -> list[Self]:
+        """The matrix of all rows of alike ones, in an arena, and they as its parts; all but the last in whole blocks."""
+        num_rows = [part.shape[0] for part in parts]
+        blocks = torch.cat([part.blocks for part in parts], out=_room(arena, parts))
+        whole = parts[0]._with(blocks, sum(num_rows))
+        own = blocks.split([len(part.blocks) for part in parts])
+        return [whole, *(part._with(rows, size) for part, rows, size in zip(parts, own, num_rows, strict=True))]
+
+    def _with(self, blocks: Tensor, num_rows: int) -> Self:
+        shape = num_rows, self.shape[1]
+        return type(self)(self.format, shape, blocks, bf16_scales=self.bf16_scales, scale=self.scale)
 
     def of_blocks(self, blocks: Tensor) -> Self:
         """The matrix of some blocks of 16 rows, by their numbers."""
-        shape = len(blocks) * BLOCK_ROWS, self.shape[1]
-        return type(self)(self.format, shape, self.blocks[blocks], bf16_scales=self.bf16_scales, scale=self.scale)
+        return self._with(self.blocks[blocks], len(blocks) * BLOCK_ROWS)
 
     def unpacked(self, rows: slice = ALL, columns: slice = ALL) -> GroupedCodes:
         """Codes and scales of rows, and of columns in whole groups."""
@@ -143,6 +140,11 @@ def check_columns(name: str, form: WeightFormat, own: slice, num_columns: int, t
             found=f"columns {own.start} to {own.stop}",
             remedy="Choose another tp_size, or weights in other groups.",
         )
+
+
+def _room(arena: Arena, parts: Sequence[PackedMatrix]) -> Tensor:
+    num_blocks, shape = sum(len(part.blocks) for part in parts), parts[0].blocks.shape[1:]
+    return arena.room(num_blocks * shape.numel()).view(num_blocks, *shape)
 
 
 def _block(form: WeightFormat) -> tuple[int, int]:

@@ -6,11 +6,14 @@ own.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from narrowcast.weights.arena import PAGE, in_large_pages
 
 _ROOM = "narrowcast_room"
 _LEAST_ROOM, _PART = 128, 8  # free places of new room: so many, or an eighth of those that are taken
@@ -69,7 +72,7 @@ class Room:
     def __init__(self, keys: Tensor, values: Tensor, num_tokens: int) -> None:
         self.start, self.stop = 0, keys.shape[2]
         free = num_tokens + max(_LEAST_ROOM, self.stop // _PART)
-        self._buffers = _enlarged(keys, free), _enlarged(values, free)
+        self._buffers = _enlarged((keys, values), free)
         self.given: Pair = (keys, values)
 
     def is_of(self, layer: Any, num_tokens: int) -> bool:
@@ -100,8 +103,18 @@ def _room(layer: Any, num_tokens: int) -> Room:
     return room
 
 
-def _enlarged(x: Tensor, free: int) -> Tensor:
-    num_sequences, num_heads, num_keys, head_dim = x.shape
-    larger = torch.empty(num_sequences, num_heads, num_keys + free, head_dim, dtype=x.dtype, device=x.device)
-    larger[:, :, :num_keys] = x
-    return larger
+def _enlarged(pair: Pair, free: int) -> Pair:
+    """Copies of keys and values with so many free places, in large pages where they fill some."""
+    shapes = [(*x.shape[:2], x.shape[2] + free, x.shape[3]) for x in pair]
+    sizes = [math.prod(shape) * x.element_size() for shape, x in zip(shapes, pair, strict=True)]
+    room = (in_large_pages if sum(sizes) > 2 * PAGE else _bytes)(sum(sizes))
+    keys, values = (
+        part.view(x.dtype).view(shape) for part, x, shape in zip(room.split(sizes), pair, shapes, strict=True)
+    )
+    for larger, x in zip((keys, values), pair, strict=True):
+        larger[:, :, : x.shape[2]] = x
+    return keys, values
+
+
+def _bytes(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8)

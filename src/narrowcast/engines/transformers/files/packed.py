@@ -17,6 +17,7 @@ from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, WHOL
 from narrowcast.engines.transformers.sharding import is_experts, own_chunk
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.progress import Progress, tell
+from narrowcast.weights.arena import Arena
 from narrowcast.weights.checkpoint import Checkpoint
 from narrowcast.weights.formats import Q4_0, Q8_0, GroupedCodes, WeightFormat
 from narrowcast.weights.layers import Fused, PackedEmbedding, PackedLinear
@@ -67,7 +68,7 @@ class PackedModel:
             distributed_config, _, mesh = kind.prepare_distribute_model(distributed_config)
             model = kind.maybe_distribute_model(model, distributed_config, mesh)
         self._fill(model, None if mesh is None else mesh.get_mesh("tp"))
-        _fuse(model)
+        _settle(model)
         _check_filled(self._path, model)
         return model.eval()
 
@@ -269,13 +270,22 @@ def _own(shape: tuple[int, int], style: str, mesh: Any) -> tuple[slice, slice]:
     return (own[0], whole[1]) if style == SPLIT_ROWS else (whole[0], own[1])
 
 
-def _fuse(model: nn.Module) -> None:
-    """Let layers that read the same tokens be asked at once, in decoding steps."""
+def _settle(model: nn.Module) -> None:
+    """Put matrices where they are read fastest: side by side in large pages, those that read the same tokens as one."""
+    arena, settled = Arena(), set[int]()
     for module in model.modules():
         for attribute, names in FUSED.items():
             layers = [module._modules.get(name) for name in names]
             if all(isinstance(layer, PackedLinear) for layer in layers):
-                vars(module)[attribute] = Fused.join(cast(list[PackedLinear], layers))
+                found = vars(module)[attribute] = Fused.join(cast(list[PackedLinear], layers), arena)
+                settled |= {id(layer) for layer in layers if found is not None}
+    moved: dict[int, PackedMatrix] = {}
+    for module in model.modules():
+        if isinstance(module, PackedLayer) and id(module) not in settled:
+            before = module.matrix
+            if id(before) not in moved:
+                moved[id(before)] = PackedMatrix.joined([before], arena)[0]
+            module.matrix = moved[id(before)]
 
 
 def _set(module: PackedLayer, matrix: PackedMatrix, style: str, mesh: Any) -> None:
