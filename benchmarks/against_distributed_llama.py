@@ -93,9 +93,11 @@ def by_llama_cpp(python: Path, weights: Path, folder: Path, kind: str) -> Way:
     return Way(LOCAL, kind, answer, split=False)
 
 
-def all_ways(asked: argparse.Namespace, folders: Mapping[int, Path], folder: Path) -> Iterator[Way]:
+def all_ways(asked: argparse.Namespace, job: Job, folders: Mapping[int, Path], folder: Path) -> Iterator[Way]:
     weights = folders[TWO] / WEIGHTS
     for kind in ours.FORMATS:
+        for nodes, each in folders.items():
+            ours.prepare(replace(job, split=Split(tp_size=nodes)), each, kind)
         yield by_narrowcast(folders, kind)
     if asked.distributed_llama:
         yield by_distributed_llama(asked.distributed_llama, weights, folder)
@@ -204,7 +206,7 @@ def main() -> None:
         }
         files = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="narrowcast-")))
         on = [None if each == NO_LINK else Link.parse(each) for each in asked.link]
-        rows = list(measured(job, list(all_ways(asked, folders, files)), on, asked.rounds))
+        rows = list(measured(job, list(all_ways(asked, job, folders, files)), on, asked.rounds))
     print(printed(rows))
     for name in (DISTRIBUTED, LOCAL):
         if name not in found:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 from peers.answer import TIMEOUT_S, Answer, Place, sent_bytes
+from peers.gguf_file import write_gguf
 
 from narrowcast import attach
+from narrowcast.calibration import observe
 from narrowcast.engines import load_engine
 from narrowcast.engines.parts import load_part
 from narrowcast.perf import model as models
@@ -20,7 +22,26 @@ from narrowcast.perf.tune import tune
 from narrowcast.plan import Plan
 from narrowcast.transport import connect_group
 
-FORMATS = ("BF16",)  # of weights
+FORMATS = "BF16", "Q4_0"  # of weights: those of `models.prepared`, and a GGUF file of them
+
+
+def prepare(job: Job, folder: Path, weights: str) -> None:
+    """Write weights and plans in that format beside those of `models.prepared`."""
+    if weights == FORMATS[0]:
+        return
+    write_gguf(folder / models.WEIGHTS, _weights(folder, weights), weights)
+    model, split = load_engine().load(_weights(folder, weights)), job.split
+    seen = observe(model, [models._ids(models.NUM_CALIBRATION_TOKENS)], tp_size=split.tp_size, moments="none")
+    for codec in job.codecs:
+        seen.plan(codec, measured=False).save(_plan(folder, codec, weights))
+
+
+def _weights(folder: Path, weights: str) -> Path:
+    return folder / (models.WEIGHTS if weights == FORMATS[0] else f"{weights}.gguf")
+
+
+def _plan(folder: Path, codec: str, weights: str) -> Path:
+    return folder / (codec if weights == FORMATS[0] else f"{codec} of {weights}")
 
 
 def answer(job: Job, folder: Path, weights: str, place: Place) -> Answer:
@@ -34,12 +55,10 @@ def answer(job: Job, folder: Path, weights: str, place: Place) -> Answer:
 
 def _on_rank(job: Job, folder: Path, weights: str) -> tuple[Spans, float]:
     """The times of an answer, and the bytes that this rank sends for each token after its prompt."""
-    assert weights in FORMATS
     split = job.split.tp_size > 1
-    model = load_part(
-        load_engine(), folder / models.WEIGHTS, split=job.split, replicated="embedding" if split else "none"
-    )
-    with attach(model, _tuned(folder / job.codecs[0])) if split else nullcontext():
+    replicated = "embedding" if split else "none"
+    model = load_part(load_engine(), _weights(folder, weights), split=job.split, replicated=replicated)
+    with attach(model, _tuned(_plan(folder, job.codecs[0], weights))) if split else nullcontext():
         models.answer(model, replace(job, decode=job.decode // 8))  # warms up
         sent = [sent_bytes([os.getpid()])]
         for each in (replace(job, decode=0), job):

@@ -100,7 +100,7 @@ class PackedMatrix:
 
     @classmethod
     def joined(cls, parts: Sequence[Self], arena: Arena) -> list[Self]:
-        """The matrix of all rows of alike ones, in an arena, and they as its parts: in whole blocks, but for the last."""
+        """The matrix of all rows of alike ones in an arena, and they as its parts: in whole blocks but for the last."""
         num_rows = [part.shape[0] for part in parts]
         blocks = torch.cat([part.blocks for part in parts], out=_room(arena, parts))
         whole = parts[0]._with(blocks, sum(num_rows))
