@@ -1,7 +1,7 @@
-"""Forwards of attention, norms and MLPs for a few tokens: what is no product is one call of C++.
+"""Forwards of attention, norms and MLPs for decoding steps: what is no product is one call of C++.
 
-They compute what the classes' own forwards do, rounded where these round, and leave to them whatever is not a decoding
-step: long prompts, gradients, compiled graphs. Layers are called as modules, with what was put in place of their
+They compute what the classes' own forwards do, rounded where these round, and leave to them whatever they do not serve:
+attention in long prompts, gradients, compiled graphs. Layers are called as modules, with what was put in place of their
 forwards.
 """
 
@@ -20,20 +20,13 @@ from narrowcast.runtime.attention_reference import turned
 # None where they are to be asked one by one. `Forwards.set` sets them.
 QKV, GATE_UP = "fused_qkv", "fused_gate_up"
 
-MOST_TOKENS = 64  # of all sequences
+_LARGE = 1 << 18  # values from which on several threads may share a norm's tokens
 
 
-def is_step(x: Tensor) -> bool:
-    """True for few tokens [B, T, ...] on the CPU, at inference."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dim() > 2
-        and x.dtype in cpu.DTYPES
-        and x.shape[0] * x.shape[1] <= MOST_TOKENS
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+def serves(x: Tensor) -> bool:
+    """True for a plain tensor on the CPU, at inference."""
+    is_plain = type(x) is Tensor and x.is_cpu and x.dtype in cpu.DTYPES
+    return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def attention_forward(
@@ -49,7 +42,7 @@ def attention_forward(
         position_embeddings is None
         or past_key_values is None
         or hidden_states.shape[1] > MOST_QUERIES
-        or not is_step(hidden_states)
+        or not serves(hidden_states)
         or self.training
         or self.config._attn_implementation != NAME
         or any(kwargs.get(name) is not None for name in ITS_OWN)
@@ -125,13 +118,15 @@ def norm_from_one_forward(self: Any, x: Tensor) -> Tensor:
 
 def _norm(self: Any, x: Tensor, *, from_one: bool) -> Tensor:
     weight = self.weight
-    if not is_step(x) or type(weight) is not nn.Parameter or weight.dtype is not x.dtype or not weight.is_contiguous():
+    if not serves(x) or type(weight) is not nn.Parameter or weight.dtype is not x.dtype or not weight.is_contiguous():
         own: Tensor = type(self).forward(self, x)
         return own
     assert cpu.native is not None
     x, size = x.contiguous(), len(weight)
     out = torch.empty_like(x)
     epsilon = self.eps if from_one else self.variance_epsilon
+    if x.numel() >= _LARGE:
+        cpu.limit_threads()
     cpu.native.rms_norm(
         cpu.DTYPES[x.dtype],
         x.data_ptr(),
