@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowcast.codecs.kernels import cpu
+from narrowcast.codecs.kernels import cpu, reference_is_forced
 from narrowcast.engines.transformers.decoding import growing
 from narrowcast.engines.transformers.decoding.interface import ITS_OWN, NAME, attention
 from narrowcast.runtime.attention import MOST_QUERIES, NewTokens, attend, fits, is_mask
@@ -118,7 +118,8 @@ def norm_from_one_forward(self: Any, x: Tensor) -> Tensor:
 
 def _norm(self: Any, x: Tensor, *, from_one: bool) -> Tensor:
     weight = self.weight
-    if not serves(x) or type(weight) is not nn.Parameter or weight.dtype is not x.dtype or not weight.is_contiguous():
+    is_alike = type(weight) is nn.Parameter and weight.dtype is x.dtype and weight.is_contiguous()
+    if not serves(x) or not is_alike or reference_is_forced():
         own: Tensor = type(self).forward(self, x)
         return own
     assert cpu.native is not None
