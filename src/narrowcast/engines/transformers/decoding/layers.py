@@ -95,11 +95,11 @@ def _attended(
     num_tokens, is_made = q.shape[2], self.layer_idx < len(cache.layers) and not cache.offloading
     layer = cache.layers[self.layer_idx] if is_made else None
     num_keys, softcap = growing.length(layer, num_tokens), getattr(self, "attn_logit_softcapping", None)
-    if layer is not None and num_keys is not None and fits(q, layer.keys, layer.values):
+    new = NewTokens(k, v, *position_embeddings)
+    if layer is not None and num_keys is not None and fits(q, layer.keys, layer.values) and new.fit(q):
         seen = None if mask is None else mask[..., : num_keys + num_tokens]
         if num_tokens == 1 if seen is None else is_mask(seen, q, num_keys + num_tokens):
             keys, values = growing.grow(layer, num_tokens)
-            new = NewTokens(k, v, *position_embeddings)
             return attend(q, keys, values, scale=self.scaling, mask=seen, softcap=softcap or 0.0, new=new)
     q, k = (turned(x, *position_embeddings) for x in (q, k))
     k, v = cache.update(k, v, self.layer_idx)
