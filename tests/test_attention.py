@@ -208,3 +208,13 @@ def test_what_is_not_finite_comes_out_as_nan(context: int) -> None:
 def test_others_do_not_fit(change: dict[str, object]) -> None:
     given = replace(Case(1, 2, 2, 1, 20, 64), **change).tensors()
     assert not fits(given["q"], given["k"], given["v"])
+
+
+@pytest.mark.parametrize("change", [{"cos": 1}, {"new_v": 2}])
+def test_new_tokens_of_another_dtype_or_number_do_not_fit(change: dict[str, int]) -> None:
+    given = Case(2, 2, 1, 3, 20, 64, new=True).tensors()
+    names = "new_k", "new_v", "cos", "sin"
+    assert NewTokens(*(given[name] for name in names)).fit(given["q"])
+    for name, kind in change.items():
+        given[name] = given[name].float() if kind == 1 else given[name][:, :, :2]
+    assert not NewTokens(*(given[name] for name in names)).fit(given["q"])

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.llama import modeling_llama
 
 from models import save_random
@@ -24,6 +25,7 @@ from narrowcast.engines.transformers.decoding import (
     families,
     growing,
     interface,
+    layers,
     shorten_steps,
 )
 from narrowcast.runtime import attention
@@ -343,3 +345,25 @@ def test_a_full_static_cache_is_left_to_the_engine() -> None:
     layer = filled(StaticLayer, 6)
     append(layer, torch.randn(1, 2, 1, 8))
     assert growing.length(layer, 1) is None
+
+
+# --- Norms -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [modeling_llama.LlamaRMSNorm, modeling_gemma3.Gemma3RMSNorm])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@torch.no_grad()
+def test_norms_are_those_of_the_classes(kind: Any, dtype: torch.dtype) -> None:
+    """On every path; widths around those of vectors (8 and more), and where sums have more levels."""
+    for size, num_tokens in ((8, 3), (15, 1), (33, 2), (511, 3), (2048, 200), (17000, 1)):
+        norm = kind(size).to(dtype)
+        norm.weight.normal_(1, 0.1)
+        ours = layers.norm_from_one_forward if hasattr(norm, "eps") else layers.norm_forward
+        x = 3 * torch.randn(1, num_tokens, size).to(dtype)
+        expected = norm(x)
+        for path in kernels.available()[1:]:
+            with kernels.forced(path):
+                found = ours(norm, x)
+            if as_pytorch_adds:
+                assert torch.equal(found, expected), (size, path)
+            torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)

@@ -59,9 +59,12 @@ void attend(int dtype, size_t num_sequences, size_t num_heads, size_t num_kv_hea
 
 void rms_norm(int dtype, uintptr_t x, ptrdiff_t stride, uintptr_t weight, uintptr_t out, size_t num_rows,
               size_t num_values, float epsilon, bool from_one) {
+  nb::gil_scoped_release release;
   const RmsNorm norm = {static_cast<Dtype>(dtype), at<const void>(x), at<const void>(weight), at<void>(out), stride,
                         static_cast<ptrdiff_t>(num_values), num_rows, num_values, epsilon, from_one};
-  selected_kernels()->norm(norm, 0, num_rows);
+  const Kernels* path = selected_kernels();
+  for_rows(num_rows, num_rows * num_values * (norm.dtype == Dtype::fp32 ? 4 : 2), 0, 0,
+           [&](size_t begin, size_t end, const Scratch&) { path->norm(norm, begin, end); });
 }
 
 }  // namespace

@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "../decode/decode.h"
 #include "kernels.h"
 #include "paths.h"
 #include "threads.h"
@@ -254,6 +255,44 @@ void run_case(const Kernels& path) {
   });
 }
 
+// Vectors of D values, densely, sequence after sequence and head after head.
+Heads dense(Buffer<uint8_t>& buffer, size_t num_heads, size_t num_tokens, size_t head_dim) {
+  return {buffer.data.get(), ptrdiff_t(num_heads * num_tokens * head_dim), ptrdiff_t(num_tokens * head_dim),
+          ptrdiff_t(head_dim)};
+}
+
+void run_step(const Kernels& path) {
+  Attention a = {};
+  a.dtype = static_cast<Dtype>(below(3));
+  a.num_sequences = 1 + below(2), a.num_kv_heads = 1 + below(2), a.num_heads = a.num_kv_heads * (1 + below(3));
+  a.num_queries = 1 + below(4), a.head_dim = 8 * (1 + below(kMostHeadDim / 8));
+  a.context = a.num_queries + below(below(4) ? 50 : 2 * kPiece);
+  a.scale = 0.1f, a.softcap = coin() ? 5.0f : 0.0f, a.causal = coin();
+  const size_t itemsize = a.dtype == Dtype::fp32 ? 4 : 2, turned = 2 * (1 + below(a.head_dim / 2));
+  const size_t num_vectors = a.num_sequences * a.num_kv_heads * a.head_dim * itemsize;
+  auto keys = random_bytes<uint8_t>(num_vectors * a.context), values = random_bytes<uint8_t>(num_vectors * a.context);
+  auto new_keys = random_bytes<uint8_t>(num_vectors * a.num_queries);
+  auto queries = random_bytes<uint8_t>(num_vectors * a.num_queries * a.group());
+  Buffer<uint8_t> out(queries.size);
+  auto turns = random_bytes<uint8_t>(a.num_queries * turned * itemsize);
+  auto mask = random_bytes<uint8_t>(a.num_sequences * a.num_queries * a.context * itemsize);
+  a.q = dense(queries, a.num_heads, a.num_queries, a.head_dim);
+  a.out = dense(out, a.num_heads, a.num_queries, a.head_dim);
+  a.k = dense(keys, a.num_kv_heads, a.context, a.head_dim), a.v = dense(values, a.num_kv_heads, a.context, a.head_dim);
+  a.mask = {mask.data.get(), static_cast<MaskKind>(below(3)), a.dtype, ptrdiff_t(a.num_queries * a.context), 0,
+            ptrdiff_t(a.context), 1};
+  if (coin()) {
+    const Heads added = dense(new_keys, a.num_kv_heads, a.num_queries, a.head_dim);
+    a.added = {added, added, turns.data.get(), turns.data.get(), 0, ptrdiff_t(turned), turned};
+  }
+  Buffer<float> scratch(a.scratch_size()), partials(a.num_units() * a.rows() * a.partial_size());
+  path.attend(a, scratch.data.get(), partials.data.get(), 0, a.num_units());
+  if (a.num_pieces() > 1) path.join(a, partials.data.get(), 0, a.num_sequences * a.num_kv_heads);
+  const RmsNorm norm = {a.dtype, queries.data.get(), new_keys.data.get(), out.data.get(), ptrdiff_t(a.head_dim),
+                        ptrdiff_t(a.head_dim), a.num_heads, a.head_dim, 1e-6f, coin()};
+  path.norm(norm, 0, norm.num_rows);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -261,7 +300,7 @@ int main(int argc, char** argv) {
   generator.seed(argc > 2 ? unsigned(std::atoi(argv[2])) : 0);
   for (const Kernels* path : runnable_kernels()) {
     // A thread of its own for each: its scratch is no larger than the case needs.
-    for (int i = 0; i < num_cases; ++i) std::thread([path] { run_case(*path); }).join();
+    for (int i = 0; i < num_cases; ++i) std::thread([path] { run_case(*path), run_step(*path); }).join();
     std::printf("%s: %d cases\n", path->name, num_cases);
   }
 }

@@ -35,6 +35,22 @@ class NewTokens(NamedTuple):
     cos_BTR: Tensor
     sin_BTR: Tensor
 
+    def fit(self, q_BHTD: Tensor) -> bool:
+        """True if they can go along with these queries."""
+        num_sequences, _, num_tokens, head_dim = q_BHTD.shape
+        (num_turns, *sizes), (k, v, cos, _) = self.cos_BTR.shape, self
+        return (
+            all(type(x) is Tensor and x.dtype is q_BHTD.dtype for x in self)
+            and len(k) == len(v) == num_sequences
+            and k.shape[2:] == v.shape[2:] == (num_tokens, head_dim)
+            and k.stride(3) == v.stride(3) == 1
+            and cos.shape == self.sin_BTR.shape
+            and num_turns in (1, num_sequences)
+            and sizes[0] == num_tokens
+            and sizes[1] <= head_dim
+            and sizes[1] % 2 == 0
+        )
+
 
 def fits(q_BHTD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, mask: Tensor | None = None) -> bool:
     """True if these are few queries of plain tensors on the CPU. Shapes, dtypes and devices decide, so ranks agree."""

@@ -1,7 +1,7 @@
-"""Forwards of attention, norms and MLPs for a few tokens: what is no product is one call of C++.
+"""Forwards of attention, norms and MLPs for decoding steps: what is no product is one call of C++.
 
-They compute what the classes' own forwards do, rounded where these round, and leave to them whatever is not a decoding
-step: long prompts, gradients, compiled graphs. Layers are called as modules, with what was put in place of their
+They compute what the classes' own forwards do, rounded where these round, and leave to them whatever they do not serve:
+attention in long prompts, gradients, compiled graphs. Layers are called as modules, with what was put in place of their
 forwards.
 """
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from narrowcast.codecs.kernels import cpu
+from narrowcast.codecs.kernels import cpu, reference_is_forced
 from narrowcast.engines.transformers.decoding import growing
 from narrowcast.engines.transformers.decoding.interface import ITS_OWN, NAME, attention
 from narrowcast.runtime.attention import MOST_QUERIES, NewTokens, attend, fits, is_mask
@@ -21,20 +21,13 @@ from narrowcast.runtime.attention_reference import turned
 QKV, GATE_UP = "fused_qkv", "fused_gate_up"
 FUSED = {QKV: ("q_proj", "k_proj", "v_proj"), GATE_UP: ("gate_proj", "up_proj")}
 
-MOST_TOKENS = 64  # of all sequences
+_LARGE = 1 << 18  # values from which on several threads may share a norm's tokens
 
 
-def is_step(x: Tensor) -> bool:
-    """True for few tokens [B, T, ...] on the CPU, at inference."""
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and x.dim() > 2
-        and x.dtype in cpu.DTYPES
-        and x.shape[0] * x.shape[1] <= MOST_TOKENS
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
+def serves(x: Tensor) -> bool:
+    """True for a plain tensor on the CPU, at inference."""
+    is_plain = type(x) is Tensor and x.is_cpu and x.dtype in cpu.DTYPES
+    return is_plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def attention_forward(
@@ -50,7 +43,7 @@ def attention_forward(
         position_embeddings is None
         or past_key_values is None
         or hidden_states.shape[1] > MOST_QUERIES
-        or not is_step(hidden_states)
+        or not serves(hidden_states)
         or self.training
         or self.config._attn_implementation != NAME
         or any(kwargs.get(name) is not None for name in ITS_OWN)
@@ -103,11 +96,11 @@ def _attended(
     num_tokens, is_made = q.shape[2], self.layer_idx < len(cache.layers) and not cache.offloading
     layer = cache.layers[self.layer_idx] if is_made else None
     num_keys, softcap = growing.length(layer, num_tokens), getattr(self, "attn_logit_softcapping", None)
-    if layer is not None and num_keys is not None and fits(q, layer.keys, layer.values):
+    new = NewTokens(k, v, *position_embeddings)
+    if layer is not None and num_keys is not None and fits(q, layer.keys, layer.values) and new.fit(q):
         seen = None if mask is None else mask[..., : num_keys + num_tokens]
         if num_tokens == 1 if seen is None else is_mask(seen, q, num_keys + num_tokens):
             keys, values = growing.grow(layer, num_tokens)
-            new = NewTokens(k, v, *position_embeddings)
             return attend(q, keys, values, scale=self.scaling, mask=seen, softcap=softcap or 0.0, new=new)
     q, k = (turned(x, *position_embeddings) for x in (q, k))
     k, v = cache.update(k, v, self.layer_idx)
@@ -126,13 +119,16 @@ def norm_from_one_forward(self: Any, x: Tensor) -> Tensor:
 
 def _norm(self: Any, x: Tensor, *, from_one: bool) -> Tensor:
     weight = self.weight
-    if not is_step(x) or type(weight) is not nn.Parameter or weight.dtype is not x.dtype or not weight.is_contiguous():
+    is_alike = type(weight) is nn.Parameter and weight.dtype is x.dtype and weight.is_contiguous()
+    if not serves(x) or not is_alike or reference_is_forced():
         own: Tensor = type(self).forward(self, x)
         return own
     assert cpu.native is not None
     x, size = x.contiguous(), len(weight)
     out = torch.empty_like(x)
     epsilon = self.eps if from_one else self.variance_epsilon
+    if x.numel() >= _LARGE:
+        cpu.limit_threads()
     cpu.native.rms_norm(
         cpu.DTYPES[x.dtype],
         x.data_ptr(),
