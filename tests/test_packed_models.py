@@ -1,5 +1,6 @@
 """Models whose weights stay in few bits: loaded whole and split, calibrated, told apart; what is refused."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,6 +155,73 @@ def test_a_gguf_file_is_the_model_that_it_was_made_of(tmp_path: Path, name: str)
         assert (expected.exp() * (expected - logits(found, ids).float().log_softmax(-1))).sum(-1).mean() < 2e-3
     assert load_engine().fingerprint(packed) == load_engine().fingerprint(dense)
     assert load_engine().fingerprint(packed).config == load_engine().fingerprint(load_engine().skeleton(path)).config
+
+
+def any_int32(*shape: int) -> Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
+
+
+def w4a16(folder: Path) -> Path:
+    """A folder as compressed-tensors writes it, from the format's description: asymmetric, groups of 64."""
+    config = LlamaConfig(**SIZES | {"intermediate_size": 512})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).bfloat16()
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("proj.weight")]:
+        num_rows, num_columns = tensors.pop(name).shape
+        module, groups = name.removesuffix(".weight"), num_columns // 64
+        tensors |= {
+            f"{module}.weight_packed": torch.randint(
+                -(2**31), 2**31 - 1, (num_rows, num_columns // 8), dtype=torch.int32
+            ),
+            f"{module}.weight_scale": torch.rand(num_rows, groups).mul(0.01).bfloat16(),
+            f"{module}.weight_zero_point": torch.randint(
+                -(2**31), 2**31 - 1, (num_rows // 8, groups), dtype=torch.int32
+            ),
+            f"{module}.weight_shape": torch.tensor([num_rows, num_columns]),
+        }
+    save_file(tensors, folder / "model.safetensors")
+    scheme = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 64}
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme}},
+        "ignore": ["lm_head"],
+    }
+    about = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(about | {"quantization_config": quantization}))
+    return folder
+
+
+@needs_mesh
+@pytest.mark.parametrize("length", [1, 3, 40])
+def test_activations_in_bf16_are_the_simulated_ones_for_few_tokens_and_many(
+    ranks: Pools, tmp_path: Path, length: int
+) -> None:
+    model, ids = load(w4a16(tmp_path), "stored"), random_ids(1, length)
+    plan = narrowcast.calibrate(model, [random_ids(2, 16)], codec="int4-feature", tp_size=2)
+    plan.save(tmp_path / "plan")
+    expected = answers(model, plan, ids, simulate=True)
+
+    assert model.model.layers[0].mlp.up_proj.matrix.format.name == "int4-group64-zero-point"
+    assert isinstance(model.lm_head, torch.nn.Linear)
+    for _, _, *real in ranks(2).run(on_rank, tmp_path, "stored", ids):
+        assert torch.equal(real[0], expected[0])
+        assert torch.equal(real[1], expected[1])
+
+
+@pytest.mark.parametrize("weights", ["dense", "stored"])
+def test_products_of_a_deterministic_plan_do_not_depend_on_the_batch(tmp_path: Path, weights: Weights) -> None:
+    model = load(w4a16(tmp_path), weights)
+    plan = narrowcast.calibrate(model, [random_ids(2, 16)], codec="int4-feature", tp_size=2)
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(40, 128).bfloat16()
+    head = model.lm_head
+    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, deterministic=True):
+        together, alone = layer(x), [layer(x[token : token + 1]) for token in range(40)]
+        logits_together, logits_alone = head(x), head(x[7:8])
+    assert torch.equal(together, torch.cat(alone))
+    assert torch.equal(logits_together[7:8], logits_alone)
 
 
 def test_gradients_reach_what_is_calibrated(tmp_path: Path) -> None:

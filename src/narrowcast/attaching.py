@@ -117,7 +117,8 @@ def attach(
     `count_only=True`: everything travels uncoded, and the report says what would have been sent.
     `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast
     tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
-    `deterministic=True`: one algorithm for all sizes, always coded, so that no result depends on the batch.
+    `deterministic=True`: one algorithm for all sizes, always coded, and one way to multiply, so that no sum and, on the
+    CPU, no product of a linear layer depends on the batch; prompts of models in BF16 then take several times longer.
     `feedback=False`: what a payload loses is lost for good, and not made good by the next sum where the plan says that
     it can be.
     `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.

@@ -31,7 +31,7 @@ class PlannedWires(Wires):
         num_sources = (tp_size, 1, max(len(sites.groups), 1)) if rank is None else (1, 1, 1)
         chains = Chains() if count_only else sites.chains
         Wires.__init__(self, rank, tp_size, Feedback(chains, num_sources))
-        self.sites, self._count_only = sites, count_only
+        self.sites, self._count_only, self.deterministic = sites, count_only, sites.deterministic
 
     def row_parallel(self, site: str, products: Sequence[Product]) -> Operator:
         self._check_features(site, products[0].num_features)
@@ -57,7 +57,7 @@ class PlannedWires(Wires):
         num_tokens, num_features = math.prod(x.shape[:-1]), products[0].num_features
         x_TF = x.reshape(num_tokens, x.shape[-1])  # a rank may hold no column
         choice = self.sites.choice(site, num_tokens, num_features, self.tp_size)
-        partials = [_deferred(product, x_TF) for product in products]
+        partials = [_deferred(product, x_TF, self.counted(num_tokens)) for product in products]
         like = x.new_empty(0, dtype=products[0].dtype or x.dtype)
         total_TE = self._sum(partials, site, choice, like, residue)
         return total_TE.view(*x.shape[:-1], num_features)
@@ -169,8 +169,8 @@ class PlannedWires(Wires):
         """The tokens that come to each of `ranks`."""
 
 
-def _deferred(product: Product, x_TF: Tensor) -> Deferred:
-    return Deferred(len(x_TF), product.num_features, lambda tokens: product(x_TF[tokens], len(x_TF)))
+def _deferred(product: Product, x_TF: Tensor, num_tokens: int) -> Deferred:
+    return Deferred(len(x_TF), product.num_features, lambda tokens: product(x_TF[tokens], num_tokens))
 
 
 def payload(codec: Codec, shape: Sequence[int]) -> Traffic:

@@ -50,7 +50,7 @@ class Sites:
         self.chains = chains.among(codecs.keys())
         unit = common_unit({site: codecs[site] for chain in self.chains.chains for site in chain})
         self._coded = {name: Hops(tuple(hops), self.groups, unit) for name, hops in codecs.items()}
-        self._algorithm, self._deterministic = algorithm, deterministic
+        self._algorithm, self.deterministic = algorithm, deterministic
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
         self._algorithms: dict[tuple[str, str, int, int], str] = {}
         self._traffics: dict[tuple[str, Choice, int, int], Traffic] = {}
@@ -85,7 +85,7 @@ class Sites:
         form, algorithm = decided or (form, algorithm)
         if form == "native":
             return Choice(form)
-        few_tokens = 1 if self._deterministic else min(num_tokens, world_size)  # more do not change the algorithm
+        few_tokens = 1 if self.deterministic else min(num_tokens, world_size)  # more do not change the algorithm
         key = site if form == "coded" else "", algorithm, few_tokens, num_features
         if key not in self._algorithms:
             hops = self._coded[site] if form == "coded" else plain(torch.float32)

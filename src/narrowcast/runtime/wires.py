@@ -22,6 +22,7 @@ T = TypeVar("T")
 class Wires(ABC):
     """Where the values of `tp_size` ranks travel. `rank`: the one that computes here; None for all, virtually.
 
+    `deterministic`: products are computed alike whatever the number of tokens.
     A value that is put in is a sequence with one tensor for each of `ranks`. `feedback`: what sums leave to later ones.
     """
 
@@ -29,6 +30,7 @@ class Wires(ABC):
         self.virtual, self.tp_size = rank is None, tp_size
         self.feedback = feedback or Feedback()
         self.ranks: Sequence[int] = range(tp_size) if rank is None else (rank,)
+        self.deterministic = False
         self.handle = register(self)
         self._products: dict[str, Sequence[Product]] = {}
         self._columns: dict[str, Sequence[int]] = {}
@@ -65,6 +67,10 @@ class Wires(ABC):
         """
         return [part() for part in parts]
 
+    def counted(self, num_tokens: int) -> int:
+        """The number of tokens by which products choose how they are computed."""
+        return 1 if self.deterministic else num_tokens
+
     def residue(self, site: str, num_tokens: int, num_features: int, device: torch.device) -> Tensor | None:
         """The loss that earlier sums of this forward have left to this one; None for none."""
         return self.feedback.residue(site, num_tokens, num_features, device)
@@ -80,7 +86,7 @@ class Wires(ABC):
     def sum_products(self, x: Tensor, site: str, residue: Tensor | None = None) -> Tensor:
         """The sum [..., E] over all ranks of their products of tokens `x` [..., F]."""
         x_TF = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])  # a rank may hold no column
-        total_TE = self.sum([product(x_TF, len(x_TF)) for product in self.products(site)], site, residue)
+        total_TE = self.sum([product(x_TF, self.counted(len(x_TF))) for product in self.products(site)], site, residue)
         return total_TE.view(*x.shape[:-1], total_TE.shape[-1])
 
     @abstractmethod

@@ -18,11 +18,13 @@ class PackedLinear(nn.Module):
     """A linear layer of `in_features` and `out_features`, or this rank's rows or columns of it.
 
     `matrix`: what this process holds. `samples`: columns of the checkpoint's own values by place, BF16 [N], by which a
-    model is told from others. `device_mesh`: that of the ranks that share the layer out.
+    model is told from others. `device_mesh`: that of the ranks that share the layer out. `batch_invariant`: products
+    are computed alike whatever the number of tokens.
     """
 
     matrix: PackedMatrix
     bias: nn.Parameter | None
+    batch_invariant = False
     _hf_quantized_needs_local_tp = True  # Transformers' word for a layer that takes plain tensors when it is split
 
     def __init__(self, in_features: int, out_features: int, bias: nn.Parameter | None = None) -> None:
@@ -35,17 +37,22 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Products of tokens [..., K] with all rows held, plus the bias."""
         bias = None if self.bias is None else local(self.bias)
-        return self.multiply(x, bias)
+        return self.multiply(x, bias, num_tokens=1 if self.batch_invariant else None)
 
-    def multiply(self, x: Tensor, bias: Tensor | None = None, *, rows: slice = ALL, columns: slice = ALL) -> Tensor:
-        """Products [..., N] of tokens [..., K] with rows and columns of what is held; gradients reach the tokens."""
+    def multiply(
+        self, x: Tensor, bias: Tensor | None = None, *, rows: slice = ALL, num_tokens: int | None = None
+    ) -> Tensor:
+        """Products [..., N] of tokens [..., K] with rows of what is held; gradients reach the tokens.
+
+        `num_tokens`: by which the way to multiply is chosen, theirs by default.
+        """
         x_TK = x.reshape(-1, x.shape[-1])
         if torch.is_grad_enabled() and x.requires_grad:
             y_TN: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-                x_TK, self.matrix, bias, rows, columns
+                x_TK, self.matrix, bias, rows
             )
         else:
-            y_TN = multiply(self.matrix, x_TK, bias, rows=rows, columns=columns)
+            y_TN = multiply(self.matrix, x_TK, bias, rows=rows, num_tokens=num_tokens)
         return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
     def dequantized(self) -> Tensor:
@@ -57,13 +64,19 @@ class PackedLinear(nn.Module):
 
 
 class DenseLinear(nn.Linear):
-    """A linear layer of PyTorch that reads weights in BF16 at the memory's rate where tokens are few."""
+    """A linear layer of PyTorch that reads weights in BF16 at the memory's rate where tokens are few.
+
+    `batch_invariant`: as of `PackedLinear`.
+    """
+
+    batch_invariant = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Products of tokens [..., K], plus the bias."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not x.is_cpu:
             return super().forward(x)
-        y_TN = multiply_dense(self.weight, x.reshape(-1, x.shape[-1]), self.bias)
+        num_tokens = 1 if self.batch_invariant else None
+        y_TN = multiply_dense(self.weight, x.reshape(-1, x.shape[-1]), self.bias, num_tokens=num_tokens)
         return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 
@@ -71,13 +84,14 @@ class Fused:
     """Layers that read the same tokens, asked at once: their matrices are rows of one."""
 
     def __init__(self, matrix: PackedMatrix, layers: Sequence[PackedLinear]) -> None:
-        self._matrix, self._sizes = matrix, [layer.matrix.shape[0] for layer in layers]
+        self._matrix, self._sizes, self._first = matrix, [layer.matrix.shape[0] for layer in layers], layers[0]
         biases = [layer.bias for layer in layers if layer.bias is not None]
         self._bias = torch.cat([local(bias.data) for bias in biases]) if biases else None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
         """The products [..., N] of tokens [..., K] with each layer."""
-        y_TN = multiply(self._matrix, x.reshape(-1, x.shape[-1]), self._bias)
+        num_tokens = 1 if self._first.batch_invariant else None
+        y_TN = multiply(self._matrix, x.reshape(-1, x.shape[-1]), self._bias, num_tokens=num_tokens)
         parts: tuple[Tensor, ...] = y_TN.view(*x.shape[:-1], y_TN.shape[-1]).split(self._sizes, dim=-1)
         return parts
 
@@ -98,17 +112,15 @@ class Fused:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TK: Tensor, matrix: PackedMatrix, bias: Tensor | None, rows: slice, columns: slice
-    ) -> Tensor:
-        ctx.part = matrix, rows, columns
-        return multiply(matrix, x_TK.detach(), bias, rows=rows, columns=columns)
+    def forward(ctx: Any, x_TK: Tensor, matrix: PackedMatrix, bias: Tensor | None, rows: slice) -> Tensor:
+        ctx.part = matrix, rows
+        return multiply(matrix, x_TK.detach(), bias, rows=rows)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        matrix, rows, columns = ctx.part
+        matrix, rows = ctx.part
         (y_TN,) = gradients
-        return y_TN @ dequantized_bf16(matrix, rows, columns).to(y_TN.dtype), None, None, None, None
+        return y_TN @ dequantized_bf16(matrix, rows).to(y_TN.dtype), None, None, None
 
 
 class PackedEmbedding(nn.Module):

@@ -24,6 +24,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
 from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
+from narrowcast.weights.layers import DenseLinear, PackedLinear
 
 KEPT_COLUMNS = "colwise"
 OWN_COLUMNS = "narrowcast_own_columns"  # of a weight that each rank has whole: ours, for tied output layers
@@ -163,6 +164,10 @@ def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
         if wires.feedback.readers:
             _take_over_norms(model, wires, forwards)
             _take_over_fused(model, wires, forwards)
+        if wires.deterministic:
+            for module in model.modules():
+                if isinstance(module, DenseLinear | PackedLinear):
+                    forwards.set(module, "batch_invariant", True)
         if split.pp_size > 1:
             pipeline.take_over(model, split.pp_size, wires, forwards)
     except BaseException:

@@ -3,6 +3,7 @@
 Their weights are tensors, or matrices in few bits (`narrowcast.weights`).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -95,20 +96,25 @@ def _packed_columns(layer: Any, own: slice, wires: Wires) -> Callable[[Tensor], 
     bias = None if layer.bias is None else own_rows(layer.bias, own)
     is_whole = layer.matrix.shape[0] == layer.out_features
     held = own if wires.virtual or is_whole else slice(None)
-    return lambda x: layer.multiply(x, bias, rows=held)
+    return lambda x: layer.multiply(x, bias, rows=held, num_tokens=_counted(x, wires))
 
 
 def _dense_columns(layer: Any, own: slice, wires: Wires) -> Callable[[Tensor], Tensor]:
     if wires.virtual:
-        return lambda x: _product(x, layer.weight[own], None if layer.bias is None else layer.bias[own])
+        return lambda x: _product(x, layer.weight[own], None if layer.bias is None else layer.bias[own], wires)
     weight, bias = own_rows(layer.weight, own), None if layer.bias is None else own_rows(layer.bias, own)
-    return lambda x: _product(x, weight, bias)
+    return lambda x: _product(x, weight, bias, wires)
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, wires: Wires) -> Tensor:
     """As `functional.linear`, of tokens in one matrix; few of them at the memory's rate.
 
     The last token of each sequence is a view with gaps. PyTorch 2.13 multiplies such a one by a weight that needs no
     gradient as a batch of matrices: 220 ms instead of 4 for one token and 16,000 columns in BF16.
     """
-    return multiply_dense(weight, x.reshape(-1, x.shape[-1]), bias).view(*x.shape[:-1], len(weight))
+    y_TN = multiply_dense(weight, x.reshape(-1, x.shape[-1]), bias, num_tokens=_counted(x, wires))
+    return y_TN.view(*x.shape[:-1], len(weight))
+
+
+def _counted(x: Tensor, wires: Wires) -> int:
+    return wires.counted(math.prod(x.shape[:-1]))
