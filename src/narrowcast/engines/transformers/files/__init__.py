@@ -9,6 +9,7 @@ from narrowcast.engines.transformers.files.fingerprint import fingerprint
 from narrowcast.engines.transformers.files.loading import load, load_tokenizer, obstacle, save, skeleton
 from narrowcast.engines.transformers.files.vocabulary import vocabulary
 from narrowcast.engines.transformers.seam import summed
+from narrowcast.engines.transformers.sharding import check_dense
 from narrowcast.errors import InvalidInputError
 
 
@@ -19,6 +20,7 @@ def num_features(model: nn.Module) -> int:
 
 def rotate(model: nn.Module, rotation_EE: Tensor) -> None:
     """Fold `rotation_EE` into what reads and writes the residual stream."""
+    check_dense("model to rotate", model)
     if rotation_EE.shape[0] != num_features(model):
         raise InvalidInputError(
             "rotation",

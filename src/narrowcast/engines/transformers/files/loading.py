@@ -24,6 +24,7 @@ from narrowcast.engines.transformers.files.vocabulary import styles
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
 from narrowcast.engines.transformers.seam.rehearsal import check_stages, mistake
+from narrowcast.engines.transformers.sharding import check_dense
 from narrowcast.errors import InvalidInputError, MissingDependencyError, NarrowcastError
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
@@ -176,8 +177,13 @@ def _check_computes_on_cpu(path: str | Path, device: str | None) -> None:
 
 
 def save(model: nn.Module, path: str | Path) -> None:
-    """Write a whole model, with its config, into folder `path`, for `load` and for plain Transformers."""
+    """Write a whole model, with its config, into folder `path`, for `load` and for plain Transformers.
+
+    InvalidInputError for a model whose weights are in few bits.
+    """
     from transformers.utils import logging
+
+    check_dense("model to save", model)
 
     logging.disable_progress_bar()
     cast(Any, model).save_pretrained(path)
