@@ -29,6 +29,7 @@ from narrowcast.engines.transformers.files import loading
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Split
 from narrowcast.weights.layers import PackedEmbedding, PackedLinear
+from narrowcast.weights.products import ZERO_POINT_TOKENS
 from ranks import Ranks
 from transports import needs_mesh
 
@@ -42,7 +43,7 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 128,
+    "max_position_embeddings": 256,
     "pad_token_id": 0,
     "eos_token_id": None,
 }
@@ -195,7 +196,7 @@ def w4a16(folder: Path) -> Path:
 
 
 @needs_mesh
-@pytest.mark.parametrize("length", [1, 3, 40])
+@pytest.mark.parametrize("length", [1, 3, ZERO_POINT_TOKENS])
 def test_activations_in_bf16_are_the_simulated_ones_for_few_tokens_and_many(
     ranks: Pools, tmp_path: Path, length: int
 ) -> None:
@@ -215,10 +216,10 @@ def test_activations_in_bf16_are_the_simulated_ones_for_few_tokens_and_many(
 def test_products_of_a_deterministic_plan_do_not_depend_on_the_batch(tmp_path: Path, weights: Weights) -> None:
     model = load(w4a16(tmp_path), weights)
     plan = narrowcast.calibrate(model, [random_ids(2, 16)], codec="int4-feature", tp_size=2)
-    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(40, 128).bfloat16()
+    layer, x = model.model.layers[0].self_attn.q_proj, torch.randn(ZERO_POINT_TOKENS, 128).bfloat16()
     head = model.lm_head
     with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, deterministic=True):
-        together, alone = layer(x), [layer(x[token : token + 1]) for token in range(40)]
+        together, alone = layer(x), [layer(x[token : token + 1]) for token in range(len(x))]
         logits_together, logits_alone = head(x), head(x[7:8])
     assert torch.equal(together, torch.cat(alone))
     assert torch.equal(logits_together[7:8], logits_alone)

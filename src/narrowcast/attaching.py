@@ -118,7 +118,7 @@ def attach(
     `algorithm`: one of `narrowcast.collectives.ALGORITHMS`, always coded; or "auto", which takes what `narrowcast
     tune` found fastest for the size (uncompressed included), or in a plan without that the one that sends fewest bytes.
     `deterministic=True`: one algorithm for all sizes, always coded, and one way to multiply, so that no sum and, on the
-    CPU, no product of a linear layer depends on the batch; prompts of models in BF16 then take several times longer.
+    CPU, no product of a linear layer depends on the batch; prompts of models in BF16 then take twice as long.
     `feedback=False`: what a payload loses is lost for good, and not made good by the next sum where the plan says that
     it can be.
     `timed=True`: the report says, besides bytes, where time went: encoding, exchanging, decoding, waiting.

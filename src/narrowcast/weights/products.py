@@ -14,7 +14,7 @@ from narrowcast.weights.packed import ALL, BLOCK_ROWS, PackedMatrix
 
 # Tokens from which on a matrix multiplies faster by PyTorch: of BF16 values, and of codes that become such first
 # (benchmarks/results/weights.json). Kernels for activations in 8 bits are the faster ones for any number.
-DENSE_TOKENS, ZERO_POINT_TOKENS = 5, 17
+DENSE_TOKENS, ZERO_POINT_TOKENS = 5, 129
 
 
 def multiply(
