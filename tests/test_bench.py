@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,10 @@ import pytest
 
 from commands import refused
 from commands import run as run_command
+from narrowcast import attach
+from narrowcast.launch import Ranks
 from narrowcast.perf import codec, collective, model, timing
+from narrowcast.weights.layers import PackedLinear
 
 ROWS = {
     "codec": {"codec", "op", "device", "path", "shape", "gbps", "memcpy_gbps"},
@@ -21,7 +25,9 @@ ROWS = {
         "transport", "codec", "algorithm", "world_size", "nbytes", "link", "median_us", "p99_us", "wire_bytes",
         "limit_us",
     },
-    "model": {"link", "codec", "transport", "prompt_chunks", "prefill_tokens", "ttft_ms", "decode_ms_per_token"},
+    "model": {
+        "link", "codec", "transport", "prompt_chunks", "weights", "prefill_tokens", "ttft_ms", "decode_ms_per_token",
+    },
 }  # fmt: skip
 LINK = "1Gbps,0.1ms"
 DRAW = Path(__file__).parents[1] / "benchmarks" / "pictures.py"
@@ -86,6 +92,19 @@ def test_rows_and_picture(command: str, tmp_path: Path) -> None:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def layers_in_few_bits(job: model.Job, folder: Path) -> set[str]:
+    parts, plans = model.loaded(job, folder)
+    with attach(parts, plans["int4-feature"]):  # which is of the weights as they are stored
+        return {each.matrix.format.name for each in parts.modules() if isinstance(each, PackedLinear)}
+
+
+def test_weights_become_such_of_few_bits(ranks: Callable[[int], Ranks]) -> None:
+    for weights, found in (("stored", set()), ("int4-group32", {"int4-group32", "int8-group32"})):  # logits take 8 bits
+        job = replace(model.DEFAULT, weights=weights)
+        with model.prepared(job) as folder:
+            assert ranks(2).run(layers_in_few_bits, job, folder) == [found, found]
+
+
 def test_a_timeline_tells_where_each_rank_spends_an_answer(tmp_path: Path) -> None:
     """Computing, coding and waiting follow one another, and fill the prompt and the tokens after it."""
     path = tmp_path / "trace.json"
@@ -136,6 +155,7 @@ def test_each_size_starts_with_the_yardsticks(tmp_path: Path) -> None:
         (("codec", "--link", LINK), "--link: expected none with codec"),
         (("model", "--size", "4M"), "--size: expected none with model"),
         (("model", "-tp", "1"), "-tp: expected 2 or more"),
+        (("collective", "--weights", "int4-group32"), "--weights: expected none with collective"),
         (("codec", "--timeline", "x.json"), "--timeline: expected none with codec"),
     ],
 )

@@ -21,11 +21,11 @@ from narrowcast.perf import codec as codecs
 from narrowcast.perf import collective as collectives
 from narrowcast.perf import model as models
 from narrowcast.perf.machine import machine
+from narrowcast.perf.model import Job
 from narrowcast.perf.sizes import parse_sizes, written
 from narrowcast.perf.timeline import trace
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
-from narrowcast.runtime.prompts import Chunks
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 from narrowcast.transport.tcp import COMPILED
 
@@ -70,6 +70,7 @@ def bench(
     replicate: Annotated[
         Replicated | None, typer.Option(metavar="NAME", help="embedding or all: whole on each rank. Of a model.")
     ] = None,
+    weights: options.WeightsOption = "stored",
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace of an answer. Of a model.")
     ] = None,
@@ -91,6 +92,7 @@ def bench(
             "--transport": (transport, ["codec"]),
             "--prompt-chunks": (prompt_chunks, ["codec", "collective"]),
             "--replicate": ([replicate] if replicate else None, ["codec", "collective"]),
+            "--weights": ([weights] if weights != "stored" else None, ["codec", "collective"]),
             "--timeline": ([str(timeline)] if timeline else None, ["codec", "collective"]),
         },
     )
@@ -105,8 +107,17 @@ def bench(
     elif subject == "collective":
         parts = _collectives(codec, size, tp, links, transports, timeout)
     else:
-        chunks = [options.prompt_chunks(each) for each in prompt_chunks or "1"]
-        parts = _models(codec, tp, links, transports, chunks, replicate or "none", timeline, timeout)
+        job = replace(
+            models.DEFAULT,
+            codecs=_recipes(codec, models.DEFAULT.codecs),
+            transports=transports,
+            prompt_chunks=[options.prompt_chunks(each) for each in prompt_chunks or "1"],
+            split=Split(tp_size=tp),
+            replicated=replicate or "none",
+            weights=weights,
+            timeout_s=timeout,
+        )
+        parts = _models(job, links, timeline)
     rows = _measured(parts)
     if json is not None:
         write_report(json, {"machine": machine(), "rows": rows})
@@ -136,30 +147,10 @@ def _collectives(
         yield f"{tp} ranks on {link or NO_LINK}", collectives.rows(sweep, tp, link)
 
 
-def _models(
-    codec: Sequence[str] | None,
-    tp: int,
-    links: Sequence[Link | None],
-    over: Sequence[str],
-    chunks: Sequence[Chunks],
-    replicated: Replicated,
-    timeline: Path | None,
-    timeout_s: float,
-) -> Iterator[Part]:
-    usual = models.DEFAULT
-    codecs = _recipes(codec, usual.codecs)
-    job = replace(
-        usual,
-        codecs=codecs,
-        transports=over,
-        split=Split(tp_size=tp),
-        prompt_chunks=chunks,
-        replicated=replicated,
-        timeout_s=timeout_s,
-    )
+def _models(job: Job, links: Sequence[Link | None], timeline: Path | None) -> Iterator[Part]:
     with models.prepared(job) as folder:
         for link in links:
-            yield f"{job.shape}, {tp} ranks on {link or NO_LINK}", models.rows(job, folder, link)
+            yield f"{job.shape}, {job.split.world_size} ranks on {link or NO_LINK}", models.rows(job, folder, link)
         if timeline is not None:
             write_new(timeline, dumps(trace(job, folder, links)).encode(), overwrite=False)
 

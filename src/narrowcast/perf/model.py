@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from narrowcast.attaching import attach
 from narrowcast.calibration import moments_needed, observe, recipes_by_kind
 from narrowcast.calibration.moments import MomentsNeeded
-from narrowcast.engines import Replicated, load_engine
+from narrowcast.engines import Replicated, Weights, load_engine
 from narrowcast.engines.parts import load_part
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import Link, run
@@ -49,8 +49,9 @@ class Shape:
 class Job:
     """Answers to measure: `batch` prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each.
 
-    `replicated`: of the vocabulary, what each rank keeps whole, so that nothing of it travels.
-    `timeout_s`: until a rank is lost.
+    `replicated`: of the vocabulary, what each rank keeps whole, so that nothing of it travels. `weights`: as of
+    `engine.load`; plans are made of the weights as they are stored, and fit whatever becomes of them. `timeout_s`:
+    until a rank is lost.
     """
 
     shape: Shape = Shape()
@@ -64,6 +65,7 @@ class Job:
     rounds: int = 3
     timeout_s: float = DEFAULT_TIMEOUT_S
     replicated: Replicated = "none"
+    weights: Weights = "stored"
 
 
 DEFAULT = Job()
@@ -120,6 +122,7 @@ def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
         yield {
             "link": None if link is None else str(link),
             **way._asdict(),
+            "weights": job.weights,
             "prefill_tokens": job.prefill,
             "ttft_ms": statistics.median(prefill) * 1e3,
             "decode_ms_per_token": statistics.median(decode) * 1e3 / job.decode,
@@ -128,7 +131,7 @@ def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
 
 def loaded(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Plan]]:
     """This rank's part of the model, and the plans by codec."""
-    model = load_part(load_engine(), folder / WEIGHTS, split=job.split, replicated=job.replicated)
+    model = load_part(load_engine(), folder / WEIGHTS, split=job.split, replicated=job.replicated, weights=job.weights)
     return model, {codec: Plan.load(folder / codec) for codec in job.codecs}
 
 
