@@ -42,9 +42,11 @@ COLUMNS: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {  # of words, and
     ),
     "model": (
         ("codec", "transport", "prompt_chunks"),
-        {"ttft_ms": "first token, ms", "decode_ms_per_token": "then, ms a token"},
+        {"cores": "cores", "ttft_ms": "first token, ms", "decode_ms_per_token": "then, ms a token"},
     ),
 }
+
+ANSWER = {"ttft_ms": "a prompt", "decode_ms_per_token": "a token after it"}
 
 
 def bench(
@@ -80,8 +82,8 @@ def bench(
     """Measure kernels of codecs, sums over ranks, or a split model, each against a yardstick in the same run.
 
     codec: GB/s of one thread, against copying the tensor. collective: sums against the group's own all_reduce and
-    against as many bytes over plain sockets. model: a Llama of 380 M parameters, against the engine's own sums.
-    Everything that is timed must first give the right bits.
+    against as many bytes over plain sockets. model: a Llama of 380 M parameters, against the engine's own sums, and
+    against one machine. Everything that is timed must first give the right bits.
     """
     check_report(json)
     _check_options(
@@ -122,8 +124,11 @@ def bench(
     if json is not None:
         write_report(json, {"machine": machine(), "rows": rows})
     for each in dict.fromkeys(row.get("link") for row in rows):
+        here = [row for row in rows if row.get("link") == each]
         title = "on one thread" if subject == "codec" else f"{tp} ranks on {each or NO_LINK}"
-        _print([row for row in rows if row.get("link") == each], title, *COLUMNS[subject])
+        _print(here, title if weights == "stored" else f"{title}, weights {weights}", *COLUMNS[subject])
+        for sentence in against_one_machine(here, tp) if subject == "model" else ():
+            screen().print(sentence)
 
 
 def _codecs(codec: Sequence[str] | None, size: Sequence[str] | None) -> Iterator[Part]:
@@ -170,6 +175,25 @@ def _print(rows: Rows, title: str, words: Sequence[str], figures: Mapping[str, s
     for row in rows:
         found.add_row(*(_cell(column, row[column]) for column in (*words, *figures)))
     screen().print(found)
+
+
+def against_one_machine(rows: Rows, tp_size: int) -> Iterator[str]:
+    """A sentence for each machine alone that is faster than our sums over ranks, by the fastest of these."""
+    ones = [row for row in rows if row["codec"] == models.ALONE.codec]
+    ours = [row for row in rows if row["codec"] not in (models.ALONE.codec, models.NATIVE.codec)]
+    for one in ones:
+        ratios = {name: min(row[figure] for row in ours) / one[figure] for figure, name in ANSWER.items()}
+        slower = [f"{ratio:.2f} times as long for {name}" for name, ratio in ratios.items() if ratio > 1]
+        if slower:
+            machine_alone, each = _cores(one["cores"]), _cores(ours[0]["cores"])
+            taken = " and ".join(slower)
+            yield f"Slower than one machine of {machine_alone}: {tp_size} ranks of {each} each take {taken}."
+    if len(ones) > 1:
+        yield f"All ranks share this machine's {_cores(ones[0]['cores'])}, which ranks with a machine each would not."
+
+
+def _cores(number: int) -> str:
+    return f"{number} core{'s' * (number != 1)}"
 
 
 def _cell(column: str, value: str | float | None) -> str:
