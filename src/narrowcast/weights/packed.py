@@ -52,8 +52,7 @@ class PackedMatrix:
                 found=f"{num_columns} columns",
                 remedy="Take another format for it.",
             )
-        per_block, nbytes = _block(form)
-        blocks = torch.empty(-(-num_rows // BLOCK_ROWS), -(-num_columns // per_block), nbytes, dtype=torch.uint8)
+        blocks = torch.empty(packed_shape(form, shape), dtype=torch.uint8)
         if cpu.native is not None:
             cpu.native.use_huge_pages(blocks.data_ptr(), blocks.numel())
         return cls(form, shape, blocks, bf16_scales=bf16_scales, scale=scale)
@@ -143,6 +142,13 @@ def check_columns(name: str, form: WeightFormat, own: slice, num_columns: int, t
             found=f"columns {own.start} to {own.stop}",
             remedy="Choose another tp_size, or weights in other groups.",
         )
+
+
+def packed_shape(form: WeightFormat, shape: tuple[int, int]) -> tuple[int, int, int]:
+    """[B, C, bytes] of the blocks of a matrix [N, K]."""
+    num_rows, num_columns = shape
+    per_block, nbytes = _block(form)
+    return -(-num_rows // BLOCK_ROWS), -(-num_columns // per_block), nbytes
 
 
 def _block(form: WeightFormat) -> tuple[int, int]:
