@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,11 @@ import pytest
 
 from commands import refused
 from commands import run as run_command
+from narrowcast import attach
+from narrowcast.cli.bench import against_one_machine
+from narrowcast.launch import Ranks
 from narrowcast.perf import codec, collective, model, timing
+from narrowcast.weights.layers import PackedLinear
 
 ROWS = {
     "codec": {"codec", "op", "device", "path", "shape", "gbps", "memcpy_gbps"},
@@ -21,7 +26,10 @@ ROWS = {
         "transport", "codec", "algorithm", "world_size", "nbytes", "link", "median_us", "p99_us", "wire_bytes",
         "limit_us",
     },
-    "model": {"link", "codec", "transport", "prompt_chunks", "prefill_tokens", "ttft_ms", "decode_ms_per_token"},
+    "model": {
+        "link", "codec", "transport", "prompt_chunks", "cores", "weights", "prefill_tokens", "ttft_ms",
+        "decode_ms_per_token",
+    },
 }  # fmt: skip
 LINK = "1Gbps,0.1ms"
 DRAW = Path(__file__).parents[1] / "benchmarks" / "pictures.py"
@@ -86,6 +94,56 @@ def test_rows_and_picture(command: str, tmp_path: Path) -> None:
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def layers_in_few_bits(job: model.Job, folder: Path) -> set[str]:
+    parts, plans = model.loaded(job, folder)
+    with attach(parts, plans["int4-feature"]):  # which is of the weights as they are stored
+        return {each.matrix.format.name for each in parts.modules() if isinstance(each, PackedLinear)}
+
+
+def test_weights_become_such_of_few_bits(ranks: Callable[[int], Ranks]) -> None:
+    for weights, found in (("stored", set()), ("int4-group32", {"int4-group32", "int8-group32"})):  # logits take 8 bits
+        job = replace(model.DEFAULT, weights=weights)
+        with model.prepared(job) as folder:
+            assert ranks(2).run(layers_in_few_bits, job, folder) == [found, found]
+
+
+def test_one_machine_stands_beside_the_ranks(tmp_path: Path) -> None:
+    """With all cores, and with those of a rank; whichever figures come out are compared."""
+    rows = report_of("model", tmp_path)["rows"]
+    cores = os.cpu_count() or 1
+    share = max(1, cores // 2)
+    alone = [row for row in rows if row["codec"] == "one machine"]
+    assert [row["cores"] for row in alone] == sorted({cores, share}, reverse=True)
+    assert all(row["cores"] == share for row in rows if row not in alone)
+
+
+@pytest.mark.parametrize(
+    ("prompt_ms", "token_ms", "told"),
+    [
+        (150.0, 12.0, ["1.50 times as long for a prompt and 1.20 times as long for a token"]),
+        (90.0, 12.0, ["each take 1.20 times as long for a token"]),
+        (90.0, 9.9, []),
+    ],
+)
+def test_ranks_that_are_slower_than_one_machine_are_told(prompt_ms: float, token_ms: float, told: list[str]) -> None:
+    """By the fastest of ours."""
+    one = {"codec": "one machine", "cores": 4, "ttft_ms": 100.0, "decode_ms_per_token": 10.0}
+    native, slow = (one | {"codec": codec, "ttft_ms": 500.0, "decode_ms_per_token": 50.0} for codec in ("native", "x"))
+    fast = slow | {"codec": "int4-feature", "ttft_ms": prompt_ms, "decode_ms_per_token": token_ms}
+    sentences = list(against_one_machine([one, native, slow, fast], 2))
+    assert len(sentences) == len(told)
+    for sentence, part in zip(sentences, told, strict=True):
+        assert sentence.startswith("Slower than one machine of 4 cores: 2 ranks of 4 cores each take")
+        assert part in sentence
+
+
+def test_ranks_that_share_a_machine_are_told_so() -> None:
+    ones = [{"codec": "one machine", "cores": cores, "ttft_ms": 100.0, "decode_ms_per_token": 10.0} for cores in (4, 2)]
+    shared = ones[1] | {"codec": "int4-feature"}
+    assert "share this machine's 4 cores" in " ".join(against_one_machine([*ones, shared], 2))
+    assert not list(against_one_machine([ones[1], shared], 2))
+
+
 def test_a_timeline_tells_where_each_rank_spends_an_answer(tmp_path: Path) -> None:
     """Computing, coding and waiting follow one another, and fill the prompt and the tokens after it."""
     path = tmp_path / "trace.json"
@@ -136,6 +194,7 @@ def test_each_size_starts_with_the_yardsticks(tmp_path: Path) -> None:
         (("codec", "--link", LINK), "--link: expected none with codec"),
         (("model", "--size", "4M"), "--size: expected none with model"),
         (("model", "-tp", "1"), "-tp: expected 2 or more"),
+        (("collective", "--weights", "int4-group32"), "--weights: expected none with collective"),
         (("codec", "--timeline", "x.json"), "--timeline: expected none with codec"),
     ],
 )

@@ -9,24 +9,38 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from commands import refused, run
 from conftest import MODEL
-from models import save_random
+from models import SMALL, save_random
 from narrowcast import PRESETS, attach, calibrate
 from narrowcast.codecs import Ranges
 from narrowcast.collectives import ALGORITHMS, Hops
 from narrowcast.collectives.base import Algorithm, CodingWork
-from narrowcast.engines import load_engine
+from narrowcast.engines import Matrix, Weights, load_engine
+from narrowcast.engines.transformers.files.packed import PackedLayer
+from narrowcast.errors import InvalidInputError
 from narrowcast.launch.link import Link
+from narrowcast.perf import compute
 from narrowcast.perf.census import starred
+from narrowcast.perf.compute import Machine, Products
 from narrowcast.perf.cost import MESSAGE_S, Coding, CostModel
 from narrowcast.perf.estimate import estimate
+from narrowcast.perf.machines import MachinesEstimate, verdicts
 from narrowcast.plan.decisions import Choice
 from narrowcast.plan.split import Split
+from narrowcast.weights.formats import Q4_0, w4a16
 
 NO_CODING = Coding(encode_s=0.0, decode_s=0.0)
 ONE, TWO, NATIVE = Choice("coded", "one_shot"), Choice("coded", "two_shot"), Choice("native")
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products are measured of few weights."""
+    monkeypatch.setattr(compute, "BEYOND_CACHES", 1)
+    monkeypatch.setattr(compute, "SIDE", 512)
 
 
 def model_of(link: str, world_size: int, coding: Coding = NO_CODING, preset: str = "int4-feature") -> CostModel:
@@ -142,6 +156,140 @@ def test_bytes_are_those_that_are_counted_when_the_model_runs(family: str, split
     assert {site.site: site.prompt_bytes for site in found.sites} == counted
 
 
+# One machine beside several.
+
+MACHINE = Machine(read_bps=1e9, macs_per_s=1e12, memory_nbytes=10**9, origin="as given")
+
+
+@pytest.mark.parametrize("weights", ["stored", "int4-group32"])
+@pytest.mark.parametrize("family", ["llama", "llama-tied", "llama-odd", "phi3", "gemma2"])
+def test_matrices_are_those_that_a_model_holds(family: str, weights: Weights, tmp_path: Path) -> None:
+    """Before it is loaded, and the weights need not be there: all but its vectors."""
+    folder = save_random(family, tmp_path / "model")
+    model = load_engine().load(folder, weights=weights)
+    (folder / "model.safetensors").unlink()
+    kept = {id(each.matrix): each.matrix.nbytes for each in model.modules() if isinstance(each, PackedLayer)}
+    values = sum(each.nbytes for each in model.parameters() if each.ndim > 1)
+    matrices = load_engine().matrices(folder, weights=weights)
+    assert sum(each.nbytes for each in matrices) == values + sum(kept.values())
+    assert sum(each.of_last for each in matrices) == 1
+
+
+@pytest.mark.parametrize("weights", ["stored", "dense"])
+def test_a_file_in_few_bits_is_counted_as_it_is_kept(weights: Weights, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="needs the extra gguf")
+    from gguf_files import Kind, write_gguf
+
+    path = tmp_path / "model.gguf"
+    write_gguf(path, "llama", Kind.Q8_0)
+    model = load_engine().load(path, weights=weights)
+    kept = {id(each.matrix): each.matrix.nbytes for each in model.modules() if isinstance(each, PackedLayer)}
+    values = sum(each.nbytes for each in model.parameters() if each.ndim > 1)
+    assert bool(kept) == (weights == "stored")
+    matrices = load_engine().matrices(path, weights=weights)
+    assert sum(each.nbytes for each in matrices) == values + sum(kept.values())
+
+
+def test_a_config_alone_says_that_layers_are_in_few_bits(tmp_path: Path) -> None:
+    quantized = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+    LlamaConfig(**SMALL | {"hidden_size": 128, "intermediate_size": 256}, **quantized).save_pretrained(tmp_path)
+    embedding, *layers, output = load_engine().matrices(tmp_path)
+    assert {each.format for each in (embedding, output)} == {torch.bfloat16}
+    assert {each.format for each in layers} == {w4a16(128)} and len(layers) == 14
+
+
+def test_experts_are_used_by_few_tokens_and_held_all(tmp_path: Path) -> None:
+    matrices = load_engine().matrices(save_random("mixtral", tmp_path / "model"))
+    experts = [each for each in matrices if each.number > 1]
+    assert len(experts) == 4 and {(each.number, each.used) for each in experts} == {(4, 2)}
+    given = replace(experts[0], shape=(1000, 1000))
+    for experts_are, used in (("slices", 2 / 4), ("all_reduce", 1)):
+        found = Products.of([given], MACHINE, Split(tp_size=4, experts=experts_are), 512)
+        assert found.token_s == pytest.approx(used * 2e6 / 1e9), "of whole experts a rank has one or none to read"
+        assert found.held_nbytes == 4 * 2e6 / 4
+        assert found.prompt_s == pytest.approx(4 * 2e6 / 4 / 1e9), "512 tokens read all of them"
+    with pytest.raises(InvalidInputError, match="a model without experts"):
+        load_engine().matrices(tmp_path / "model", weights="int4-group32")
+
+
+def test_ranks_share_products_and_stages_memory() -> None:
+    shared = Matrix(shape=(1000, 1000), format=torch.bfloat16, is_shared=True)
+    whole, looked_up = replace(shared, is_shared=False), replace(shared, used=0)
+    alone = Products.of([shared, whole, looked_up], MACHINE, Split(), 10**6)
+    assert alone == Products(prompt_s=2.0, token_s=4e-3, held_nbytes=6 * 10**6)
+    ranks = Products.of([shared, whole, looked_up], MACHINE, Split(tp_size=2), 10**6)
+    assert ranks == Products(prompt_s=1.5, token_s=3e-3, held_nbytes=4 * 10**6)
+    assert Products.of([shared], MACHINE, Split(pp_size=2), 10**6) == Products(
+        prompt_s=1.0, token_s=2e-3, held_nbytes=10**6
+    )
+    logits = Products.of([replace(shared, of_last=True)], MACHINE, Split(), 10**6)
+    assert logits.prompt_s == pytest.approx(2e-3), "the last token alone reads it"
+
+
+def machines(one_ms: float, two_ms: float, held: int = 10**6) -> list[MachinesEstimate]:
+    """A prompt as long as its token; natively several machines take longer."""
+    one = MachinesEstimate(
+        machines=1,
+        codec="",
+        weights_bytes=held,
+        prompt_products_ms=one_ms,
+        token_products_ms=one_ms,
+        prompt_ms=one_ms,
+        token_ms=one_ms,
+    )
+    two = replace(one, machines=2, weights_bytes=held // 2, codec="int4-feature", prompt_ms=two_ms, token_ms=two_ms)
+    return [one, replace(two, codec="bf16", prompt_ms=9 * two_ms, token_ms=None), two]
+
+
+def test_more_machines_are_not_slower_without_a_word() -> None:
+    slow, even, fast = (list(verdicts(machines(10, two_ms), MACHINE)) for two_ms in (20.0, 9.0, 6.0))
+    assert slow == [
+        f"2 machines are slower than one for {what}: 20 ms by int4-feature, the fastest here, for 10 ms."
+        for what in ("the prompt", "a token after it")
+    ]
+    assert [sentence.split(" for ")[0] for sentence in even] == ["2 machines are hardly faster than one"] * 2
+    assert not fast
+
+
+def test_weights_that_do_not_fit_are_told() -> None:
+    (told,) = verdicts(machines(10, 5, held=1_500_000_000), MACHINE)
+    assert told == "The weights do not fit into one machine: 1.5 GB in each, for 1 GB of memory, as given."
+    assert len(list(verdicts(machines(10, 5, held=3_000_000_000), MACHINE))) == 2, "nor into two"
+    assert not list(verdicts(machines(10, 5, held=10**12), replace(MACHINE, memory_nbytes=0))), "nothing tells"
+
+
+def test_a_machine_is_measured_by_its_products() -> None:
+    for form in (torch.bfloat16, Q4_0, w4a16(128)):
+        found = Machine.measured(form)
+        assert found.read_bps > 0 and found.macs_per_s > 0 and found.origin.startswith("measured here, ")
+
+
+def test_a_machine_is_given_as_text() -> None:
+    given = Machine.parse("50GBps,2TFLOPS,32GB")
+    assert given == Machine(read_bps=5e10, macs_per_s=1e12, memory_nbytes=32 * 10**9, origin="as given")
+    assert Machine.parse("50GB/s, 2000GFLOPS, 0.032TB") == given
+
+
+def test_the_command_shows_one_machine_beside_several(tmp_path: Path) -> None:
+    """By given figures; a small model on a slow link is told to stay on one, in few bits all the more."""
+    asked = "--link", "100Mbps,1ms", "--codec", "int4-feature", "--machine", "10GBps,1TFLOPS,8GB"
+    report = estimated(MODEL, tmp_path / "r.json", *asked)
+    one, *several = report["machines"]
+    assert (one["machines"], one["codec"]) == (1, "") and one["prompt_ms"] == one["prompt_products_ms"]
+    assert [(row["machines"], row["codec"]) for row in several] == [(2, "bf16"), (2, "int4-feature")]
+    for row in several:
+        sums = next(each["times"] for each in report["codecs"] if each["codec"] == row["codec"])
+        for figure in ("prompt", "token"):
+            least = min(each[f"{figure}_ms"] for each in sums)
+            assert row[f"{figure}_ms"] == pytest.approx(row[f"{figure}_products_ms"] + least)
+            assert row[f"{figure}_products_ms"] == pytest.approx(one[f"{figure}_products_ms"] / 2)
+    shown = " ".join(run("estimate", MODEL, *asked, "--weights", "int4-group32", "--json", tmp_path / "r.json").split())
+    assert "2 machines are slower than one for a token after it" in shown and "as given" in shown
+    few = json.loads((tmp_path / "r.json").read_text(encoding="utf8"))["machines"][0]
+    assert few["token_ms"] < one["token_ms"] / 1.8 and few["prompt_ms"] <= one["prompt_ms"]
+    assert "measured here" in run("estimate", MODEL, *asked[:4])
+
+
 def estimated(folder: Path, report: Path, *options: str) -> dict[str, Any]:
     shown = run("estimate", folder, "--json", report, *options)
     assert "a prompt of" in shown and ("pays from" in shown) == ("--link" in options)
@@ -181,6 +329,9 @@ def test_the_command_reads_nothing_but_the_config(tmp_path: Path) -> None:
     [
         (("-tp", "2", "--link", "fast"), "expected RATE,DELAY"),
         (("-tp", "1"), "above 1, found one rank"),
+        (("-tp", "2", "--link", "1Gbps,0ms", "--machine", "fast"), "expected RATE,SPEED,MEMORY"),
+        (("-tp", "2", "--machine", "10GBps,1TFLOPS,8GB"), "--machine: expected --link beside it"),
+        (("-tp", "2", "--weights", "int4-group32"), "--weights: expected --link beside it"),
         (("-tp", "2", "--transport", "pigeon"), "one of auto, tcp, torch"),
         (("-tp", "2", "--codec", "int9"), "int9"),
         (("-tp", "2", "--input-len", "513"), "512 tokens at most, the model's context, found 513"),

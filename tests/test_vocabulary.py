@@ -32,6 +32,18 @@ FAMILIES = ["llama", "llama-tied", "gemma2", "phi3", "qwen3-moe"]
 MADE_OF = {"none": {"embedding", "logits"}, "embedding": {"logits"}, "all": set()}
 
 
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+def test_few_bits_are_few_bytes(tmp_path: Path, name: str) -> None:
+    engine = load_engine()
+    dense = engine.vocabulary(engine.skeleton(save_random(name, tmp_path)).bfloat16())
+    kept = dense.kept_in(engine.matrices(tmp_path, weights="int8-group32"))
+
+    assert dense.kept_in(engine.matrices(tmp_path)).output == dense.output
+    assert dense.kept_in(engine.matrices(tmp_path)).embedding == dense.embedding
+    assert kept.output == 112 * 128 * 34 // 32  # rows in blocks of 16, columns of 64
+    assert kept.embedding == (kept.output if dense.tied else dense.embedding)
+
+
 def held(model: Any) -> int:
     """Bytes of weights, each once."""
     return sum({id(weight): local(weight).nbytes for weight in model.parameters()}.values())

@@ -21,11 +21,11 @@ from narrowcast.perf import codec as codecs
 from narrowcast.perf import collective as collectives
 from narrowcast.perf import model as models
 from narrowcast.perf.machine import machine
+from narrowcast.perf.model import Job
 from narrowcast.perf.sizes import parse_sizes, written
 from narrowcast.perf.timeline import trace
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
-from narrowcast.runtime.prompts import Chunks
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 from narrowcast.transport.tcp import COMPILED
 
@@ -42,9 +42,11 @@ COLUMNS: dict[str, tuple[Sequence[str], Mapping[str, str]]] = {  # of words, and
     ),
     "model": (
         ("codec", "transport", "prompt_chunks"),
-        {"ttft_ms": "first token, ms", "decode_ms_per_token": "then, ms a token"},
+        {"cores": "cores", "ttft_ms": "first token, ms", "decode_ms_per_token": "then, ms a token"},
     ),
 }
+
+ANSWER = {"ttft_ms": "a prompt", "decode_ms_per_token": "a token after it"}
 
 
 def bench(
@@ -70,6 +72,7 @@ def bench(
     replicate: Annotated[
         Replicated | None, typer.Option(metavar="NAME", help="embedding or all: whole on each rank. Of a model.")
     ] = None,
+    weights: options.WeightsOption = "stored",
     timeline: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a Chrome trace of an answer. Of a model.")
     ] = None,
@@ -79,8 +82,8 @@ def bench(
     """Measure kernels of codecs, sums over ranks, or a split model, each against a yardstick in the same run.
 
     codec: GB/s of one thread, against copying the tensor. collective: sums against the group's own all_reduce and
-    against as many bytes over plain sockets. model: a Llama of 380 M parameters, against the engine's own sums.
-    Everything that is timed must first give the right bits.
+    against as many bytes over plain sockets. model: a Llama of 380 M parameters, against the engine's own sums, and
+    against one machine. Everything that is timed must first give the right bits.
     """
     check_report(json)
     _check_options(
@@ -91,6 +94,7 @@ def bench(
             "--transport": (transport, ["codec"]),
             "--prompt-chunks": (prompt_chunks, ["codec", "collective"]),
             "--replicate": ([replicate] if replicate else None, ["codec", "collective"]),
+            "--weights": ([weights] if weights != "stored" else None, ["codec", "collective"]),
             "--timeline": ([str(timeline)] if timeline else None, ["codec", "collective"]),
         },
     )
@@ -105,14 +109,26 @@ def bench(
     elif subject == "collective":
         parts = _collectives(codec, size, tp, links, transports, timeout)
     else:
-        chunks = [options.prompt_chunks(each) for each in prompt_chunks or "1"]
-        parts = _models(codec, tp, links, transports, chunks, replicate or "none", timeline, timeout)
+        job = replace(
+            models.DEFAULT,
+            codecs=_recipes(codec, models.DEFAULT.codecs),
+            transports=transports,
+            prompt_chunks=[options.prompt_chunks(each) for each in prompt_chunks or "1"],
+            split=Split(tp_size=tp),
+            replicated=replicate or "none",
+            weights=weights,
+            timeout_s=timeout,
+        )
+        parts = _models(job, links, timeline)
     rows = _measured(parts)
     if json is not None:
         write_report(json, {"machine": machine(), "rows": rows})
     for each in dict.fromkeys(row.get("link") for row in rows):
+        here = [row for row in rows if row.get("link") == each]
         title = "on one thread" if subject == "codec" else f"{tp} ranks on {each or NO_LINK}"
-        _print([row for row in rows if row.get("link") == each], title, *COLUMNS[subject])
+        _print(here, title if weights == "stored" else f"{title}, weights {weights}", *COLUMNS[subject])
+        for sentence in against_one_machine(here, tp) if subject == "model" else ():
+            screen().print(sentence)
 
 
 def _codecs(codec: Sequence[str] | None, size: Sequence[str] | None) -> Iterator[Part]:
@@ -136,30 +152,10 @@ def _collectives(
         yield f"{tp} ranks on {link or NO_LINK}", collectives.rows(sweep, tp, link)
 
 
-def _models(
-    codec: Sequence[str] | None,
-    tp: int,
-    links: Sequence[Link | None],
-    over: Sequence[str],
-    chunks: Sequence[Chunks],
-    replicated: Replicated,
-    timeline: Path | None,
-    timeout_s: float,
-) -> Iterator[Part]:
-    usual = models.DEFAULT
-    codecs = _recipes(codec, usual.codecs)
-    job = replace(
-        usual,
-        codecs=codecs,
-        transports=over,
-        split=Split(tp_size=tp),
-        prompt_chunks=chunks,
-        replicated=replicated,
-        timeout_s=timeout_s,
-    )
+def _models(job: Job, links: Sequence[Link | None], timeline: Path | None) -> Iterator[Part]:
     with models.prepared(job) as folder:
         for link in links:
-            yield f"{job.shape}, {tp} ranks on {link or NO_LINK}", models.rows(job, folder, link)
+            yield f"{job.shape}, {job.split.world_size} ranks on {link or NO_LINK}", models.rows(job, folder, link)
         if timeline is not None:
             write_new(timeline, dumps(trace(job, folder, links)).encode(), overwrite=False)
 
@@ -179,6 +175,25 @@ def _print(rows: Rows, title: str, words: Sequence[str], figures: Mapping[str, s
     for row in rows:
         found.add_row(*(_cell(column, row[column]) for column in (*words, *figures)))
     screen().print(found)
+
+
+def against_one_machine(rows: Rows, tp_size: int) -> Iterator[str]:
+    """A sentence for each machine alone that is faster than our sums over ranks, by the fastest of these."""
+    ones = [row for row in rows if row["codec"] == models.ALONE.codec]
+    ours = [row for row in rows if row["codec"] not in (models.ALONE.codec, models.NATIVE.codec)]
+    for one in ones:
+        ratios = {name: min(row[figure] for row in ours) / one[figure] for figure, name in ANSWER.items()}
+        slower = [f"{ratio:.2f} times as long for {name}" for name, ratio in ratios.items() if ratio > 1]
+        if slower:
+            machine_alone, each = _cores(one["cores"]), _cores(ours[0]["cores"])
+            taken = " and ".join(slower)
+            yield f"Slower than one machine of {machine_alone}: {tp_size} ranks of {each} each take {taken}."
+    if len(ones) > 1:
+        yield f"All ranks share this machine's {_cores(ones[0]['cores'])}, which ranks with a machine each would not."
+
+
+def _cores(number: int) -> str:
+    return f"{number} core{'s' * (number != 1)}"
 
 
 def _cell(column: str, value: str | float | None) -> str:

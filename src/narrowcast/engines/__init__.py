@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from narrowcast.engines.base import Dtype, Engine, Replicated, Weights
+from narrowcast.engines.base import Dtype, Engine, Matrix, Replicated, Weights
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 
 ENGINES: dict[str, str] = {"transformers": "narrowcast.engines.transformers"}
@@ -58,6 +58,7 @@ __all__ = [
     "ENGINES",
     "Dtype",
     "Engine",
+    "Matrix",
     "Replicated",
     "Weights",
     "computes_bf16",

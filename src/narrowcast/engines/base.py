@@ -1,10 +1,12 @@
 """Engines: their run-time seam (what travels, taking over, giving back), and their model files."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from narrowcast.engines.forwards import Forwards
@@ -13,6 +15,8 @@ from narrowcast.plan.split import Split
 from narrowcast.runtime.prompts import Prompts
 from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
+from narrowcast.weights.formats import WeightFormat
+from narrowcast.weights.packed import packed_shape
 
 Dtype = Literal["auto", "bfloat16", "float32"]  # auto: as weights are stored
 
@@ -41,6 +45,40 @@ class Vocabulary:
         if replicated == "all" and not self.tied:
             matrices += self.output
         return matrices * (tp_size - 1) // tp_size
+
+    def kept_in(self, matrices: "Sequence[Matrix]") -> "Vocabulary":
+        """The same of a model whose matrices are these, of which some may be in few bits."""
+        looked_up = sum(each.nbytes for each in matrices if not each.used)
+        output = sum(each.nbytes for each in matrices if each.of_last)
+        return Vocabulary(
+            all=sum(each.nbytes for each in matrices),
+            embedding=(output if self.tied else looked_up) if self.embedding else 0,
+            output=output if self.output else 0,
+            tied=self.tied,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A matrix [N, K] of weights, or `number` of alike ones, such as experts, of which a token is multiplied by `used`.
+
+    `format`: that in few bits, or the dtype of its values. `is_shared`: among ranks. `of_last`: only the last token of
+    a prompt is multiplied by it.
+    """
+
+    shape: tuple[int, int]
+    format: WeightFormat | torch.dtype
+    is_shared: bool
+    number: int = 1
+    used: int = 1
+    of_last: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Of all of them, in memory."""
+        if isinstance(self.format, WeightFormat):
+            return self.number * math.prod(packed_shape(self.format, self.shape))
+        return self.number * math.prod(self.shape) * self.format.itemsize
 
 
 class Seam(Protocol):
@@ -125,6 +163,13 @@ class ModelFiles(Protocol):
 
     def vocabulary(self, model: nn.Module) -> Vocabulary:
         """The sizes of a whole model, or of its skeleton."""
+        ...
+
+    def matrices(self, path: str | Path, *, weights: Weights = "stored") -> Sequence[Matrix]:
+        """The matrices of a model, of which no values are read: its config, and headers of files if they are there.
+
+        An embedding that is looked up alone is one, of which none is `used`.
+        """
         ...
 
     def load_tokenizer(self, path: str | Path) -> Any:

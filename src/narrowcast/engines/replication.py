@@ -9,7 +9,7 @@ from typing import cast, get_args
 
 import torch
 
-from narrowcast.engines.base import Dtype, Engine, Replicated, Vocabulary
+from narrowcast.engines.base import Dtype, Engine, Replicated, Vocabulary, Weights
 from narrowcast.plan import Plan
 from narrowcast.plan.split import UNCODED
 from narrowcast.transport import TorchDistributedTransport
@@ -26,6 +26,7 @@ def affordable(
     plans: Sequence[Plan],
     *,
     dtype: Dtype = "auto",
+    weights: Weights = "stored",
 ) -> Replicated:
     """The `replicated` of `load` that suits these `plans` of one split; every rank calls this, and finds the same.
 
@@ -34,7 +35,8 @@ def affordable(
     a plan codes.
     """
     skeleton = engine.skeleton(path)
-    vocabulary = engine.vocabulary(skeleton if dtype == "auto" else skeleton.to(getattr(torch, dtype)))
+    dense = engine.vocabulary(skeleton if dtype == "auto" else skeleton.to(getattr(torch, dtype)))
+    vocabulary = dense.kept_in(engine.matrices(path, weights=weights)) if dtype != "float32" else dense
     mine = allowed(vocabulary, plans, free_nbytes(), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     texts = TorchDistributedTransport().share(json.dumps(mine), "agreeing on what to replicate")
     every: list[Replicated] = [cast(Replicated, json.loads(text)) for text in texts]

@@ -143,7 +143,7 @@ def evaluate_on_ranks(
 def _on_rank(job: Job, split: Split) -> list[Outcome]:
     engine, plans = load_engine(), [Plan.load(path) for path in job.plans]
     asked = job.replicated
-    kept = affordable(engine, job.model, plans, dtype=job.dtype) if asked == "auto" else asked
+    kept = affordable(engine, job.model, plans, dtype=job.dtype, weights=job.weights) if asked == "auto" else asked
     model = load_part(engine, job.model, split=split, replicated=kept, dtype=job.dtype, weights=job.weights)
     if job.batches:  # scores are of the codecs, whatever sums a tuned plan would leave uncoded
         plans = [replace(plan, decisions=Decisions()) for plan in plans]

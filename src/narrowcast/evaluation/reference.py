@@ -1,9 +1,7 @@
 """The uncompressed model beside the ranks of a split one: whole on the first rank, where that fits."""
 
 import functools
-import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.engines import Dtype, Weights, device_of, load_engine
+from narrowcast.launch.alone import alone, cores_of_host, with_cores
 from narrowcast.scores import log_probs
 from narrowcast.transport import TorchDistributedTransport
 
@@ -52,12 +51,12 @@ class Reference:
 
     def _answer_alone(self, question: Callable[[nn.Module], T]) -> T:
         assert self._whole is not None, "the first rank has the whole model"
-        with _all_cores():
+        with with_cores(cores_of_host()):
             return question(self._whole)
 
     def _on_first(self, call: Callable[[], T]) -> T | None:
         """The result of `call` on the first rank, which may take any time; None on the others, which wait for it."""
-        return self._ranks.accompanied(call if self._first else lambda: None, "waiting for the uncompressed model")
+        return alone(self._ranks, call, "waiting for the uncompressed model")
 
     def log_probs(self, batches: Sequence[Tensor]) -> Iterator[Tensor | None]:
         """Log-probabilities [B, T, V] of each batch of ids [B, T], computed when it is asked for."""
@@ -75,14 +74,3 @@ def _available_nbytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     lines = (line.split() for line in MEMORY.read_text(encoding="ascii").splitlines())
     return next(1024 * int(size) for name, size, *_ in lines if name == "MemAvailable:")
-
-
-@contextmanager
-def _all_cores() -> Iterator[None]:
-    """The cores of ranks that wait."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -16,16 +17,17 @@ from torch import Tensor, nn
 from narrowcast.attaching import attach
 from narrowcast.calibration import moments_needed, observe, recipes_by_kind
 from narrowcast.calibration.moments import MomentsNeeded
-from narrowcast.engines import Replicated, load_engine
+from narrowcast.engines import Replicated, Weights, load_engine
 from narrowcast.engines.parts import load_part
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import Link, run
+from narrowcast.launch.alone import alone, cores_of_host, with_cores
 from narrowcast.perf.timing import Case, Span, over_ranks
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
 from narrowcast.runtime.prompts import Chunks
-from narrowcast.transport import DEFAULT_TIMEOUT_S
+from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport
 
 VOCAB_SIZE, HEAD_SIZE = 32_000, 128
 NUM_CALIBRATION_TOKENS = 64
@@ -49,8 +51,9 @@ class Shape:
 class Job:
     """Answers to measure: `batch` prompts of `prefill` tokens, then `decode` tokens one by one, `rounds` times each.
 
-    `replicated`: of the vocabulary, what each rank keeps whole, so that nothing of it travels.
-    `timeout_s`: until a rank is lost.
+    `replicated`: of the vocabulary, what each rank keeps whole, so that nothing of it travels. `weights`: as of
+    `engine.load`; plans are made of the weights as they are stored, and fit whatever becomes of them. `timeout_s`:
+    until a rank is lost.
     """
 
     shape: Shape = Shape()
@@ -64,17 +67,19 @@ class Job:
     rounds: int = 3
     timeout_s: float = DEFAULT_TIMEOUT_S
     replicated: Replicated = "none"
+    weights: Weights = "stored"
 
 
 DEFAULT = Job()
 
 
 class Way(NamedTuple):
-    """A codec over a transport, and how a prompt runs."""
+    """A codec over a transport, how a prompt runs, and the cores of each process."""
 
     codec: str
     transport: str
     prompt_chunks: Chunks
+    cores: int = 1
 
     @property
     def options(self) -> dict[str, Any]:
@@ -83,6 +88,7 @@ class Way(NamedTuple):
 
 
 NATIVE = Way("native", "torch", 1)  # the engine's own sums, over the group that it makes
+ALONE = Way("one machine", "none", 1)  # the whole model in one process
 
 
 class Spans(NamedTuple):
@@ -111,15 +117,21 @@ def prepared(job: Job) -> Iterator[Path]:
 
 
 def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
-    """A row for the engine's own sums in BF16, then one for each codec: medians of interleaved rounds."""
+    """Rows for one machine alone, for the engine's own sums in BF16, and for each codec: medians of interleaved rounds.
+
+    One machine has all cores of the first rank's, and, where several ranks share these, in a second row as many as a
+    rank has.
+    """
     by_rank = run(_on_rank, job.split.world_size, job, folder, link=link, timeout_s=job.timeout_s)
     for way in by_rank[0]:
-        answers = [measured[way] for measured in by_rank]
+        if not (answers := [own for measured in by_rank if (own := measured[way])]):
+            continue  # another rank was alone, which under torchrun is elsewhere
         prefill = over_ranks([[each.prefill for each in own] for own in answers])
         decode = over_ranks([[each.decode for each in own] for own in answers])
         yield {
             "link": None if link is None else str(link),
             **way._asdict(),
+            "weights": job.weights,
             "prefill_tokens": job.prefill,
             "ttft_ms": statistics.median(prefill) * 1e3,
             "decode_ms_per_token": statistics.median(decode) * 1e3 / job.decode,
@@ -128,21 +140,29 @@ def rows(job: Job, folder: Path, link: Link | None) -> Iterator[dict[str, Any]]:
 
 def loaded(job: Job, folder: Path) -> tuple[nn.Module, dict[str, Plan]]:
     """This rank's part of the model, and the plans by codec."""
-    model = load_part(load_engine(), folder / WEIGHTS, split=job.split, replicated=job.replicated)
+    model = load_part(load_engine(), folder / WEIGHTS, split=job.split, replicated=job.replicated, weights=job.weights)
     return model, {codec: Plan.load(folder / codec) for codec in job.codecs}
 
 
 def ways(job: Job) -> list[Way]:
     """All ways of a job but the engine's own."""
-    return list(map(Way._make, itertools.product(job.codecs, job.transports, job.prompt_chunks)))
+    return list(itertools.starmap(Way, itertools.product(job.codecs, job.transports, job.prompt_chunks)))
 
 
 def _on_rank(job: Job, folder: Path) -> dict[Way, list[Spans]]:
-    model, plans = loaded(job, folder)
-    measured: dict[Way, list[Spans]] = {way: [] for way in (NATIVE, *ways(job))}
+    """The answers of this rank, those of one machine on the first rank."""
+    (model, plans), ranks, share = loaded(job, folder), TorchDistributedTransport(), torch.get_num_threads()
+    whole = alone(ranks, lambda: load_engine().load(folder / WEIGHTS, weights=job.weights), "loading the whole model")
+    alones = [ALONE._replace(cores=cores) for cores in sorted({cores_of_host(), share}, reverse=True)]
+    shared = [way._replace(cores=share) for way in (NATIVE, *ways(job))]
+    measured: dict[Way, list[Spans]] = {way: [] for way in (*alones, *shared)}
     for round in range(-1, job.rounds):
         tell(Progress("measuring, round", round + 1, job.rounds + 1))
-        for way in measured:
+        for way in alones:
+            spans = alone(ranks, partial(_answer_alone, whole, job, way.cores), "waiting for one machine")
+            if round >= 0 and spans:
+                measured[way].append(spans)
+        for way in shared:
             plan = plans.get(way.codec)
             with nullcontext() if plan is None else attach(model, plan, **way.options):
                 if round < 0:  # warms up besides
@@ -151,6 +171,12 @@ def _on_rank(job: Job, folder: Path) -> dict[Way, list[Spans]]:
             if round >= 0:
                 measured[way].append(spans)
     return measured
+
+
+def _answer_alone(model: nn.Module | None, job: Job, num_cores: int) -> Spans:
+    assert model is not None, "the first rank has the whole model"
+    with with_cores(num_cores):
+        return _timed(model, job)
 
 
 @torch.no_grad()
@@ -164,9 +190,14 @@ def _check_agreement(model: nn.Module, codec: str, num_tokens: int) -> None:
         raise NarrowcastError(f"{codec}: the ranks do not end with the same finite logits; please report it")
 
 
-@torch.no_grad()
 def answer(model: nn.Module, job: Job) -> Spans:
     """Time one answer; all ranks begin together."""
+    dist.barrier()
+    return _timed(model, job)
+
+
+@torch.no_grad()
+def _timed(model: nn.Module, job: Job) -> Spans:
     ids, state = _ids(job.prefill, job.batch), None
 
     def forward() -> None:
@@ -178,7 +209,6 @@ def answer(model: nn.Module, job: Job) -> Spans:
         for _ in range(job.decode):
             forward()
 
-    dist.barrier()
     return Spans(Case(forward).timed(), Case(decode).timed())
 
 

@@ -53,8 +53,7 @@ class PackedMatrix:
                 found=f"{num_columns} columns",
                 remedy="Take another format for it.",
             )
-        per_block, nbytes = _block(form)
-        blocks = torch.empty(-(-num_rows // BLOCK_ROWS), -(-num_columns // per_block), nbytes, dtype=torch.uint8)
+        blocks = torch.empty(packed_shape(form, shape), dtype=torch.uint8)
         return cls(form, shape, blocks, bf16_scales=bf16_scales, scale=scale)
 
     @classmethod
@@ -145,6 +144,13 @@ def check_columns(name: str, form: WeightFormat, own: slice, num_columns: int, t
 def _room(arena: Arena, parts: Sequence[PackedMatrix]) -> Tensor:
     num_blocks, shape = sum(len(part.blocks) for part in parts), parts[0].blocks.shape[1:]
     return arena.room(num_blocks * shape.numel()).view(num_blocks, *shape)
+
+
+def packed_shape(form: WeightFormat, shape: tuple[int, int]) -> tuple[int, int, int]:
+    """[B, C, bytes] of the blocks of a matrix [N, K]."""
+    num_rows, num_columns = shape
+    per_block, nbytes = _block(form)
+    return -(-num_rows // BLOCK_ROWS), -(-num_columns // per_block), nbytes
 
 
 def _block(form: WeightFormat) -> tuple[int, int]:

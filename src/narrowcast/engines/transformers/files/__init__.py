@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from narrowcast.engines.transformers.files import rotation
 from narrowcast.engines.transformers.files.fingerprint import fingerprint
 from narrowcast.engines.transformers.files.loading import load, load_tokenizer, obstacle, save, skeleton
+from narrowcast.engines.transformers.files.matrices import matrices
 from narrowcast.engines.transformers.files.vocabulary import vocabulary
 from narrowcast.engines.transformers.seam import summed
 from narrowcast.engines.transformers.sharding import check_dense
@@ -35,6 +36,7 @@ __all__ = [
     "fingerprint",
     "load",
     "load_tokenizer",
+    "matrices",
     "num_features",
     "obstacle",
     "rotate",

@@ -119,18 +119,21 @@ def _from_pretrained(path: str | Path, arguments: Mapping[str, Any]) -> nn.Modul
 
 
 def _packed(path: str | Path, weights: Weights) -> PackedModel | None:
-    """The model's weights, where they are read by us: stored in few bits, or to be kept so; None for the engine."""
-    if Path(path).suffix == GGUF:
-        ours = knows(Path(path)) or weights not in ("stored", "dense")
-    else:
-        quantized = getattr(_config(path), "quantization_config", None) is not None
-        ours = quantized or weights not in ("stored", "dense")
-    if not ours:
+    """The model's weights, where they are read by us; None for the engine."""
+    if not reads_itself(path, weights):
         return None
     checkpoint = open_checkpoint(_folder(path))
     for note in checkpoint.notes:
         logger.info("%s: %s", path, note)
     return PackedModel(path, checkpoint, weights)
+
+
+def reads_itself(path: str | Path, weights: Weights) -> bool:
+    """True where weights are read by us, and not by the engine: stored in few bits, or to be kept so."""
+    if Path(path).suffix == GGUF:
+        return knows(Path(path)) or weights not in ("stored", "dense")
+    quantized = getattr(_config(path), "quantization_config", None) is not None
+    return quantized or weights not in ("stored", "dense")
 
 
 def _config(path: str | Path) -> Any:

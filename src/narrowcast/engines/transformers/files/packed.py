@@ -57,8 +57,7 @@ class PackedModel:
         cuts groups of columns.
         """
         model = _empty(config, dtype)
-        if any(is_experts(module) for module in model.modules()):
-            raise self._refusal("a model without experts", "a mixture of experts", "Pass --weights dense.")
+        self.check_without_experts(model)
         self._check_place_for_all(model)
         self._put_layers(model, dtype)
         self._set_frequencies(model)
@@ -71,6 +70,11 @@ class PackedModel:
         _settle(model)
         _check_filled(self._path, model)
         return model.eval()
+
+    def check_without_experts(self, model: nn.Module) -> None:
+        """InvalidInputError for experts, which have no kernels in few bits."""
+        if any(is_experts(module) for module in model.modules()):
+            raise self._refusal("a model without experts", "a mixture of experts", "Pass --weights dense.")
 
     def _check_place_for_all(self, model: nn.Module) -> None:
         """InvalidInputError for weights of the checkpoint that the model would leave out."""
@@ -92,20 +96,34 @@ class PackedModel:
             raise self._refusal(f"{len(rotary.inv_freq)} rotary frequencies", str(len(divisors)), "Copy it again.")
         rotary.inv_freq = rotary.original_inv_freq = rotary.inv_freq / divisors
 
-    def _put_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Give the model layers for matrices in few bits."""
+    def formats(self, model: nn.Module) -> dict[str, WeightFormat]:
+        """The formats of the layers that keep their matrix in few bits, by name; of a skeleton too."""
         styles, tied = styles_of(model), _tied(model)
         output = cast(Any, model).get_output_embeddings()
         self._output = next((f"{name}.weight" for name, module in model.named_modules() if module is output), "")
         self._output = self._source(self._output, tied) or ""
-        for name, module in list(model.named_modules()):
+        found = {}
+        for name, module in model.named_modules():
             source = self._source(f"{name}.weight", tied)
-            if type(module) is nn.Linear and styles.get(name, WHOLE) in (WHOLE, SPLIT_ROWS, SPLIT_COLUMNS):
-                if source is not None and self._format(source) is not None:
-                    model.set_submodule(name, PackedLinear(module.in_features, module.out_features, module.bias))
-            elif isinstance(module, nn.Embedding) and source is not None and self._keeps_embedding(source, tied):
+            if source is None or (form := self._format(source)) is None:
+                continue
+            splits = styles.get(name, WHOLE) in (WHOLE, SPLIT_ROWS, SPLIT_COLUMNS)
+            is_linear, is_embedding = type(module) is nn.Linear and splits, isinstance(module, nn.Embedding)
+            if is_linear or (is_embedding and self._keeps_embedding(source, tied)):
+                found[name] = form
+        return found
+
+    def _put_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
+        """Give the model layers for matrices in few bits."""
+        for name in self.formats(model):
+            module: Any = model.get_submodule(name)
+            layer: PackedLayer
+            if isinstance(module, nn.Linear):
+                layer = PackedLinear(module.in_features, module.out_features, module.bias)
+            else:
                 scale = getattr(module, "embed_scale", None)
-                model.set_submodule(name, PackedEmbedding(module.num_embeddings, module.embedding_dim, dtype, scale))
+                layer = PackedEmbedding(module.num_embeddings, module.embedding_dim, dtype, scale)
+            model.set_submodule(name, layer)
 
     def _source(self, parameter: str, tied: Mapping[str, str]) -> str | None:
         """The checkpoint's name of a parameter, which may be another one that it shares; None if it has neither."""
@@ -129,9 +147,7 @@ class PackedModel:
 
     def _keeps_embedding(self, source: str, tied: Mapping[str, str]) -> bool:
         """True where the file has it in few bits, or it is the output layer too: looking up reads next to nothing."""
-        return self._format(source) is not None and (
-            self._checkpoint.format(source) is not None or source in tied.values()
-        )
+        return self._checkpoint.format(source) is not None or source in tied.values()
 
     def _fill(self, model: nn.Module, mesh: Any) -> None:
         styles, tied, matrices = styles_of(model), _tied(model), {}
