@@ -11,8 +11,8 @@ left out.
 The same random Llama for all: in Q4_0, which is distributed-llama's Q40, in Q8_0 or BF16. On one node of 1 and 2
 threads, and on two of one thread each on every link in turn (root only; "none": loopback), all in turn within a round;
 medians. Four nodes have too few cores here to be timed: of them bytes alone count, on the first link that there is.
-narrowcast keeps its embedding whole on each node and tunes its plan on the link first; it and llama.cpp have answered
-once before. distributed-llama's times are those that it tells.
+narrowcast tunes its plan on the link first and keeps of its vocabulary on each node what pays; it and llama.cpp have
+answered once before. distributed-llama's times are those that it tells.
 """
 
 import argparse

@@ -15,6 +15,7 @@ from narrowcast import attach
 from narrowcast.calibration import observe
 from narrowcast.engines import load_engine
 from narrowcast.engines.parts import load_part
+from narrowcast.engines.replication import affordable
 from narrowcast.perf import model as models
 from narrowcast.perf.model import Job, Spans
 from narrowcast.perf.timing import over_ranks
@@ -56,9 +57,10 @@ def answer(job: Job, folder: Path, weights: str, place: Place) -> Answer:
 def _on_rank(job: Job, folder: Path, weights: str) -> tuple[Spans, float]:
     """The times of an answer, and the bytes that this rank sends for each token after its prompt."""
     split = job.split.tp_size > 1
-    replicated = "embedding" if split else "none"
-    model = load_part(load_engine(), _weights(folder, weights), split=job.split, replicated=replicated)
-    with attach(model, _tuned(_plan(folder, job.codecs[0], weights))) if split else nullcontext():
+    engine, path = load_engine(), _weights(folder, weights)
+    plans = [_tuned(_plan(folder, job.codecs[0], weights))] if split else []
+    model = load_part(engine, path, split=job.split, replicated=affordable(engine, path, plans) if split else "none")
+    with attach(model, *plans) if split else nullcontext():
         models.answer(model, replace(job, decode=job.decode // 8))  # warms up
         sent = [sent_bytes([os.getpid()])]
         for each in (replace(job, decode=0), job):
