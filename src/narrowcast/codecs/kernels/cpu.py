@@ -262,10 +262,14 @@ def _is_tame(scale_RE: Tensor, num_bits: int) -> bool:
     return bool(largest < 2.0**127 and scale_RE.min() >= 2.0**-118)
 
 
-@functools.cache
 def cores_of_this_rank() -> int:
-    """The cores that the ranks of this host leave to each of them, when first asked."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    """The cores that the ranks of this host leave to each of them."""
+    return _cores_among(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+@functools.cache
+def _cores_among(num_ranks: str) -> int:
+    return max(1, len(os.sched_getaffinity(0)) // int(num_ranks))
 
 
 def limit_threads() -> None:
