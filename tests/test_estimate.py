@@ -196,6 +196,11 @@ def test_a_config_alone_says_that_layers_are_in_few_bits(tmp_path: Path) -> None
     embedding, *layers, output = load_engine().matrices(tmp_path)
     assert {each.format for each in (embedding, output)} == {torch.bfloat16}
     assert {each.format for each in layers} == {w4a16(128)} and len(layers) == 14
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf8"))
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf8")
+    with pytest.raises(InvalidInputError, match="found quantization fp8"):
+        load_engine().matrices(tmp_path)
 
 
 def test_experts_are_used_by_few_tokens_and_held_all(tmp_path: Path) -> None:

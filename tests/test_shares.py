@@ -128,7 +128,7 @@ def test_ranks_that_gain_nothing_over_one_machine_are_told() -> None:
         "Than one machine of 2 cores, 2 ranks of 1 core each are slower for a prompt (80 ms, not 50) and slower for a "
         "token after it (12 ms, not 5).",
         "Than one machine of 1 core, 2 ranks of 1 core each are slower for a token after it (12 ms, not 10).",
-        "All ranks share this machine's 2 cores, which ranks with a machine each would not.",
+        "Ranks share this machine's 2 cores, which ranks with a machine each would not.",
     ]
     assert not list(against_one_machine([replace(one_core, token_s=0.1)], ranks))
 

@@ -39,4 +39,4 @@ def cores(number: int) -> str:
 
 def shared(number: int) -> str:
     """The sentence that goes with ranks which run on one machine of so many cores."""
-    return f"All ranks share this machine's {cores(number)}, which ranks with a machine each would not."
+    return f"Ranks share this machine's {cores(number)}, which ranks with a machine each would not."
