@@ -120,8 +120,8 @@ def test_one_machine_stands_beside_the_ranks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt_ms", "token_ms", "told"),
     [
-        (150.0, 12.0, ["1.50 times as long for a prompt and 1.20 times as long for a token"]),
-        (90.0, 12.0, ["each take 1.20 times as long for a token"]),
+        (150.0, 12.0, ["slower for a prompt (150 ms, not 100) and slower for a token after it (12 ms, not 10)"]),
+        (90.0, 12.0, ["each are slower for a token after it (12 ms, not 10)."]),
         (90.0, 9.9, []),
     ],
 )
@@ -133,7 +133,7 @@ def test_ranks_that_are_slower_than_one_machine_are_told(prompt_ms: float, token
     sentences = list(against_one_machine([one, native, slow, fast], 2))
     assert len(sentences) == len(told)
     for sentence, part in zip(sentences, told, strict=True):
-        assert sentence.startswith("Slower than one machine of 4 cores: 2 ranks of 4 cores each take")
+        assert sentence.startswith("Than one machine of 4 cores, 2 ranks of 4 cores each are ")
         assert part in sentence
 
 

@@ -348,6 +348,7 @@ def test_the_command_completes_the_plan(tmp_path: Path, monkeypatch: pytest.Monk
     assert f"sums of {NUM_FEATURES} features" in told and "us at 1 tokens" in told
     assert "coded one_shot" in done.output
     assert "sums of a token: coded one_shot, " in done.output and "sums of 256 tokens: coded one_shot, " in done.output
+    assert "One machine is not timed beside the ranks" in done.output, "the plan does not tell sizes"
     assert plan.read_bytes() == before
     tuned = Plan.load(new)
     assert tuned.decisions.choice(1, NUM_FEATURES, coded=True) is not None

@@ -11,7 +11,7 @@ import typer
 from narrowcast.cli import options
 from narrowcast.cli.options import DEFAULT_TP, JsonOption, TensorParallel
 from narrowcast.cli.progress import shown
-from narrowcast.cli.tables import screen, table
+from narrowcast.cli.tables import cores, screen, shared, table
 from narrowcast.codecs import PRESETS, recipe
 from narrowcast.engines import Replicated
 from narrowcast.errors import InvalidInputError
@@ -21,6 +21,7 @@ from narrowcast.perf import codec as codecs
 from narrowcast.perf import collective as collectives
 from narrowcast.perf import model as models
 from narrowcast.perf.machine import machine
+from narrowcast.perf.machines import slower
 from narrowcast.perf.model import Job
 from narrowcast.perf.sizes import parse_sizes, written
 from narrowcast.perf.timeline import trace
@@ -182,18 +183,11 @@ def against_one_machine(rows: Rows, tp_size: int) -> Iterator[str]:
     ones = [row for row in rows if row["codec"] == models.ALONE.codec]
     ours = [row for row in rows if row["codec"] not in (models.ALONE.codec, models.NATIVE.codec)]
     for one in ones:
-        ratios = {name: min(row[figure] for row in ours) / one[figure] for figure, name in ANSWER.items()}
-        slower = [f"{ratio:.2f} times as long for {name}" for name, ratio in ratios.items() if ratio > 1]
-        if slower:
-            machine_alone, each = _cores(one["cores"]), _cores(ours[0]["cores"])
-            taken = " and ".join(slower)
-            yield f"Slower than one machine of {machine_alone}: {tp_size} ranks of {each} each take {taken}."
+        times_ms = {name: (one[figure], min(row[figure] for row in ours)) for figure, name in ANSWER.items()}
+        ranks = f"{tp_size} ranks of {cores(ours[0]['cores'])} each"
+        yield from slower(ranks, f"one machine of {cores(one['cores'])}", times_ms)
     if len(ones) > 1:
-        yield f"All ranks share this machine's {_cores(ones[0]['cores'])}, which ranks with a machine each would not."
-
-
-def _cores(number: int) -> str:
-    return f"{number} core{'s' * (number != 1)}"
+        yield shared(ones[0]["cores"])
 
 
 def _cell(column: str, value: str | float | None) -> str:

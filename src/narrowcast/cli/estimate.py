@@ -31,7 +31,7 @@ from narrowcast.launch import Link
 from narrowcast.perf import estimate as perf
 from narrowcast.perf.compute import Machine, typical
 from narrowcast.perf.estimate import CodecEstimate, SiteEstimate
-from narrowcast.perf.machines import MachinesEstimate, one_and_several, verdicts
+from narrowcast.perf.machines import MachinesEstimate, one_and_several, verdicts, written_ms
 from narrowcast.perf.replication import ReplicationEstimate, replication
 from narrowcast.progress import Progress, tell
 
@@ -113,7 +113,7 @@ def _print_machines(console: Console, estimates: Sequence[MachinesEstimate], mac
     found = table(title, ("machines", "codec"), figures)
     for each in estimates:
         times = each.prompt_ms, each.prompt_products_ms, each.token_ms, each.token_products_ms
-        cells = ("?" if ms is None else f"{ms:.2g}" if ms < 100 else f"{ms:.0f}" for ms in times)
+        cells = ("?" if ms is None else written_ms(ms) for ms in times)
         found.add_row(str(each.machines), each.codec, _size(each.weights_bytes), *cells)
     console.print(found)
     console.print(

@@ -30,3 +30,13 @@ def table(title: str, words: Iterable[str], figures: Iterable[str] = ()) -> Tabl
     for column in figures:
         found.add_column(column, justify="right", no_wrap=True)
     return found
+
+
+def cores(number: int) -> str:
+    """So many, in words."""
+    return f"{number} core{'s' * (number != 1)}"
+
+
+def shared(number: int) -> str:
+    """The sentence that goes with ranks which run on one machine of so many cores."""
+    return f"Ranks share this machine's {cores(number)}, which ranks with a machine each would not."

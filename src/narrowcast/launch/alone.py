@@ -7,14 +7,14 @@ from typing import TypeVar
 
 import torch
 
-from narrowcast.transport import TorchDistributedTransport
+from narrowcast.transport.group import GroupTransport
 
 T = TypeVar("T")
 
 ON_THIS_HOST = "LOCAL_WORLD_SIZE"
 
 
-def alone(ranks: TorchDistributedTransport, call: Callable[[], T], doing: str) -> T | None:
+def alone(ranks: GroupTransport, call: Callable[[], T], doing: str) -> T | None:
     """The result of `call` on the first rank, which may take any time; None on the others, which wait for it."""
     return ranks.accompanied(call if ranks.rank == 0 else lambda: None, doing)
 

@@ -6,29 +6,22 @@ this machine show, or that is given. Attention, norms and Python come on top, on
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import torch
-from torch import Tensor
 
-from narrowcast.codecs.kernels import cpu
 from narrowcast.engines import Matrix
 from narrowcast.engines.replication import free_nbytes
 from narrowcast.errors import InvalidInputError
 from narrowcast.launch.alone import cores_of_host, with_cores
+from narrowcast.perf.products import Format, copies, nbytes_of, product, tokens
 from narrowcast.perf.timing import Case, interleaved, seconds
 from narrowcast.plan.split import Split
-from narrowcast.weights.formats import WeightFormat
-from narrowcast.weights.packed import PackedMatrix, packed_shape
-from narrowcast.weights.products import multiply, multiply_dense
 
 SIDE = 4096  # of the matrices that are measured with
-BEYOND_CACHES = 256 << 20  # bytes of them
-PROMPT, ROUNDS = 128, 5
-A_BYTE = 0x3C  # of which made, values and scales are ordinary numbers
+PROMPT, ROUNDS = 128, 8
 _SIZES = {"G": 1e9, "T": 1e12}
 _TEXT = re.compile(
     r"(\d+(?:\.\d+)?)GB(?:ps|/s),(\d+(?:\.\d+)?)([GT])FLOPS,(\d+(?:\.\d+)?)([GT])B", re.ASCII | re.IGNORECASE
@@ -67,25 +60,24 @@ class Machine:
         )
 
     @classmethod
-    def measured(cls, form: WeightFormat | torch.dtype) -> Self:
+    def measured(cls, form: Format) -> Self:
         """This one, with all its cores: the fastest of a few products with weights in a format, or of a dtype.
 
         Memory is what is free now.
         """
-        cores = cores_of_host()
+        cores, shape = cores_of_host(), (SIDE, SIDE)
+        nbytes = nbytes_of(form, shape)
         with with_cores(cores), torch.no_grad():
-            weights = _matrices(form)
-            token, prompt = (
-                torch.full((num_tokens, SIDE), 0.01, dtype=_activations(form)) for num_tokens in (1, PROMPT)
-            )
+            products = [product(form, shape) for _ in range(copies(nbytes))]
+            token, prompt = (tokens(form, num_tokens, SIDE) for num_tokens in (1, PROMPT))
             cases = {
-                "token": Case(lambda: [product(token) for product in weights]),
-                "prompt": Case(lambda: weights[0](prompt)),
+                "token": Case(lambda: [each(token) for each in products]),
+                "prompt": Case(lambda: products[0](prompt)),
             }
             interleaved(cases, 1)
             taken_s = {name: min(seconds(spans)) for name, spans in interleaved(cases, ROUNDS).items()}
         return cls(
-            read_bps=len(weights) * _nbytes(form) / taken_s["token"],
+            read_bps=len(products) * nbytes / taken_s["token"],
             macs_per_s=PROMPT * SIDE * SIDE / taken_s["prompt"],
             memory_nbytes=free_nbytes(),
             origin=f"measured here, {cores} core{'s' * (cores != 1)}",
@@ -116,9 +108,9 @@ class Products:
         return cls(prompt_s=prompt_s, token_s=token_s, held_nbytes=round(held))
 
 
-def typical(matrices: Sequence[Matrix]) -> WeightFormat | torch.dtype:
+def typical(matrices: Sequence[Matrix]) -> Format:
     """The format of most weights."""
-    nbytes: Counter[WeightFormat | torch.dtype] = Counter()
+    nbytes: Counter[Format] = Counter()
     for each in matrices:
         nbytes[each.format] += each.nbytes
     return nbytes.most_common(1)[0][0]
@@ -131,26 +123,3 @@ def _used_by_token(matrix: Matrix, split: Split) -> float:
     if matrix.number > 1 and split.experts != "slices":
         return -(-matrix.used // split.tp_size)
     return matrix.used / split.tp_size
-
-
-def _matrices(form: WeightFormat | torch.dtype) -> list[Callable[[Tensor], Tensor]]:
-    """Products with matrices that are too many for a cache; with one where they are computed slowly, value by value."""
-    number = 1 if cpu.native is None else -(-BEYOND_CACHES // _nbytes(form))
-    if isinstance(form, WeightFormat):
-        shape = SIDE, SIDE
-        packed = [PackedMatrix(form, shape, _filled(packed_shape(form, shape))) for _ in range(number)]
-        return [partial(multiply, each) for each in packed]
-    dense = [torch.full((SIDE, SIDE), 0.01, dtype=form) for _ in range(number)]
-    return [partial(multiply_dense, each) for each in dense]
-
-
-def _filled(shape: tuple[int, ...]) -> Tensor:
-    return torch.full(shape, A_BYTE, dtype=torch.uint8)
-
-
-def _activations(form: WeightFormat | torch.dtype) -> torch.dtype:
-    return form if isinstance(form, torch.dtype) else torch.bfloat16
-
-
-def _nbytes(form: WeightFormat | torch.dtype) -> int:
-    return Matrix(shape=(SIDE, SIDE), format=form, is_shared=False).nbytes

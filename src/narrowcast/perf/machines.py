@@ -1,6 +1,6 @@
 """One machine beside several that share a model: as long as it fits, more of them should not be slower unnoticed."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from narrowcast.engines import Matrix
@@ -40,19 +40,34 @@ def one_and_several(
     return found
 
 
+def slower(ranks: str, one: str, times_ms: Mapping[str, tuple[float, float]], *, clear: float = 1.0) -> Iterator[str]:
+    """A sentence if `ranks` gain nothing over `one`, or less than `clear` times its speed, in any of these.
+
+    `times_ms`: of one and of ranks, by the name of what they do.
+    """
+    parts = []
+    for name, (alone_ms, ranks_ms) in times_ms.items():
+        if alone_ms / ranks_ms < clear:
+            speed = "slower" if alone_ms < ranks_ms else "hardly faster"
+            parts.append(f"{speed} for {name} ({written_ms(ranks_ms)} ms, not {written_ms(alone_ms)})")
+    if parts:
+        yield f"Than {one}, {ranks} are {' and '.join(parts)}."
+
+
+def written_ms(ms: float) -> str:
+    """Two digits, or all before the point."""
+    return f"{ms:.2g}" if ms < 100 else f"{ms:.0f}"
+
+
 def verdicts(estimates: Sequence[MachinesEstimate], machine: Machine) -> Iterator[str]:
-    """A sentence where several machines gain little or nothing over one, and where weights do not fit."""
+    """Sentences where several machines gain little or nothing over one, and where weights do not fit."""
     one, *several = estimates
-    for figure, name in (("prompt_ms", "the prompt"), ("token_ms", "a token after it")):
-        known = [each for each in several if getattr(each, figure) is not None]
-        best = min(known, key=lambda each: float(getattr(each, figure)), default=None)
-        if best is None:
-            continue
-        alone_ms, best_ms = getattr(one, figure), getattr(best, figure)
-        if alone_ms / best_ms < CLEAR:
-            speed = "slower" if alone_ms < best_ms else "hardly faster"
-            taken = f"{best_ms:.2g} ms by {best.codec}, the fastest here, for {alone_ms:.2g} ms"
-            yield f"{best.machines} machines are {speed} than one for {name}: {taken}."
+    times_ms = {}
+    for figure, name in (("prompt_ms", "a prompt"), ("token_ms", "a token after it")):
+        known = [ms for each in several if (ms := getattr(each, figure)) is not None]
+        if known:
+            times_ms[name] = getattr(one, figure), min(known)
+    yield from slower(f"{several[0].machines} machines", "one machine", times_ms, clear=CLEAR)
     for each in (one, several[0]):
         if 0 < machine.memory_nbytes < each.weights_bytes:
             held, free = (f"{nbytes / 1e9:.3g} GB" for nbytes in (each.weights_bytes, machine.memory_nbytes))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,8 +17,10 @@ from narrowcast.collectives import Hops, Pending, deferred_all_reduce_steps
 from narrowcast.collectives.algorithms import ALGORITHMS, NODE_ALGORITHMS
 from narrowcast.collectives.base import Deferred
 from narrowcast.collectives.gather import all_gather_features_steps
+from narrowcast.engines import Weights
 from narrowcast.errors import InvalidInputError
 from narrowcast.launch import run
+from narrowcast.perf.shares import PROMPT_TOKENS, Timed, one_and_shares
 from narrowcast.perf.timing import Case, interleaved, seconds
 from narrowcast.plan import Plan, Site
 from narrowcast.plan.decisions import FORMS, Choice, Decisions, Thresholds
@@ -25,7 +28,13 @@ from narrowcast.progress import Progress, tell
 from narrowcast.runtime import feedback
 from narrowcast.runtime.sites import Sites
 from narrowcast.runtime.sites import plain as uncoded
-from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, check_transport, connect_group
+from narrowcast.transport import (
+    DEFAULT_TIMEOUT_S,
+    TorchDistributedTransport,
+    Transport,
+    check_transport,
+    connect_group,
+)
 from narrowcast.transport.torch_distributed import hurry_engine
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
@@ -33,7 +42,7 @@ GAIN = 0.95  # a coded sum costs accuracy: it must take no more than this share 
 GROWTH = 4  # from one size to the next
 MIN_ROUNDS, MAX_ROUNDS = 5, 25
 FEW_TOKENS = 16
-PROMPT_TOKENS = GROWTH**4
+FEW_AND_MANY = 1, GROWTH**4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +84,21 @@ class Way:
     nbytes: int
 
 
+def sums_s(plan: Plan, tuning: Tuning, num_tokens: int) -> float:
+    """Seconds of all sums of so many tokens by their best way, one after the other, and of the last token's logits.
+
+    Between two sizes they grow by token.
+    """
+    number = sum(site.kind == "sum" for site in plan.sites.values())
+    sizes = [timing.num_tokens for timing in tuning.timings]
+    taken = [timing.seconds[timing.best(FORMS)] for timing in tuning.timings]
+    return number * float(np.interp(num_tokens, sizes, taken)) + tuning.decisions.logits_s
+
+
 def changes(plan: Plan, tuning: Tuning) -> dict[int, tuple[Way, Way]]:
     """The ways of `plan` before and after tuning, by number of tokens: of one token, and of a prompt."""
     before, after = (_sites(plan, decisions) for decisions in (plan.decisions, tuning.decisions))
-    timings = [timing for timing in tuning.timings if timing.num_tokens in (1, PROMPT_TOKENS)]
+    timings = [timing for timing in tuning.timings if timing.num_tokens in FEW_AND_MANY]
     return {timing.num_tokens: (_way(plan, before, timing), _way(plan, after, timing)) for timing in timings}
 
 
@@ -137,19 +157,24 @@ def tune(plan: Plan, transport: Transport, *, dtype: torch.dtype = torch.bfloat1
     return Tuning(decisions=decisions, timings=timings)
 
 
-def tune_on_ranks(plan: Plan, *, transport: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S) -> Tuning:
+def tune_on_ranks(
+    plan: Plan, *, transport: str = "auto", timeout_s: float = DEFAULT_TIMEOUT_S, weights: Weights = "stored"
+) -> tuple[Tuning, list[Timed]]:
     """The tuning of `plan` on ranks of its own, started on this machine; under torchrun, on those that it started.
 
+    With it the products of its model, in `weights`, as `one_and_shares` times them.
     Raises what `tune` raises, and InvalidInputError under torchrun with another number of ranks.
     """
     check_transport(transport)
-    return run(_tune_on_rank, plan.split.world_size, plan.to_bytes(), transport, timeout_s=timeout_s)[0]
+    return run(_tune_on_rank, plan.split.world_size, plan.to_bytes(), transport, weights, timeout_s=timeout_s)[0]
 
 
-def _tune_on_rank(data: bytes, transport: str) -> Tuning:
+def _tune_on_rank(data: bytes, transport: str, weights: Weights) -> tuple[Tuning, list[Timed]]:
     hurry_engine()
-    ranks = connect_group(None, transport=transport, device=torch.device("cpu"))
-    return tune(Plan.from_bytes(data, "memory"), ranks)
+    plan, ranks = Plan.from_bytes(data, "memory"), connect_group(None, transport=transport, device=torch.device("cpu"))
+    tuning = tune(plan, ranks)
+    taken_s = sums_s(plan, tuning, PROMPT_TOKENS), sums_s(plan, tuning, 1)
+    return tuning, one_and_shares(plan, TorchDistributedTransport(), weights, taken_s)
 
 
 def _site_of_sums(plan: Plan) -> Site:

@@ -63,12 +63,17 @@ def open_folder(folder: Path) -> Folder:
     tensors = Tensors(folder)
     if quantization is None:
         return Folder(tensors, {})
+    return Folder(tensors, QUANTIZERS[served_method(folder, quantization)](tensors, quantization))
+
+
+def served_method(path: Path, quantization: Any) -> str:
+    """The method of a config's `quantization_config`; InvalidInputError for one that nothing here reads."""
     method = str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
     if method not in QUANTIZERS:
         raise unserved(
-            folder,
+            path,
             f"plain weights, or those of {', '.join(QUANTIZERS)}",
             f"quantization {method}",
             "Use a GGUF file, or the model that it was made of.",
         )
-    return Folder(tensors, QUANTIZERS[method](tensors, quantization))
+    return method

@@ -13,6 +13,7 @@ from narrowcast.engines.transformers.files.packed import PackedModel
 from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, styles_of
 from narrowcast.engines.transformers.sharding import EXPERT_WEIGHTS, is_experts
 from narrowcast.weights.checkpoint import ALL
+from narrowcast.weights.folders import served_method
 from narrowcast.weights.formats import GroupedCodes, WeightFormat, w4a16
 
 USUAL = w4a16(128)  # of AWQ, GPTQ and W4A16, whose files are elsewhere
@@ -56,11 +57,17 @@ def matrices(path: str | Path, *, weights: Weights = "stored") -> Sequence[Matri
         model.bfloat16()  # which values become, unless `load` is asked for others
     if ours:
         here = Path(path).is_file() or any(Path(path).glob("*.safetensors"))
-        quantized = getattr(cast(Any, model).config, "quantization_config", None) is not None
-        packed = PackedModel(path, open_checkpoint(path) if here else Unread(model, in_few_bits=quantized), weights)
+        packed = PackedModel(path, open_checkpoint(path) if here else _unread(path, model), weights)
         packed.check_without_experts(model)
         formats = packed.formats(model)
     return list(_matrices(model, formats))
+
+
+def _unread(path: str | Path, model: nn.Module) -> Unread:
+    quantization = getattr(cast(Any, model).config, "quantization_config", None)
+    if quantization is not None:
+        served_method(Path(path), quantization)
+    return Unread(model, in_few_bits=quantization is not None)
 
 
 def _matrices(model: nn.Module, formats: dict[str, WeightFormat]) -> Iterator[Matrix]:
