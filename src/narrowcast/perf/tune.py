@@ -36,6 +36,7 @@ from narrowcast.transport import (
     connect_group,
 )
 from narrowcast.transport.torch_distributed import hurry_engine
+from narrowcast.weights.products import multiply_dense
 
 LARGEST_NBYTES = 64 << 20  # of a tensor; larger ones go the same way
 GAIN = 0.95  # a coded sum costs accuracy: it must take no more than this share of an uncompressed one's time
@@ -225,7 +226,7 @@ def _waiting_s(case: Case, rounds: int) -> float:
 def weights_gbps(dtype: torch.dtype) -> float:
     """The rate at which a product of few tokens reads its weights, GB/s; they are too many for a cache."""
     x_TF, weight_EF = torch.ones(FEW_TOKENS, 4096, dtype=dtype), torch.ones(8192, 4096, dtype=dtype)
-    product = Case(lambda: torch.nn.functional.linear(x_TF, weight_EF))
+    product = Case(lambda: multiply_dense(weight_EF, x_TF))
     taken_s = statistics.median(seconds(interleaved({"": product}, MIN_ROUNDS)[""]))
     return weight_EF.nbytes / taken_s / 1e9
 
