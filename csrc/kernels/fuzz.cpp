@@ -5,13 +5,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <numeric>
-#include <random>
 #include <thread>
 #include <vector>
 
 #include "../decode/decode.h"
+#include "fuzz.h"
 #include "kernels.h"
 #include "paths.h"
 #include "threads.h"
@@ -19,28 +18,6 @@
 using namespace narrowcast;
 
 namespace {
-
-std::mt19937 generator;
-
-size_t below(size_t end) { return generator() % end; }
-bool coin() { return below(2); }
-
-// Exactly as long as it says, unlike a std::vector.
-template <class T>
-struct Buffer {
-  explicit Buffer(size_t size) : size(size), data(new T[size]) {}
-
-  size_t size;
-  std::unique_ptr<T[]> data;
-};
-
-template <class T>
-Buffer<T> random_bytes(size_t size) {
-  Buffer<T> buffer(size);
-  auto* bytes = reinterpret_cast<uint8_t*>(buffer.data.get());
-  for (size_t i = 0; i < size * sizeof(T); ++i) bytes[i] = uint8_t(generator());
-  return buffer;
-}
 
 size_t packed_nbytes(size_t num_codes, int num_bits) {
   size_t nbytes = 0;
@@ -303,4 +280,6 @@ int main(int argc, char** argv) {
     for (int i = 0; i < num_cases; ++i) std::thread([path] { run_case(*path), run_step(*path); }).join();
     std::printf("%s: %d cases\n", path->name, num_cases);
   }
+  for (int i = 0; i < num_cases; ++i) run_products();
+  std::printf("products: %d cases\n", num_cases);
 }

@@ -2,7 +2,8 @@
 //
 // A step takes two columns: the odd one first, then the even one, multiplied (which is exact) and added, as the
 // instruction for it does (VDPBF16PS). It takes numbers below 2**-126 for zero, so others do. Of sums below 2**-100 bits
-// may differ by path. In products with codes no sum comes there, as activations below 2**-118 are zeros.
+// may differ by path. In products with codes no sum comes there, as activations below 2**-118 are zeros. Where a product
+// overflows (with codes: of activations above 2**124), one path may find an infinity and another one NaN or a number.
 #pragma once
 
 #include "kernels/values.h"
