@@ -2,9 +2,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
+#include <deque>
+#include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include <unistd.h>
@@ -38,93 +43,161 @@ class ScratchOwner {
 
 thread_local ScratchOwner scratch;
 
-// Let others have the core, if any wait for it: a spinning thread would keep them off for milliseconds.
-void give_way(size_t turn) {
-  constexpr size_t kTurnsAlone = 2000;  // some 20 to 80 us
-#if defined(__SSE2__)
-  if (turn < kTurnsAlone) return _mm_pause();
-#else
-  if (turn < kTurnsAlone) return;
-#endif
-  std::this_thread::yield();
-}
+using Clock = std::chrono::steady_clock;
 
-// Workers that take one part of a job each. They spin for a while after one, as the next layer's comes soon, then sleep.
-// Made when first needed, and again after a fork.
+// Spinning that lets others have the core after some 20 to 80 us, if any wait for it: they would be kept off it for
+// milliseconds.
+class Spin {
+ public:
+  void turn() {
+    if (++num_turns_ > kTurnsAlone) return std::this_thread::yield();
+#if defined(__SSE2__)
+    _mm_pause();
+#endif
+  }
+
+  // Long enough for the next layer's product to come; where others want the core, one turn may take longer.
+  bool is_over() const { return num_turns_ > kTurnsAlone && Clock::now() - start_ > std::chrono::milliseconds(1); }
+
+ private:
+  static constexpr size_t kTurnsAlone = 2000;
+
+  size_t num_turns_ = 0;
+  const Clock::time_point start_ = Clock::now();
+};
+
+// Workers that take one part of a job each, always the same one, or find that the caller, which is done with its own,
+// has taken it: so nobody waits for a thread that gets no core. After a job of theirs they spin for a while, then sleep.
 class Pool {
  public:
-  explicit Pool(size_t num_workers) {
-    for (size_t worker = 0; worker < num_workers; ++worker) {
-      std::thread([this, worker] { serve(worker); }).detach();
+  // Has as many workers, or as many as the system allows. While no job runs.
+  void grow(size_t num_workers) {
+    while (workers_.size() < std::min(num_workers, kMostWorkers)) {
+      Worker& worker = workers_.emplace_back(workers_.size(), job_.load());
+      try {
+        std::thread([this, &worker] { serve(worker); }).detach();
+      } catch (const std::system_error&) {
+        return workers_.pop_back();
+      }
     }
   }
 
-  // Calls `part(index)` for indices below `num_parts`, 0 on this thread.
+  // Calls `part(index)` for indices below `num_parts`, 0 on this thread, and throws what one of them has thrown.
   void run(size_t num_parts, const std::function<void(size_t)>& part) {
+    const size_t num_workers = std::min(num_parts - 1, workers_.size());
     part_ = &part;
-    unfinished_.store(num_parts - 1);
-    job_.store((job_.load() / kMostParts + 1) * kMostParts + num_parts);
-    if (num_asleep_.load()) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
+    unfinished_.store(num_workers);
+    const uint64_t job = (job_.load() / kJob + 1) * kJob + num_workers;
+    job_.store(job);
+    for (size_t i = 0; i < num_workers; ++i) workers_[i].wake_up();
+    attempt(0);
+    for (size_t index = num_workers + 1; index < num_parts; ++index) attempt(index);
+    for (size_t i = num_workers; i-- > 0;) {
+      if (workers_[i].take(job)) finish(i);
     }
-    part(0);
-    for (size_t turn = 0; unfinished_.load(std::memory_order_acquire); ++turn) give_way(turn);
+    for (Spin spin; unfinished_.load(std::memory_order_acquire);) spin.turn();
+    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
   }
 
  private:
-  static constexpr uint64_t kMostParts = 1 << 16;
-  static constexpr size_t kTurns = 4000;  // of spinning before sleeping: some 1 ms where nobody else wants the core
+  static constexpr uint64_t kJob = 1024;
+  static constexpr size_t kMostWorkers = kJob - 1;
 
-  void serve(size_t worker) {
-    for (uint64_t seen = 0;;) {
-      seen = next_job(seen);
-      // Whoever has no part looks at nothing else: the caller does not wait for it, and may be at the next job.
-      if (worker + 1 >= seen % kMostParts) continue;
-      (*part_)(worker + 1);
-      unfinished_.fetch_sub(1, std::memory_order_release);
+  struct alignas(64) Worker {
+    Worker(size_t index, uint64_t job) : index(index), taken(job) {}
+
+    // True for one of the two, worker and caller, who try to take the worker's part of a job.
+    bool take(uint64_t job) {
+      uint64_t before = taken.load();
+      return before < job && taken.compare_exchange_strong(before, job);
+    }
+
+    bool has_part(uint64_t job) const { return index < job % kJob && taken.load() < job; }
+
+    // The next job of which it has a part that is not taken. Others may pass by unseen.
+    uint64_t next(const std::atomic<uint64_t>& jobs) {
+      for (Spin spin; !spin.is_over(); spin.turn()) {
+        const uint64_t job = jobs.load(std::memory_order_acquire);
+        if (has_part(job)) return job;
+      }
+      uint64_t job = 0;
+      std::unique_lock<std::mutex> lock(mutex);
+      wake.wait(lock, [&] {
+        is_asleep.store(true);  // before looking once more: whoever gives out a job looks here after it
+        return has_part(job = jobs.load());
+      });
+      is_asleep.store(false);
+      return job;
+    }
+
+    void wake_up() {
+      if (!is_asleep.load() || !is_asleep.exchange(false)) return;
+      std::lock_guard<std::mutex> lock(mutex);
+      wake.notify_one();
+    }
+
+    const size_t index;
+    std::atomic<uint64_t> taken;  // the last job whose part was
+    std::atomic<bool> is_asleep{false};
+    std::mutex mutex;
+    std::condition_variable wake;
+  };
+
+  void serve(Worker& worker) {
+    for (;;) {
+      // Once a part is taken, the caller waits until it is finished: no job ends in between.
+      if (worker.take(worker.next(job_))) finish(worker.index);
     }
   }
 
-  uint64_t next_job(uint64_t seen) {
-    for (size_t turn = 0; turn < kTurns; ++turn) {
-      const uint64_t job = job_.load(std::memory_order_acquire);
-      if (job != seen) return job;
-      give_way(turn);
-    }
-    std::unique_lock<std::mutex> lock(mutex_);
-    ++num_asleep_;  // before looking once more: whoever gives out a job looks here after it
-    wake_.wait(lock, [&] { return job_.load() != seen; });
-    --num_asleep_;
-    return job_.load();
+  void finish(size_t worker) {
+    attempt(worker + 1);
+    unfinished_.fetch_sub(1, std::memory_order_release);
   }
 
-  std::mutex mutex_;
-  std::condition_variable wake_;
+  void attempt(size_t index) {
+    try {
+      (*part_)(index);
+    } catch (...) {
+      std::lock_guard<std::mutex> lock(error_mutex_);
+      error_ = std::current_exception();
+    }
+  }
+
+  std::deque<Worker> workers_;  // which stay where they are
   const std::function<void(size_t)>* part_ = nullptr;
-  std::atomic<uint64_t> job_{0};  // its number and, in the low bits, how many parts it has
-  std::atomic<size_t> unfinished_{0}, num_asleep_{0};
+  std::mutex error_mutex_;
+  std::exception_ptr error_;
+  alignas(64) std::atomic<uint64_t> job_{0};  // its number and, in the low bits, how many workers it is for
+  alignas(64) std::atomic<size_t> unfinished_{0};
 };
 
 std::atomic<size_t> most_threads{1};
 
 // Never destroyed: at the end of the process the workers still wait in it.
 struct {
-  std::mutex mutex;
+  std::atomic<pid_t> holder{0};  // the process one of whose threads is at work with it: after a fork another one's
   Pool* pool = nullptr;
-  size_t num_workers = 0;
-  pid_t process = 0;
+  pid_t process = 0;  // whose pool it is: a fork has no threads
 } shared;
 
-// The pool, of one caller at a time; null where another thread has it: whoever comes second works alone.
-Pool* take_pool(size_t num_workers) {
-  if (!shared.mutex.try_lock()) return nullptr;
-  if (shared.process != getpid() || shared.num_workers < num_workers) {
-    shared.pool = new Pool(num_workers);  // threads of the one before wait for ever, or are not there after a fork
-    shared.num_workers = num_workers;
-    shared.process = getpid();
+// Calls `part(index)` for all indices, by the pool unless another thread has it: whoever comes second works alone.
+void share_out(size_t num_parts, const std::function<void(size_t)>& part) {
+  const pid_t process = num_parts > 1 ? getpid() : 0;
+  pid_t holder = shared.holder.load();
+  if (num_parts < 2 || holder == process || !shared.holder.compare_exchange_strong(holder, process)) {
+    for (size_t index = 0; index < num_parts; ++index) part(index);
+    return;
   }
-  return shared.pool;
+  struct Release {
+    ~Release() { shared.holder.store(0); }
+  } release;
+  if (shared.process != process) {
+    shared.pool = new Pool;
+    shared.process = process;
+  }
+  shared.pool->grow(num_parts - 1);
+  shared.pool->run(num_parts, part);
 }
 
 }  // namespace
@@ -134,25 +207,14 @@ void limit_threads(size_t most) { most_threads = std::max<size_t>(most, 1); }
 void for_rows(size_t num_rows, size_t nbytes, size_t num_features, size_t num_ranks,
               const std::function<void(size_t, size_t, const Scratch&)>& work) {
   const size_t num_parts = std::min({most_threads.load(), nbytes / kBytesForAThread, num_rows});
-  Pool* pool = num_parts > 1 ? take_pool(num_parts - 1) : nullptr;
-  if (!pool) {
-    work(0, num_rows, scratch.of(num_features, num_ranks));
-    return;
-  }
-  pool->run(num_parts, [&](size_t part) {
+  if (num_parts < 2) return work(0, num_rows, scratch.of(num_features, num_ranks));
+  share_out(num_parts, [&](size_t part) {
     work(part * num_rows / num_parts, (part + 1) * num_rows / num_parts, scratch.of(num_features, num_ranks));
   });
-  shared.mutex.unlock();
 }
 
 void for_parts(size_t num_parts, const std::function<void(size_t, size_t)>& work) {
-  Pool* pool = num_parts > 1 ? take_pool(num_parts - 1) : nullptr;
-  if (!pool) {
-    for (size_t part = 0; part < num_parts; ++part) work(part, num_parts);
-    return;
-  }
-  pool->run(num_parts, [&](size_t part) { work(part, num_parts); });
-  shared.mutex.unlock();
+  share_out(num_parts, [&](size_t part) { work(part, num_parts); });
 }
 
 }  // namespace narrowcast
