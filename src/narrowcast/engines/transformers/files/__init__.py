@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from narrowcast.engines.transformers.files import rotation
 from narrowcast.engines.transformers.files.fingerprint import fingerprint
 from narrowcast.engines.transformers.files.loading import load, load_tokenizer, obstacle, save, skeleton
+from narrowcast.engines.transformers.files.packing import pack
 from narrowcast.engines.transformers.files.vocabulary import vocabulary
 from narrowcast.engines.transformers.seam import summed
 from narrowcast.errors import InvalidInputError
@@ -35,6 +36,7 @@ __all__ = [
     "load_tokenizer",
     "num_features",
     "obstacle",
+    "pack",
     "rotate",
     "save",
     "skeleton",
