@@ -3,9 +3,10 @@
 import json
 import random
 import re
+import shutil
 import struct
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,10 @@ from safetensors.torch import save_file
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
 from narrowcast.errors import InvalidInputError
 from narrowcast.weights.checkpoint import Checkpoint
+from narrowcast.weights.folders.kernels import METHOD, VERSION
+from narrowcast.weights.folders.writing import Source, write
+from narrowcast.weights.formats import GroupedCodes
+from test_weights import FORMATS, random_codes
 
 PACKED = sorted((Path(__file__).parent / "packed").glob("*.safetensors"))
 U32, U64 = struct.Struct("<I").pack, struct.Struct("<Q").pack
@@ -225,6 +230,88 @@ def test_bytes_of_a_folder_may_be_any(path: Path, tmp_path: Path) -> None:
     for changed in altered(config, 200, len(config)):
         (folder / "config.json").write_bytes(changed)
         is_read(folder)
+
+
+@pytest.fixture(scope="module")
+def mapped_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in the kernels' layout, with a matrix of each format, and a norm."""
+    folder, codes = tmp_path_factory.mktemp("mapped"), {}
+    for form in FORMATS:
+        codes[form.name] = random_codes(form, 20, 2 * form.group_size, form.scale_dtypes[-1])
+    sources = [Source(name, tuple(each.codes.shape), rows_of(each)) for name, each in codes.items()]
+    write(
+        folder / "model.safetensors", [*sources, Source("norm", (4,), torch.ones(4).__getitem__)], {"a": ["0"]}, [1.5]
+    )
+    config = {"quantization_config": {"quant_method": METHOD, "version": VERSION}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf8")
+    for name, each in codes.items():
+        assert torch.equal(open_checkpoint(folder).values(name), each.dequantized())
+    return folder
+
+
+def rows_of(codes: GroupedCodes) -> Callable[[slice], GroupedCodes]:
+    return lambda rows: codes.rows(torch.arange(len(codes.codes))[rows])
+
+
+def test_bytes_of_a_mapped_folder_may_be_any(mapped_folder: Path, tmp_path: Path) -> None:
+    data, header = altered_in(mapped_folder, tmp_path)
+    assert is_read(tmp_path)
+    for length in [*range(0, header, 17), *range(header, len(data), 997)]:
+        (tmp_path / "model.safetensors").write_bytes(data[:length])
+        assert not is_read(tmp_path)
+    num_read = 0
+    for changed in altered(data, 400, header):
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        num_read += is_read(tmp_path)
+    assert 5 < num_read < 300
+    (tmp_path / "model.safetensors").write_bytes(data)
+    config = (tmp_path / "config.json").read_bytes()
+    for changed in altered(config, 200, len(config)):
+        (tmp_path / "config.json").write_bytes(changed)
+        is_read(tmp_path)
+
+
+def altered_in(folder: Path, tmp_path: Path) -> tuple[bytes, int]:
+    """A copy of a folder to alter; the bytes of its file, and how many of these are its header."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    data = (folder / "model.safetensors").read_bytes()
+    return data, 8 + struct.unpack("<Q", data[:8])[0]
+
+
+LIES_OF_MAPPED = {
+    "another format": (
+        '"format": "int4-group32"',
+        '"format": "int3-group32"',
+        "format, shape and scales of int4-group32",
+    ),
+    "cut groups": ('"shape": [20, 64]', '"shape": [20, 63]', "format, shape and scales of int4-group32"),
+    "no rows": ('"shape": [20, 64]', '"shape": [-1, 64]', "format, shape and scales of int4-group32"),
+    "more rows": ('"shape": [20, 64]', '"shape": [48, 64]', "U8 (3, 1, 576), found ('U8', (2, 1, 576))"),
+    "many rows": ('"shape": [20, 64]', '"shape": [9999999999999, 64]', "U8 (625000000000, 1, 576)"),
+    "other scales": ('"bf16_scales": false', '"bf16_scales": true', "scales of int4-group32 in torch.float16"),
+    "an infinite scale": ('"scale": 1.0', '"scale": 9e999', "format, shape and scales of int4-group32"),
+    "a matrix that is not there": ('"int4-group32": {', '"x": {', "x of U8"),
+    "a matrix without a word": (
+        '"int4-group32": {',
+        '"norm": 1, "int4-group32": {',
+        "format, shape and scales of norm",
+    ),
+    "no digests": ('"digests"', '"digest"', "a dict of digests, found a NoneType"),
+    "digests of another kind": ('["0"]', "[0]", "lists of digests"),
+    "divisors of nothing": ("[1.5]", "[0.0]", "frequency divisors, positive numbers"),
+    "another place": ("", " ", "int4-group32 at a multiple of 64 bytes, found 1 bytes behind one"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES_OF_MAPPED)
+def test_lies_of_mapped_folders_are_told(mapped_folder: Path, tmp_path: Path, lie: str) -> None:
+    data, header = altered_in(mapped_folder, tmp_path)
+    true, false, told = LIES_OF_MAPPED[lie]
+    words = data[8:header].rstrip().replace(*(json.dumps(each)[1:-1].encode() for each in (true, false)), 1)
+    words += b" " * ((-(8 + len(words)) % 64) + (lie == "another place"))
+    (tmp_path / "model.safetensors").write_bytes(U64(len(words)) + words + data[header:])
+    with pytest.raises(InvalidInputError, match=re.escape(told)):
+        open_checkpoint(tmp_path)
 
 
 def tensor(dtype: str, shape: list[int], offsets: list[int]) -> bytes:

@@ -7,14 +7,14 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import cast
 
 import pytest
-from torch import nn
 
 from narrowcast import InvalidInputError
+from narrowcast.engines import model_folder
+from narrowcast.engines.base import Engine
 from narrowcast.files import check_report, check_writable, write_new, write_report
-from narrowcast.rotation import folder
 
 DATA = bytes(range(256)) * 400
 
@@ -106,6 +106,8 @@ LIMITED = """
 import resource, signal, sys
 from pathlib import Path
 from narrowcast import InvalidInputError
+from narrowcast.engines import model_folder
+from narrowcast.engines.base import Engine
 from narrowcast.files import check_writable, write_new
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]),) * 2)
@@ -142,7 +144,6 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatc
     (source := tmp_path / "source").mkdir()
     (out := tmp_path / "out").mkdir()
     (out / "kept").write_text("old")
-    monkeypatch.setattr(folder, "load_engine", lambda: SimpleNamespace(save=lambda model, path: None))
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
@@ -151,8 +152,11 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatc
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(OSError, match="no"):
-        folder.save(nn.Linear(1, 1), str(source), out, {})
+    with (
+        pytest.raises(InvalidInputError, match="a place that can be written, found no"),
+        model_folder.written(cast(Engine, None), str(source), out, "rotate", {}) as folder,
+    ):
+        assert folder.is_dir()
     assert (out / "kept").read_text() == "old" and names(tmp_path) == ["out", "source"]
 
 

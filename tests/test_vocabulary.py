@@ -156,6 +156,9 @@ def test_limits_of_control_groups_old_and_new(tmp_path: Path) -> None:
         (mounted / name).parent.mkdir(parents=True, exist_ok=True)
         (mounted / name).write_text(f"{text}\n")
     assert sorted(limits(own, mounted)) == [200, 300]
+    (mounted / "memory.current").write_text("150\n")
+    (mounted / "memory.stat").write_text("anon 90\ninactive_file 40\nactive_file 10\n")
+    assert sorted(limits(own, mounted)) == [100, 300], "what is taken but for files in the cache"
     assert 0 < free_nbytes() < 1 << 50
 
 

@@ -38,7 +38,7 @@ def write_new(path: Path, data: bytes, *, overwrite: bool) -> None:
         check_writable(path, overwrite=overwrite)
         raise
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def check_writable(path: Path, *, overwrite: bool) -> None:
@@ -68,7 +68,7 @@ def check_folder(path: Path, folder: Path) -> None:
             probe.write(bytes(PROBE_NBYTES))
             probe.flush()
     except OSError as error:
-        raise _unwritable(path, error) from error
+        raise unwritable(path, error) from error
 
 
 def _is_special(path: Path) -> bool:
@@ -114,7 +114,8 @@ def _link(source: Path, path: Path) -> bool:
     return True
 
 
-def _unwritable(path: Path, error: OSError) -> InvalidInputError:
+def unwritable(path: Path, error: OSError) -> InvalidInputError:
+    """The error for a place that cannot be written."""
     return InvalidInputError(
         str(path),
         expected="a place that can be written",

@@ -4,7 +4,20 @@ from typing import Annotated
 
 import typer
 
-from narrowcast.cli import bench, calibrate, codecs, demo, doctor, estimate, evaluate, generate, inspect, rotate, tune
+from narrowcast.cli import (
+    bench,
+    calibrate,
+    codecs,
+    demo,
+    doctor,
+    estimate,
+    evaluate,
+    generate,
+    inspect,
+    pack,
+    rotate,
+    tune,
+)
 from narrowcast.files import versions
 
 app = typer.Typer(
@@ -27,7 +40,7 @@ def version(
 
 for command in (
     *(demo.demo, estimate.estimate, calibrate.calibrate, evaluate.evaluate, inspect.inspect, tune.tune),
-    *(generate.generate, rotate.rotate, bench.bench, codecs.codecs, doctor.doctor),
+    *(generate.generate, pack.pack, rotate.rotate, bench.bench, codecs.codecs, doctor.doctor),
 ):
     app.command()(command)
 

@@ -12,10 +12,9 @@ from narrowcast.cli import options
 from narrowcast.cli.options import TEXT, option
 from narrowcast.cli.progress import shown
 from narrowcast.cli.verdicts import tell
-from narrowcast.engines import load_engine
+from narrowcast.engines import load_engine, model_folder
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation.continuations import continuations
-from narrowcast.rotation import folder
 from narrowcast.rotation.rotate import rotate as rotate_model
 from narrowcast.rotation.search import Axes, search
 from narrowcast.scores import compare, log_probs
@@ -42,7 +41,7 @@ def rotate(
     Partial sums are measured as -tp ranks would have them. Calibrate OUT anew: a plan for MODEL is not for it.
     """
     _check_text(axes, text)
-    folder.check_out(Path(model), out, overwrite=overwrite)
+    model_folder.check_out(Path(model), out, "rotate", overwrite=overwrite)
     engine, found = load_engine(), []
     with shown():
         whole, tokenizer = engine.load(model, device=device, weights="dense"), engine.load_tokenizer(model)
@@ -54,7 +53,9 @@ def rotate(
         before = [log_probs(whole, ids) for ids in judged]
         rotate_model(whole, search(whole, axes, found, tp_size=tp))
         kl = compare(before, (log_probs(whole, ids) for ids in judged), judged).kl_nats
-        folder.save(whole, model, out, about | {"kl_nats": float(f"{kl:.4g}")})
+        about |= {"kl_nats": float(f"{kl:.4g}")}
+        with model_folder.written(engine, model, out, "rotate", about) as folder:
+            engine.save(whole, folder)
     typer.echo(f"{out}: {model} on {axes} axes")
     tell(kl, f"on {sum(ids.numel() for ids in judged)} tokens", to_try="other --axes, or the model as it is")
 

@@ -131,7 +131,7 @@ class Seam(Protocol):
 
 
 class ModelFiles(Protocol):
-    """The models of an engine at rest: loading, saving, telling them apart, rotating them."""
+    """The models of an engine at rest: loading, saving, packing, telling them apart, rotating them."""
 
     def load(
         self,
@@ -178,6 +178,13 @@ class ModelFiles(Protocol):
 
     def save(self, model: nn.Module, path: str | Path) -> None:
         """Write a whole model into a folder that `load` reads."""
+        ...
+
+    def pack(self, path: str | Path, folder: str | Path, *, weights: Weights = "stored") -> None:
+        """Write the model of `path` into a folder that is there, in few bits as kernels read them; `load` maps it.
+
+        `weights`: as of `load`. Takes little memory. InvalidInputError where no weights would be in few bits.
+        """
         ...
 
     def fingerprint(self, model: nn.Module) -> ModelFingerprint:

@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import cast, get_args
+from typing import NamedTuple, cast, get_args
 
 import torch
 
@@ -16,6 +16,18 @@ from narrowcast.transport import TorchDistributedTransport
 
 # Of the memory that is free, what weights may take: caches, activations and other programs need the rest.
 SHARE_OF_MEMORY = 0.5
+
+
+class Files(NamedTuple):
+    """Those of a control group that tell its limit and what is taken of it; what of that is files in the cache."""
+
+    limit: str
+    usage: str
+    cached: Sequence[str]
+
+
+OLD = Files("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+NEW = Files("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 ORDER: Sequence[Replicated] = get_args(Replicated)  # from the least
 
@@ -63,8 +75,11 @@ def free_nbytes() -> int:
 
     0 where nothing tells: Linux does.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+    return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else free_host_nbytes()
+
+
+def free_host_nbytes() -> int:
+    """The same, whether there is a GPU or not."""
     try:
         told = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         available = 1024 * int(told["MemAvailable"].split()[0])
@@ -74,13 +89,26 @@ def free_nbytes() -> int:
 
 
 def limits(own: Path, mounted: Path) -> Iterator[int]:
-    """Limits of the control groups that this process is in, see cgroups(7): of the old kind's memory, or of the new."""
+    """Bytes left in the control groups that this process is in, see cgroups(7): in the old kind's memory, or the new's.
+
+    Files in the cache are not counted: they make room.
+    """
     for line in own.read_text().splitlines():
         _, controllers, name = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        top, file = (mounted / controllers, "memory.limit_in_bytes") if controllers else (mounted, "memory.max")
+        top, kind = (mounted / controllers, OLD) if controllers else (mounted, NEW)
         group = top / name.lstrip("/")
         for folder in (group, *(each for each in group.parents if each.is_relative_to(top))):
             with contextlib.suppress(OSError, ValueError):  # not there, or "max", none
-                yield int((folder / file).read_text())
+                limit = int((folder / kind.limit).read_text())
+                yield max(0, limit - _taken(folder, kind))
+
+
+def _taken(folder: Path, kind: Files) -> int:
+    """Bytes that a group has taken; 0 where nothing tells."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return int((folder / kind.usage).read_text()) - sum(int(stat[name]) for name in kind.cached)
+    except (OSError, ValueError, KeyError):
+        return 0

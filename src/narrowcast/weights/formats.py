@@ -3,6 +3,7 @@
 Shapes: N rows (features of the output), K columns (features of the input), G groups of columns that share a scale.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
@@ -69,6 +70,15 @@ TERNARY = WeightFormat(num_bits=2, group_size=32, offset="middle", activations="
 def w4a16(group_size: int) -> WeightFormat:
     """4 bits with zero points, activations in BF16: the format of AWQ, GPTQ and compressed-tensors' W4A16."""
     return WeightFormat(num_bits=4, group_size=group_size, offset="zero_point", activations="bf16")
+
+
+def format_named(name: str) -> WeightFormat | None:
+    """The format that has this name; None if none has."""
+    fixed = {each.name: each for each in (Q4_0, Q4_1, Q8_0, TERNARY)}
+    found = re.fullmatch(r"int4-group([1-9][0-9]{1,8})-zero-point", name, re.ASCII)
+    if found is None:
+        return fixed.get(name)
+    return None if (size := int(found[1])) % 32 else w4a16(size)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from narrowcast.weights.products import dequantized_bf16, look_up, multiply, mul
 class PackedLinear(nn.Module):
     """A linear layer of `in_features` and `out_features`, or this rank's rows or columns of it.
 
-    `matrix`: what this process holds. `samples`: columns of the checkpoint's own values by place, BF16 [N], by which a
+    `matrix`: what this process holds. `samples`: digests of columns of the checkpoint's own values by place, by which a
     model is told from others. `device_mesh`: that of the ranks that share the layer out. `batch_invariant`: products
     are computed alike whatever the number of tokens.
     """
@@ -31,7 +31,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_parameter("bias", bias)
-        self.samples: Mapping[int, Tensor] = {}
+        self.samples: Mapping[int, str] = {}
         self.device_mesh: Any = None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,14 +97,16 @@ class Fused:
 
     @staticmethod
     def join(layers: Sequence[PackedLinear], arena: Arena) -> "Fused | None":
-        """Put the matrices of layers behind each other in an arena; None where they are too different."""
+        """Put the matrices of layers behind each other in an arena; None where they are too different, or in a file."""
         first, *others = layers
         alike = all(
             each.matrix.is_like(first.matrix) and (each.bias is None) == (first.bias is None) for each in others
         )
         if not alike or any(each.matrix.shape[0] % BLOCK_ROWS for each in layers):
             return None
-        whole, *parts = PackedMatrix.joined([layer.matrix for layer in layers], arena)
+        if (joined := PackedMatrix.joined([layer.matrix for layer in layers], arena)) is None:
+            return None
+        whole, *parts = joined
         for layer, part in zip(layers, parts, strict=True):
             layer.matrix = part
         return Fused(whole, layers)
@@ -126,7 +128,7 @@ class _Product(torch.autograd.Function):
 class PackedEmbedding(nn.Module):
     """An embedding of V tokens, or this rank's rows of it; Gemma scales what is found. Attributes as of `PackedLinear`.
 
-    `dtype`: of what is found; `model.float()` and its like change it. `samples`: rows by place, BF16.
+    `dtype`: of what is found; `model.float()` and its like change it. `samples`: of rows.
     """
 
     matrix: PackedMatrix
@@ -141,7 +143,7 @@ class PackedEmbedding(nn.Module):
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.register_buffer("scale", scale, persistent=False)
         self.register_buffer("_like", torch.empty(0, dtype=dtype), persistent=False)
-        self.samples: Mapping[int, Tensor] = {}
+        self.samples: Mapping[int, str] = {}
         self.device_mesh: Any = None
         self.own = slice(0, num_embeddings)
 

@@ -4,7 +4,7 @@ Shapes: B blocks of 16 rows, C blocks of columns, N rows, K columns, G groups of
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Self
 
 import torch
@@ -15,8 +15,10 @@ from narrowcast.codecs.kernels import cpu
 from narrowcast.errors import InvalidInputError
 from narrowcast.weights.arena import Arena
 from narrowcast.weights.formats import GroupedCodes, WeightFormat
+from narrowcast.weights.parts import span
 
 BLOCK_ROWS = 16
+VALUES_AT_A_TIME = 1 << 21
 KINDS = {(4, "middle"): 0, (4, "minimum"): 1, (8, "middle"): 2, (4, "zero_point"): 3, (2, "middle"): 4}
 EIGHT = ([0, 4, 1, 5], [2, 6, 3, 7])  # columns in the low and high halves of four bytes: two columns meet in a step
 ALL = slice(None)
@@ -98,21 +100,48 @@ class PackedMatrix:
         return kinds[0] == kinds[1]
 
     @classmethod
-    def joined(cls, parts: Sequence[Self], arena: Arena) -> list[Self]:
-        """The matrix of all rows of alike ones in an arena, and they as its parts: in whole blocks but for the last."""
-        num_rows = [part.shape[0] for part in parts]
-        blocks = torch.cat([part.blocks for part in parts], out=_room(arena, parts))
-        whole = parts[0]._with(blocks, sum(num_rows))
-        own = blocks.split([len(part.blocks) for part in parts])
-        return [whole, *(part._with(rows, size) for part, rows, size in zip(parts, own, num_rows, strict=True))]
+    def joined(cls, parts: Sequence[Self], arena: Arena) -> "list[Self] | None":
+        """The matrix of all rows of alike ones in an arena, and they as its parts: in whole blocks but for the last.
 
-    def _with(self, blocks: Tensor, num_rows: int) -> Self:
+        None for parts of one mapped file that do not follow each other there: they stay in it.
+        """
+        first, num_rows = parts[0], [part.shape[0] for part in parts]
+        if len(parts) > 1 and all(part.shares_memory_with(first) for part in parts):
+            blocks = _behind_each_other([part.blocks for part in parts])
+            return None if blocks is None else [first._of(sum(num_rows), blocks), *parts]
+        blocks = torch.cat([part.blocks for part in parts], out=_room(arena, parts))
+        own = blocks.split([len(part.blocks) for part in parts])
+        return [first._of(sum(num_rows), blocks), *(map(first._of, num_rows, own))]
+
+    def shares_memory_with(self, other: Self) -> bool:
+        """True for parts of one matrix or of one file."""
+        storages = [each.blocks.untyped_storage().data_ptr() for each in (self, other)]
+        return storages[0] == storages[1]
+
+    def _of(self, num_rows: int, blocks: Tensor) -> Self:
+        """A matrix that is like this one, of other blocks."""
         shape = num_rows, self.shape[1]
         return type(self)(self.format, shape, blocks, bf16_scales=self.bf16_scales, scale=self.scale)
 
     def of_blocks(self, blocks: Tensor) -> Self:
         """The matrix of some blocks of 16 rows, by their numbers."""
-        return self._with(self.blocks[blocks], len(blocks) * BLOCK_ROWS)
+        return self._of(len(blocks) * BLOCK_ROWS, self.blocks[blocks])
+
+    def part(self, rows: slice, columns: slice) -> Self | None:
+        """The matrix of some rows and columns, which shares this one's memory; None unless these are whole blocks."""
+        per_block, _ = _block(self.format)
+        sizes = BLOCK_ROWS, per_block
+        spans = [span(part, size) for part, size in zip((rows, columns), self.shape, strict=True)]
+        if any(
+            place % size and place != end
+            for pair, size, end in zip(spans, sizes, self.shape, strict=True)
+            for place in pair
+        ):
+            return None
+        (top, bottom), (left, right) = spans
+        blocks = self.blocks[top // BLOCK_ROWS : -(-bottom // BLOCK_ROWS), left // per_block : -(-right // per_block)]
+        shape = bottom - top, right - left
+        return type(self)(self.format, shape, blocks, bf16_scales=self.bf16_scales, scale=self.scale)
 
     def unpacked(self, rows: slice = ALL, columns: slice = ALL) -> GroupedCodes:
         """Codes and scales of rows, and of columns in whole groups."""
@@ -128,6 +157,13 @@ class PackedMatrix:
         if not self.format.is_ternary:
             scales = scales[kept, groups]
         return GroupedCodes(self.format, codes, scales, None if whole.offsets is None else whole.offsets[kept, groups])
+
+
+def rows_at_a_time(rows: slice, num_columns: int) -> Iterator[slice]:
+    """Parts of some rows, in whole blocks from their beginning, with a few MB of values; one at least, if empty."""
+    step = max(1, VALUES_AT_A_TIME // num_columns // BLOCK_ROWS) * BLOCK_ROWS
+    starts = range(rows.start, max(rows.stop, rows.start + 1), step)
+    return (slice(start, min(start + step, rows.stop)) for start in starts)
 
 
 def check_columns(name: str, form: WeightFormat, own: slice, num_columns: int, tp_size: int) -> None:
@@ -146,11 +182,21 @@ def _room(arena: Arena, parts: Sequence[PackedMatrix]) -> Tensor:
     return arena.room(num_blocks * shape.numel()).view(num_blocks, *shape)
 
 
+def _behind_each_other(parts: Sequence[Tensor]) -> Tensor | None:
+    """The blocks of all parts [B, C, bytes] of one storage; None unless nothing lies in between."""
+    place = parts[0].storage_offset()
+    for part in parts:
+        if part.storage_offset() != place or not part.is_contiguous():
+            return None
+        place += part.numel()
+    first = parts[0]
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+
+
 def packed_shape(form: WeightFormat, shape: tuple[int, int]) -> tuple[int, int, int]:
-    """[B, C, bytes] of the blocks of a matrix [N, K]."""
-    num_rows, num_columns = shape
+    """[B, C, bytes] of a matrix [N, K]."""
     per_block, nbytes = _block(form)
-    return -(-num_rows // BLOCK_ROWS), -(-num_columns // per_block), nbytes
+    return -(-shape[0] // BLOCK_ROWS), -(-shape[1] // per_block), nbytes
 
 
 def _block(form: WeightFormat) -> tuple[int, int]:

@@ -4,20 +4,19 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from narrowcast.weights.checkpoint import ALL
+from narrowcast.weights.checkpoint import ALL, Checkpoint
 from narrowcast.weights.folders.awq import awq
 from narrowcast.weights.folders.compressed_tensors import compressed_tensors
 from narrowcast.weights.folders.gptq import gptq
+from narrowcast.weights.folders.kernels import METHOD, PLAIN, KernelsFolder
 from narrowcast.weights.folders.packed import PackedWeight
 from narrowcast.weights.folders.tensors import Tensors, read_json
 from narrowcast.weights.formats import GroupedCodes, WeightFormat
 from narrowcast.weights.refusals import unserved
 
 CONFIG = "config.json"
-PLAIN = {torch.bfloat16, torch.float16, torch.float32}
 
 QUANTIZERS: Mapping[str, Callable[[Tensors, Mapping[str, Any]], Mapping[str, PackedWeight]]] = {
     "awq": awq,
@@ -48,28 +47,30 @@ class Folder:
     def values(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         if name in self._packed:
             return self.codes(name, rows, columns).dequantized()
-        found = self._tensors.read(name, rows, columns)
-        if found.dtype not in PLAIN:
-            raise unserved(
-                self._tensors.folder, f"{name} in BF16, FP16 or FP32", self._tensors.dtype(name), "Use another model."
-            )
-        return found
+        if (dtype := self._tensors.dtype(name)) not in PLAIN:
+            raise unserved(self._tensors.folder, f"{name} in BF16, FP16 or FP32", dtype, "Use another model.")
+        return self._tensors.read(name, rows, columns)
 
 
-def open_folder(folder: Path) -> Folder:
+def open_folder(folder: Path) -> Checkpoint:
     """The checkpoint of a folder. InvalidInputError if it is broken, or quantized in a way that nothing here reads."""
     config = read_json(folder / CONFIG)
     quantization = config.get("quantization_config") or config.get("compression_config")
     tensors = Tensors(folder)
     if quantization is None:
         return Folder(tensors, {})
-    return Folder(tensors, QUANTIZERS[served_method(folder, quantization)](tensors, quantization))
+    method = served_method(folder, quantization)
+    return (
+        KernelsFolder(tensors, quantization)
+        if method == METHOD
+        else Folder(tensors, QUANTIZERS[method](tensors, quantization))
+    )
 
 
 def served_method(path: Path, quantization: Any) -> str:
     """The method of a config's `quantization_config`; InvalidInputError for one that nothing here reads."""
     method = str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization)
-    if method not in QUANTIZERS:
+    if method not in (METHOD, *QUANTIZERS) or not isinstance(quantization, dict):
         raise unserved(
             path,
             f"plain weights, or those of {', '.join(QUANTIZERS)}",

@@ -8,6 +8,7 @@ from narrowcast.engines.transformers.files import rotation
 from narrowcast.engines.transformers.files.fingerprint import fingerprint
 from narrowcast.engines.transformers.files.loading import load, load_tokenizer, obstacle, save, skeleton
 from narrowcast.engines.transformers.files.matrices import matrices
+from narrowcast.engines.transformers.files.packing import pack
 from narrowcast.engines.transformers.files.vocabulary import vocabulary
 from narrowcast.engines.transformers.seam import summed
 from narrowcast.engines.transformers.sharding import check_dense
@@ -39,6 +40,7 @@ __all__ = [
     "matrices",
     "num_features",
     "obstacle",
+    "pack",
     "rotate",
     "save",
     "skeleton",

@@ -56,6 +56,13 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
     return ModelFingerprint(config=fields, samples=samples)
 
 
+def sampled(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that a model is told from others by, and its embedding, by name."""
+    embedding = cast(Any, model).get_input_embeddings()
+    known = {name: module for name, module in summed(model).items() if is_linear(module) or is_experts(module)}
+    return known | {name: module for name, module in model.named_modules() if module is embedding}
+
+
 def sample_places(size: int) -> list[int]:
     """The rows or columns, of so many, by which a weight is told from others."""
     return [(2 * sample + 1) * size // (2 * NUM_SAMPLES) for sample in range(NUM_SAMPLES)]
@@ -67,9 +74,9 @@ def _digests_of(module: nn.Module) -> list[str | None]:
     return _digests(summed_weight(module), dim=-1)
 
 
-def _kept_digests(samples: Mapping[int, Tensor], size: int) -> list[str | None]:
+def _kept_digests(samples: Mapping[int, str], size: int) -> list[str | None]:
     """Of what the loader has kept of weights in few bits, which is as the checkpoint has it."""
-    return [_digest(samples[place]) if place in samples else None for place in sample_places(size)]
+    return [samples.get(place) for place in sample_places(size)]
 
 
 def _digests(weight: Tensor, dim: int) -> list[str | None]:
@@ -83,7 +90,7 @@ def _digests(weight: Tensor, dim: int) -> list[str | None]:
         if weight.ndim == 3:
             places[0] = sample % weight.shape[0]
         here = all(held[axis].start <= place < held[axis].stop for axis, place in places.items())
-        digests.append(_digest(_slice(local(weight), held, places)) if here else None)
+        digests.append(digest(_slice(local(weight), held, places)) if here else None)
     return digests
 
 
@@ -94,6 +101,7 @@ def _slice(held_part: Tensor, held: list[slice], places: dict[int, int]) -> Tens
     return values
 
 
-def _digest(values: Tensor) -> str:
+def digest(values: Tensor) -> str:
+    """That of a sample, in BF16."""
     raw = values.bfloat16().contiguous().view(torch.uint8).cpu().numpy().tobytes()
     return hashlib.blake2b(raw, digest_size=4).hexdigest()

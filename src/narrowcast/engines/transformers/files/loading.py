@@ -63,33 +63,40 @@ def load(
     logging.disable_progress_bar()  # one bar a rank would garble the screen
     tell(Progress(f"loading {path}"))
     located = _located(path)
-    try:
+    with told(path):
         if split == WHOLE:
             _check_device(device)
-            if (packed := _packed(path, weights)) is not None:
+            if (packed := packed_model(path, weights)) is not None:
                 if weights != "dense":
                     _check_computes_on_cpu(path, device)
-                return _quick_in_steps(packed.load(_config(path), _activations(dtype)).to(device))
+                return _quick_in_steps(packed.load(config_of(path), _activations(dtype)).to(device))
             with _hushed(path):
                 model = _from_pretrained(path, located | _weights(path, dtype))
             return _quick_in_steps(model.to(device))
         _check_version(split, replicated)
-        _check_divisible(_config(path).get_text_config(), split)
+        _check_divisible(config_of(path).get_text_config(), split)
         if split.pp_size > 1:
             check_stages(skeleton(path), split.pp_size)
-        packed = _packed(path, weights)
+        packed = packed_model(path, weights)
         with _stages_may_be_split() if split.pp_size > 1 else nullcontext(), _hushed(path):
             distributed = {"distributed_config": _distributed_config(split, path, replicated)}
             if packed is not None:
-                model = packed.load(_config(path), _activations(dtype), **distributed)
+                model = packed.load(config_of(path), _activations(dtype), **distributed)
             else:
                 model = _from_pretrained(path, located | _weights(path, dtype) | distributed)
         return _quick_in_steps(model)
+
+
+@contextmanager
+def told(path: str | Path) -> Iterator[None]:
+    """Errors of Transformers, safetensors and PyTorch, as files can be wrong in many ways, in a sentence."""
+    try:
+        yield
     except NarrowcastError:
         raise
     except ImportError as error:  # splitting a model needs accelerate besides
         raise MissingDependencyError(error.name or "accelerate", "transformers") from error
-    except Exception as error:  # of Transformers, safetensors or PyTorch, as files can be wrong in many ways
+    except Exception as error:
         raise _not_loaded(path, error) from error
 
 
@@ -118,11 +125,11 @@ def _from_pretrained(path: str | Path, arguments: Mapping[str, Any]) -> nn.Modul
     return cast(nn.Module, model)
 
 
-def _packed(path: str | Path, weights: Weights) -> PackedModel | None:
+def packed_model(path: str | Path, weights: Weights) -> PackedModel | None:
     """The model's weights, where they are read by us; None for the engine."""
     if not reads_itself(path, weights):
         return None
-    checkpoint = open_checkpoint(_folder(path))
+    checkpoint = open_checkpoint(folder_of(path))
     for note in checkpoint.notes:
         logger.info("%s: %s", path, note)
     return PackedModel(path, checkpoint, weights)
@@ -132,11 +139,11 @@ def reads_itself(path: str | Path, weights: Weights) -> bool:
     """True where weights are read by us, and not by the engine: stored in few bits, or to be kept so."""
     if Path(path).suffix == GGUF:
         return knows(Path(path)) or weights not in ("stored", "dense")
-    quantized = getattr(_config(path), "quantization_config", None) is not None
+    quantized = getattr(config_of(path), "quantization_config", None) is not None
     return quantized or weights not in ("stored", "dense")
 
 
-def _config(path: str | Path) -> Any:
+def config_of(path: str | Path) -> Any:
     """The model's config."""
     from transformers import AutoConfig
 
@@ -156,7 +163,7 @@ def _metadata(path: str | Path) -> AbstractContextManager[None]:
     return quick_metadata()
 
 
-def _folder(path: str | Path) -> Path:
+def folder_of(path: str | Path) -> Path:
     """The files of a model at a path, or of a hub name."""
     if Path(path).exists():
         return Path(path)
@@ -196,14 +203,10 @@ def skeleton(path: str | Path) -> nn.Module:
     """The causal LM of `path` on the meta device: its config is all that is read."""
     from transformers import AutoModelForCausalLM
 
-    try:
-        config = _config(path)
+    with told(path):
+        config = config_of(path)
         with torch.device("meta"):
             return cast(nn.Module, AutoModelForCausalLM.from_config(config))
-    except NarrowcastError:
-        raise
-    except Exception as error:
-        raise _not_loaded(path, error) from error
 
 
 def _located(path: str | Path) -> dict[str, Any]:

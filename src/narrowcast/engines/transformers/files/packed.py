@@ -1,7 +1,8 @@
 """Loading models whose weights stay in few bits: each rank reads its own rows and columns, and nothing is unpacked."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,16 +13,19 @@ from torch.distributed.tensor import DTensor
 from narrowcast.engines.base import Weights
 from narrowcast.engines.forwards import chunk
 from narrowcast.engines.transformers.decoding.layers import FUSED
-from narrowcast.engines.transformers.files.fingerprint import sample_places
+from narrowcast.engines.transformers.files.fingerprint import digest, sample_places, sampled
+from narrowcast.engines.transformers.files.streaming import stream
 from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, WHOLE, styles_of
 from narrowcast.engines.transformers.sharding import is_experts, own_chunk
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.progress import Progress, tell
 from narrowcast.weights.arena import Arena
-from narrowcast.weights.checkpoint import Checkpoint
+from narrowcast.weights.checkpoint import ALL, Checkpoint
+from narrowcast.weights.folders import writing
+from narrowcast.weights.folders.kernels import KernelsFolder
 from narrowcast.weights.formats import Q4_0, Q8_0, GroupedCodes, WeightFormat
 from narrowcast.weights.layers import Fused, PackedEmbedding, PackedLinear
-from narrowcast.weights.packed import PackedMatrix, check_columns
+from narrowcast.weights.packed import PackedMatrix, check_columns, rows_at_a_time
 from narrowcast.weights.quantize import quantize_int4, quantize_int8
 
 
@@ -36,7 +40,6 @@ QUANTIZERS: Mapping[str, Quantizer] = {
     "int4-group32": Quantizer(Q4_0, quantize_int4),
     "int8-group32": Quantizer(Q8_0, quantize_int8),
 }
-ROWS_AT_A_TIME = 1024
 LEFT_OUT = "rotary_emb.inv_freq"  # computed, though old checkpoints have it
 PackedLayer = PackedLinear | PackedEmbedding
 
@@ -49,6 +52,7 @@ class PackedModel:
         self._quantizer = QUANTIZERS.get(weights)
         self._output = ""  # the parameter that gives logits
         self._dense = weights == "dense"
+        self._in_place = checkpoint if isinstance(checkpoint, KernelsFolder) and not self._dense else None
 
     def load(self, config: Any, dtype: torch.dtype, distributed_config: Any = None) -> nn.Module:
         """The causal LM, or this rank's part of it; activations are of `dtype`.
@@ -56,10 +60,7 @@ class PackedModel:
         InvalidInputError for weights that are missing or have other shapes than the config says, and for a split that
         cuts groups of columns.
         """
-        model = _empty(config, dtype)
-        self.check_without_experts(model)
-        self._check_place_for_all(model)
-        self._put_layers(model, dtype)
+        model = self._prepared(config, dtype)
         self._set_frequencies(model)
         mesh = None
         if distributed_config is not None:
@@ -67,9 +68,54 @@ class PackedModel:
             distributed_config, _, mesh = kind.prepare_distribute_model(distributed_config)
             model = kind.maybe_distribute_model(model, distributed_config, mesh)
         self._fill(model, None if mesh is None else mesh.get_mesh("tp"))
-        _settle(model)
-        _check_filled(self._path, model)
+        _settle(model, in_place=self._in_place is not None)
+        self._check_found(name for name, weight in model.named_parameters() if weight.is_meta)
+        if self._in_place is not None:
+            stream(model, self._in_place.file)
         return model.eval()
+
+    def write(self, config: Any, path: Path) -> None:
+        """Write a file whose matrices kernels read where they lie, some rows at a time.
+
+        InvalidInputError as of `load`, and if no matrix is in few bits.
+        """
+        model = self._prepared(config, torch.bfloat16)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)}
+        if not layers:
+            raise self._refusal("weights in few bits", "values of 16 bits or more", "Pass --weights int4-group32, say.")
+        sources = list(self._sources(model, _tied(model)))
+        digests: dict[str, list[str]] = {}
+        for name in sampled(model).keys() & layers.keys():
+            source = self._source(f"{name}.weight", _tied(model))
+            assert source is not None
+            digests[f"{name}.weight"] = list(self._digests(name, source, layers[name], WHOLE, None).values())
+        divisors = getattr(self._checkpoint, "frequency_divisors", None)
+        writing.write(path, sources, digests, [] if divisors is None else divisors.tolist())
+
+    def _sources(self, model: nn.Module, tied: Mapping[str, str]) -> Iterator[writing.Source]:
+        """All parameters of the checkpoint, each once, in the order in which they are computed with."""
+        seen = set()
+        for name, module in model.named_modules():
+            shapes = {key: tuple(weight.shape) for key, weight in module.named_parameters(recurse=False)}
+            if is_packed := isinstance(module, PackedLayer):
+                shapes["weight"] = _shape(module)
+            for key, shape in shapes.items():
+                source = self._source(f"{name}.{key}", tied)
+                self._check_found([] if source else [f"{name}.{key}"])
+                assert source is not None
+                if source not in seen:
+                    self._check_shape(source, shape)
+                    read = self._codes if is_packed and key == "weight" else self._checkpoint.values
+                    yield writing.Source(source, shape, functools.partial(read, source))
+                seen.add(source)
+
+    def _prepared(self, config: Any, dtype: torch.dtype) -> nn.Module:
+        """The model without weights, with layers for such in few bits."""
+        model = _empty(config, dtype)
+        self.check_without_experts(model)
+        self._check_place_for_all(model)
+        self._put_layers(model, dtype)
+        return model
 
     def check_without_experts(self, model: nn.Module) -> None:
         """InvalidInputError for experts, which have no kernels in few bits."""
@@ -151,7 +197,7 @@ class PackedModel:
 
     def _fill(self, model: nn.Module, mesh: Any) -> None:
         styles, tied, matrices = styles_of(model), _tied(model), {}
-        modules = dict(model.named_modules())
+        modules, told_by = dict(model.named_modules()), sampled(model)
         for done, (name, module) in enumerate(modules.items()):
             tell(Progress(f"reading {self._path}", done, len(modules)))
             if isinstance(module, PackedLayer):
@@ -161,7 +207,8 @@ class PackedModel:
                 if (source, style) not in matrices:
                     matrices[source, style] = self._read(name, source, module, style, mesh)
                 _set(module, matrices[source, style], style, mesh)
-                module.samples = self._samples(source, module, style, mesh)
+                if name in told_by:
+                    module.samples = self._digests(name, source, module, style, mesh)
             for key, weight in list(module.named_parameters(recurse=False)):
                 if weight.is_meta and (source := self._source(f"{name}.{key}", tied)) is not None:
                     module.register_parameter(key, self._values(source, weight))
@@ -169,40 +216,43 @@ class PackedModel:
     def _read(self, name: str, source: str, module: PackedLayer, style: str, mesh: Any) -> PackedMatrix:
         """The matrix that this rank holds, read some rows at a time."""
         shape = _shape(module)
-        if (found := self._checkpoint.shape(source)) != shape:
-            raise self._refusal(f"{source} of shape {shape}, as its config says", f"{found}", "Copy it again.")
+        self._check_shape(source, shape)
         form = self._format(source)
         assert form is not None
         rows, columns = _own(shape, style, mesh)
         check_columns(name, form, columns, shape[1], 1 if mesh is None else mesh.size())
-        matrix: PackedMatrix | None = None
-        for start in range(rows.start, max(rows.stop, rows.start + 1), ROWS_AT_A_TIME):
-            codes = self._codes(source, slice(start, min(start + ROWS_AT_A_TIME, rows.stop)), columns)
+        if self._in_place is not None and (matrix := self._in_place.matrix(source, rows, columns)) is not None:
+            return matrix
+        matrix = None
+        for part in rows_at_a_time(rows, columns.stop - columns.start):
+            codes = self._codes(source, part, columns)
             if matrix is None:
                 held = rows.stop - rows.start, columns.stop - columns.start
                 scale = float(codes.scales) if form.is_ternary else 1.0
                 matrix = PackedMatrix.empty(form, held, bf16_scales=codes.scales.dtype == torch.bfloat16, scale=scale)
-            matrix.fill(start - rows.start, codes)
+            matrix.fill(part.start - rows.start, codes)
         assert matrix is not None
         return matrix
 
-    def _codes(self, source: str, rows: slice, columns: slice) -> GroupedCodes:
+    def _codes(self, source: str, rows: slice, columns: slice = ALL) -> GroupedCodes:
         if self._checkpoint.format(source) is not None:
             return self._checkpoint.codes(source, rows, columns)
         quantizer = self._quantizer_of(source)
         assert quantizer is not None
         return quantizer.quantize(self._checkpoint.values(source, rows, columns))
 
-    def _samples(self, source: str, module: PackedLayer, style: str, mesh: Any) -> dict[int, Tensor]:
-        """Of a linear layer columns, of an embedding rows, of the checkpoint's own values, BF16."""
+    def _digests(self, name: str, source: str, module: PackedLayer, style: str, mesh: Any) -> dict[int, str]:
+        """By place of those samples that this rank holds: of a linear layer columns, of an embedding rows."""
         rows, columns = _own(_shape(module), style, mesh)
-        if isinstance(module, PackedEmbedding):
-            held = [place for place in sample_places(_shape(module)[0]) if rows.start <= place < rows.stop]
-            return {place: self._values_of(source, slice(place, place + 1), columns)[0] for place in held}
-        if style == SPLIT_ROWS:
-            return {}  # of layers whose columns are summed alone models are told apart
-        held = [place for place in sample_places(_shape(module)[1]) if columns.start <= place < columns.stop]
-        return {place: self._values_of(source, rows, slice(place, place + 1))[:, 0] for place in held}
+        axis, own = (0, rows) if isinstance(module, PackedEmbedding) else (1, columns)
+        places = sample_places(_shape(module)[axis])
+        held = [place for place in places if own.start <= place < own.stop]
+        if isinstance(self._checkpoint, KernelsFolder):
+            kept = dict(zip(places, self._checkpoint.digests.get(f"{name}.weight", ()), strict=False))
+            return {place: kept[place] for place in held if place in kept}
+        if axis == 0:
+            return {place: digest(self._values_of(source, slice(place, place + 1), columns)) for place in held}
+        return {place: digest(self._values_of(source, rows, slice(place, place + 1))) for place in held}
 
     def _values_of(self, source: str, rows: slice, columns: slice) -> Tensor:
         """Values of a few columns, of which files have whole groups."""
@@ -213,10 +263,7 @@ class PackedModel:
 
     def _values(self, source: str, weight: nn.Parameter) -> nn.Parameter:
         """A parameter that is kept in values, or this rank's part of it."""
-        if (found := self._checkpoint.shape(source)) != tuple(weight.shape):
-            raise self._refusal(
-                f"{source} of shape {tuple(weight.shape)}, as its config says", f"{found}", "Copy it again."
-            )
+        self._check_shape(source, tuple(weight.shape))
         own = [own_chunk(weight.data, axis) for axis in range(weight.ndim)]
         rows, columns = (own[0], own[-1]) if weight.ndim > 1 else (own[0], slice(None))
         values = self._checkpoint.values(source, rows, columns).to(weight.dtype)
@@ -234,6 +281,18 @@ class PackedModel:
             stride=spread.stride(),
         )
         return nn.Parameter(part, requires_grad=False)
+
+    def _check_shape(self, source: str, shape: tuple[int, ...]) -> None:
+        if (found := self._checkpoint.shape(source)) != shape:
+            raise self._refusal(f"{source} of shape {shape}, as its config says", f"{found}", "Copy it again.")
+
+    def _check_found(self, parameters: Iterable[str]) -> None:
+        """InvalidInputError if there are parameters that the checkpoint has nothing for."""
+        if missing := list(parameters):
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise self._refusal(
+                "all weights of its config", f"none for {missing[0]}{more}", "Copy or download it again."
+            )
 
     def _refusal(self, expected: str, found: str, remedy: str) -> InvalidInputError:
         return InvalidInputError(f"model {self._path}", expected=expected, found=found, remedy=remedy)
@@ -286,8 +345,11 @@ def _own(shape: tuple[int, int], style: str, mesh: Any) -> tuple[slice, slice]:
     return (own[0], whole[1]) if style == SPLIT_ROWS else (whole[0], own[1])
 
 
-def _settle(model: nn.Module) -> None:
-    """Put matrices where they are read fastest: side by side in large pages, those that read the same tokens as one."""
+def _settle(model: nn.Module, *, in_place: bool) -> None:
+    """Put matrices where they are read fastest: side by side in large pages, those that read the same tokens as one.
+
+    Those of a file that kernels read `in_place` stay there.
+    """
     arena, settled = Arena(), set[int]()
     for module in model.modules():
         for attribute, names in FUSED.items():
@@ -300,7 +362,8 @@ def _settle(model: nn.Module) -> None:
         if isinstance(module, PackedLayer) and id(module) not in settled:
             before = module.matrix
             if id(before) not in moved:
-                moved[id(before)] = PackedMatrix.joined([before], arena)[0]
+                settled_one = None if in_place else PackedMatrix.joined([before], arena)
+                moved[id(before)] = before if settled_one is None else settled_one[0]
             module.matrix = moved[id(before)]
 
 
@@ -308,14 +371,3 @@ def _set(module: PackedLayer, matrix: PackedMatrix, style: str, mesh: Any) -> No
     module.matrix, module.device_mesh = matrix, mesh
     if isinstance(module, PackedEmbedding):
         module.own = _own(_shape(module), style, mesh)[0]
-
-
-def _check_filled(path: str | Path, model: nn.Module) -> None:
-    missing = [name for name, weight in model.named_parameters() if weight.is_meta]
-    if missing:
-        raise InvalidInputError(
-            f"model {path}",
-            expected="all weights of its config",
-            found=f"none for {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
-            remedy="Copy or download it again.",
-        )
