@@ -30,6 +30,7 @@ def knows(path: Path) -> bool:
     header = read_header(path)
     if factors := [name for name in header.entries if name.startswith(FACTORS)]:
         raise unserved(path, "positions that one set of factors scales", factors[0], "Use a folder of safetensors.")
+    _check_layers(header)
     return header.architecture in ARCHITECTURES and not _strangers(header)
 
 
@@ -152,10 +153,16 @@ def _architecture(header: Header) -> Architecture:
             f"{header.architecture}" + (f" with {strangers[0]}" if found else ""),
             "Use a folder of safetensors.",
         )
-    layers = {name.split(".")[1] for name in header.entries if name.startswith("blk.")}
-    if len(layers) != (count := header.number(f"{header.architecture}.block_count")):
-        raise broken(header.path, f"{count} layers, as it says", f"tensors of {len(layers)}")
+    _check_layers(header)
     return found
+
+
+def _check_layers(header: Header) -> None:
+    """InvalidInputError for a file of other layers than it says; of unknown architectures, of more than tensors."""
+    layers = {name.split(".")[1] for name in header.entries if name.startswith("blk.")}
+    count = header.number(f"{header.architecture}.block_count", None if header.architecture in ARCHITECTURES else 1)
+    if count != len(layers) and (header.architecture in ARCHITECTURES or count > len(header.entries)):
+        raise broken(header.path, f"{count} layers, as it says", f"tensors of {len(layers)}")
 
 
 def _strangers(header: Header) -> list[str]:

@@ -17,6 +17,7 @@ from torch import nn
 from narrowcast.engines.base import Dtype, Replicated, Weights
 from narrowcast.engines.transformers.decoding import choose, shorten_steps
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
+from narrowcast.engines.transformers.files.claims import check_counts, check_shapes
 from narrowcast.engines.transformers.files.gguf_metadata import quick_metadata
 from narrowcast.engines.transformers.files.gguf_model import complete, knows
 from narrowcast.engines.transformers.files.packed import PackedModel
@@ -28,6 +29,7 @@ from narrowcast.engines.transformers.sharding import check_dense
 from narrowcast.errors import InvalidInputError, MissingDependencyError, NarrowcastError
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, tell
+from narrowcast.weights.folders.tensors import INDEX, SINGLE, Tensors
 from narrowcast.weights.layers import DenseLinear
 
 logger = logging.getLogger(__name__)
@@ -114,6 +116,9 @@ def _from_pretrained(path: str | Path, arguments: Mapping[str, Any]) -> nn.Modul
     """The model; InvalidInputError if weights are missing, in whose place there would be random ones."""
     from transformers import AutoModelForCausalLM
 
+    if any((Path(path) / file).is_file() for file in (SINGLE, INDEX)):
+        tensors = Tensors(Path(path))
+        check_shapes(path, skeleton(path), tensors.names, tensors.shape)
     model, about = AutoModelForCausalLM.from_pretrained(**arguments, output_loading_info=True)
     if missing := sorted(about["missing_keys"]):
         raise InvalidInputError(
@@ -223,8 +228,10 @@ def _located(path: str | Path) -> dict[str, Any]:
         return {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
     if place.is_file():
         raise _no_model(path, "a file that is not GGUF's")
-    if place.is_dir() and not (place / CONFIG).is_file():
-        raise _no_model(path, f"a folder without {CONFIG}")
+    if place.is_dir():
+        if not (place / CONFIG).is_file():
+            raise _no_model(path, f"a folder without {CONFIG}")
+        check_counts(place / CONFIG)
     if not place.is_dir() and not HUB_NAME.fullmatch(str(path)):
         raise _no_model(path, "no such folder")
     return {"pretrained_model_name_or_path": path}

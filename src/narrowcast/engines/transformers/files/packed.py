@@ -2,7 +2,8 @@
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from narrowcast.engines.base import Weights
 from narrowcast.engines.forwards import chunk
 from narrowcast.engines.transformers.decoding.layers import FUSED
+from narrowcast.engines.transformers.files.claims import check_shapes
 from narrowcast.engines.transformers.files.fingerprint import digest, sample_places, sampled
 from narrowcast.engines.transformers.files.streaming import stream
 from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, WHOLE, styles_of
@@ -27,6 +29,8 @@ from narrowcast.weights.formats import Q4_0, Q8_0, GroupedCodes, WeightFormat
 from narrowcast.weights.layers import Fused, PackedEmbedding, PackedLinear
 from narrowcast.weights.packed import PackedMatrix, check_columns, rows_at_a_time
 from narrowcast.weights.quantize import quantize_int4, quantize_int8
+
+logger = logging.getLogger(__name__)
 
 
 class Quantizer(NamedTuple):
@@ -104,16 +108,18 @@ class PackedModel:
                 self._check_found([] if source else [f"{name}.{key}"])
                 assert source is not None
                 if source not in seen:
-                    self._check_shape(source, shape)
                     read = self._codes if is_packed and key == "weight" else self._checkpoint.values
                     yield writing.Source(source, shape, functools.partial(read, source))
                 seen.add(source)
 
     def _prepared(self, config: Any, dtype: torch.dtype) -> nn.Module:
         """The model without weights, with layers for such in few bits."""
+        with torch.device("meta"):  # buffers, too: shapes may be anything
+            skeleton = _made(config, dtype)
+        self.check_without_experts(skeleton)
+        self._check_place_for_all(skeleton)
+        check_shapes(self._path, skeleton, self._checkpoint.names, self._checkpoint.shape)
         model = _empty(config, dtype)
-        self.check_without_experts(model)
-        self._check_place_for_all(model)
         self._put_layers(model, dtype)
         return model
 
@@ -161,7 +167,9 @@ class PackedModel:
 
     def _put_layers(self, model: nn.Module, dtype: torch.dtype) -> None:
         """Give the model layers for matrices in few bits."""
-        for name in self.formats(model):
+        formats = self.formats(model)
+        self._tell_what_stays(model, formats)
+        for name in formats:
             module: Any = model.get_submodule(name)
             layer: PackedLayer
             if isinstance(module, nn.Linear):
@@ -170,6 +178,17 @@ class PackedModel:
                 scale = getattr(module, "embed_scale", None)
                 layer = PackedEmbedding(module.num_embeddings, module.embedding_dim, dtype, scale)
             model.set_submodule(name, layer)
+
+    def _tell_what_stays(self, model: nn.Module, formats: Collection[str]) -> None:
+        """Log the linear layers that were asked for in few bits and cannot be."""
+        if self._quantizer is None:
+            return
+        size, layers = self._quantizer.format.group_size, model.named_modules()
+        left = [name for name, each in layers if isinstance(each, nn.Linear) and each.in_features % size]
+        if stay := [name for name in left if name not in formats]:
+            others = f" and {len(stay) - 1} more" if len(stay) > 1 else ""
+            reason = f"their columns are no multiple of {size}"
+            logger.warning("%s: %s%s stay in values, as %s", self._path, stay[0], others, reason)
 
     def _source(self, parameter: str, tied: Mapping[str, str]) -> str | None:
         """The checkpoint's name of a parameter, which may be another one that it shares; None if it has neither."""
@@ -215,9 +234,7 @@ class PackedModel:
 
     def _read(self, name: str, source: str, module: PackedLayer, style: str, mesh: Any) -> PackedMatrix:
         """The matrix that this rank holds, read some rows at a time."""
-        shape = _shape(module)
-        self._check_shape(source, shape)
-        form = self._format(source)
+        shape, form = _shape(module), self._format(source)
         assert form is not None
         rows, columns = _own(shape, style, mesh)
         check_columns(name, form, columns, shape[1], 1 if mesh is None else mesh.size())
@@ -263,7 +280,6 @@ class PackedModel:
 
     def _values(self, source: str, weight: nn.Parameter) -> nn.Parameter:
         """A parameter that is kept in values, or this rank's part of it."""
-        self._check_shape(source, tuple(weight.shape))
         own = [own_chunk(weight.data, axis) for axis in range(weight.ndim)]
         rows, columns = (own[0], own[-1]) if weight.ndim > 1 else (own[0], slice(None))
         values = self._checkpoint.values(source, rows, columns).to(weight.dtype)
@@ -282,10 +298,6 @@ class PackedModel:
         )
         return nn.Parameter(part, requires_grad=False)
 
-    def _check_shape(self, source: str, shape: tuple[int, ...]) -> None:
-        if (found := self._checkpoint.shape(source)) != shape:
-            raise self._refusal(f"{source} of shape {shape}, as its config says", f"{found}", "Copy it again.")
-
     def _check_found(self, parameters: Iterable[str]) -> None:
         """InvalidInputError if there are parameters that the checkpoint has nothing for."""
         if missing := list(parameters):
@@ -300,13 +312,18 @@ class PackedModel:
 
 def _empty(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model without weights; buffers, which no file has, are there."""
-    from transformers import AutoModelForCausalLM
-
     try:
         from accelerate import init_empty_weights
     except ImportError as error:
         raise MissingDependencyError("accelerate", "transformers") from error
-    with init_empty_weights(include_buffers=False), _without_quantization(config):
+    with init_empty_weights(include_buffers=False):
+        return _made(config, dtype)
+
+
+def _made(config: Any, dtype: torch.dtype) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    with _without_quantization(config):
         return cast(nn.Module, AutoModelForCausalLM.from_config(config, dtype=dtype))
 
 
