@@ -18,7 +18,7 @@ from narrowcast.weights.formats import GroupedCodes, WeightFormat
 from narrowcast.weights.parts import span
 
 BLOCK_ROWS = 16
-VALUES_AT_A_TIME = 1 << 21
+VALUES_AT_A_TIME = 1 << 19
 KINDS = {(4, "middle"): 0, (4, "minimum"): 1, (8, "middle"): 2, (4, "zero_point"): 3, (2, "middle"): 4}
 EIGHT = ([0, 4, 1, 5], [2, 6, 3, 7])  # columns in the low and high halves of four bytes: two columns meet in a step
 ALL = slice(None)
@@ -160,7 +160,7 @@ class PackedMatrix:
 
 
 def rows_at_a_time(rows: slice, num_columns: int) -> Iterator[slice]:
-    """Parts of some rows, in whole blocks from their beginning, with a few MB of values; one at least, if empty."""
+    """Parts of some rows, in whole blocks from their beginning, some MB of values each; one at least, if empty."""
     step = max(1, VALUES_AT_A_TIME // num_columns // BLOCK_ROWS) * BLOCK_ROWS
     starts = range(rows.start, max(rows.stop, rows.start + 1), step)
     return (slice(start, min(start + step, rows.stop)) for start in starts)

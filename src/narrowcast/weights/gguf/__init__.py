@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Sequence
 from math import prod
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from narrowcast.weights.checkpoint import ALL
 from narrowcast.weights.formats import GroupedCodes, WeightFormat
 from narrowcast.weights.gguf.blocks import OTHER_FILE, block_size, codes_of, format_of, note_of, readable, values_of
 from narrowcast.weights.gguf.header import Entry, read_header
+from narrowcast.weights.mapped import MappedFile
 from narrowcast.weights.parts import group_span, span
 from narrowcast.weights.refusals import unserved
 
@@ -32,7 +32,7 @@ class GgufFile:
             if not readable(entry.type):
                 found = f"{entry.type.name} of {name}"
                 raise unserved(path, "types that the package gguf can unpack", found, OTHER_FILE)
-        self._bytes = np.memmap(path, mode="r")
+        self._file = MappedFile(path)
 
     @property
     def names(self) -> Collection[str]:
@@ -80,8 +80,9 @@ class GgufFile:
         """Chunks of the blocks in which some rows and columns lie, [N, B, bytes of a block]; their first column."""
         size, nbytes = block_size(entry.type)
         first, last = columns[0] // size, -(-columns[1] // size)
-        table_NBb = self._bytes[entry.start : entry.start + entry.nbytes].reshape(entry.num_rows, -1, nbytes)
+        table_NBb = self._file.bytes[entry.start : entry.start + entry.nbytes].view(entry.num_rows, -1, nbytes)
         step = max(1, CHUNK // (size * max(1, last - first)))
         for top in range(rows[0], max(rows[1], rows[0] + 1), step):
-            part_NBb = table_NBb[top : min(top + step, rows[1]), first:last]
-            yield torch.from_numpy(np.array(part_NBb)), first * size
+            part_NBb = table_NBb[top : min(top + step, rows[1])]
+            yield part_NBb[:, first:last].clone(memory_format=torch.contiguous_format), first * size
+            self._file.forget(part_NBb, everywhere=False)

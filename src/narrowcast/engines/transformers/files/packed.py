@@ -89,7 +89,7 @@ class PackedModel:
             raise self._refusal("weights in few bits", "values of 16 bits or more", "Pass --weights int4-group32, say.")
         sources = list(self._sources(model, _tied(model)))
         digests: dict[str, list[str]] = {}
-        for name in sampled(model).keys() & layers.keys():
+        for name in filter(layers.__contains__, sampled(model)):
             source = self._source(f"{name}.weight", _tied(model))
             assert source is not None
             digests[f"{name}.weight"] = list(self._digests(name, source, layers[name], WHOLE, None).values())
