@@ -121,6 +121,16 @@ def test_a_token_s_bits_do_not_depend_on_others(form):
 
 
 @formats
+def test_a_long_prompt_is_multiplied_like_its_parts(form):
+    """In C++ so many tokens are prepared at a time that scratch stays small."""
+    matrix = PackedMatrix.pack(random_codes(form, 20, form.group_size))
+    x_TK = random_tokens(2100, form.group_size, torch.bfloat16)
+    whole = multiply(matrix, x_TK, num_tokens=1)
+
+    assert torch.equal(whole, torch.cat([multiply(matrix, part, num_tokens=1) for part in x_TK.split(50)]))
+
+
+@formats
 @pytest.mark.parametrize("path", [kernels.REFERENCE, *PATHS])
 def test_what_is_not_finite_is_never_a_plausible_number(form, path):
     codes = random_codes(form, 20, 4 * form.group_size)

@@ -11,6 +11,7 @@ namespace narrowcast {
 namespace {
 
 constexpr size_t kBytesForAThread = 1 << 16;  // some 3 us of reading; handing a part over takes less than one
+constexpr size_t kTokensPrepared = 1024;      // at a time: for more, scratch would grow with the longest prompt
 constexpr size_t kTokensAtATime = 128;        // prepared ones that stay in the L2 cache while a block of rows is read
 
 // Room that stays with its thread.
@@ -67,10 +68,12 @@ size_t parts_of(size_t num_threads, size_t nbytes, size_t num_items) {
   return std::max<size_t>(1, std::min({num_threads, nbytes / kBytesForAThread, num_items}));
 }
 
-}  // namespace
+Rows some_rows(const Rows& rows, size_t first, size_t count) {
+  return {rows.row(first), rows.dtype, rows.stride, count, rows.num_values};
+}
 
-void multiply(const WeightKernels& kernels, const PackedMatrix& matrix, const MatrixPart& part, const Rows& x,
-              const void* bias, const Rows& y, size_t num_threads) {
+void multiply_some(const WeightKernels& kernels, const PackedMatrix& matrix, const MatrixPart& part, const Rows& x,
+                   const void* bias, const Rows& y, size_t num_threads) {
   const std::vector<Tile>& tiles = lay_out(matrix, x.num_rows, part.num_columns);
   for_parts(parts_of(num_threads, x.num_rows * part.num_columns, tiles.size()), [&](size_t index, size_t num_parts) {
     for (size_t i = index * tiles.size() / num_parts; i < (index + 1) * tiles.size() / num_parts; ++i) {
@@ -97,6 +100,16 @@ void multiply(const WeightKernels& kernels, const PackedMatrix& matrix, const Ma
       first_tile = last_tile;
     }
   });
+}
+
+}  // namespace
+
+void multiply(const WeightKernels& kernels, const PackedMatrix& matrix, const MatrixPart& part, const Rows& x,
+              const void* bias, const Rows& y, size_t num_threads) {
+  for (size_t first = 0; first < x.num_rows; first += kTokensPrepared) {
+    const size_t count = std::min(kTokensPrepared, x.num_rows - first);
+    multiply_some(kernels, matrix, part, some_rows(x, first, count), bias, some_rows(y, first, count), num_threads);
+  }
 }
 
 void multiply_dense(const WeightKernels& kernels, const DenseMatrix& matrix, const Rows& x, const void* bias,
