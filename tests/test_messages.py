@@ -54,14 +54,14 @@ BROKEN = {
     "no config": (without("config.json"), "found a folder without config.json"),
     "a config that is none": (
         lambda folder: (folder / "config.json").write_text("{"),
-        "expected one that Transformers",
+        r"config\.json: expected JSON, .*Copy or download it again",
     ),
     "no weights": (without(WEIGHTS), "no file named model.safetensors"),
-    "half the weights": (truncated, "SafetensorError: .*Copy or download it again"),
+    "half the weights": (truncated, "expected a safetensors file, .*Copy or download it again"),
     "no weights of a layer": (changed(lambda weights: weights.pop(DOWN)), f"found none for {DOWN}"),
     "a layer of another size": (
         changed(lambda weights: weights.update({DOWN: weights[DOWN][:, :8].clone()})),
-        "expected one that Transformers can load",
+        rf"expected {DOWN} of shape \(256, 704\), as its config says, found \(256, 8\)",
     ),
 }
 

@@ -1,4 +1,4 @@
-// What Python sees of products with weights in few bits: matrices, and calls that take addresses.
+// What Python sees of weights in few bits: matrices, and what is done with them besides products (schedule.cpp).
 #include <nanobind/nanobind.h>
 
 #include <sys/mman.h>
@@ -19,25 +19,6 @@ T* at(uintptr_t address) {
 PackedMatrix make_packed(int kind, uintptr_t blocks, size_t row_stride, size_t num_rows, size_t group_size,
                          bool bf16_scales, float scale) {
   return {static_cast<WeightKind>(kind), at<const uint8_t>(blocks), row_stride, num_rows, group_size, bf16_scales, scale};
-}
-
-void multiply_packed(const PackedMatrix& matrix, size_t first_row, size_t num_rows, size_t first_column,
-                     size_t num_columns, uintptr_t x, int dtype, size_t num_tokens, ptrdiff_t x_stride, uintptr_t bias,
-                     uintptr_t y, ptrdiff_t y_stride, size_t num_threads) {
-  nb::gil_scoped_release release;
-  const Rows from = {at<void>(x), static_cast<Dtype>(dtype), x_stride, num_tokens, num_columns};
-  const Rows to = {at<void>(y), static_cast<Dtype>(dtype), y_stride, num_tokens, num_rows};
-  multiply(*selected_kernels()->weights, matrix, {first_row, num_rows, first_column, num_columns}, from,
-           at<const void>(bias), to, num_threads);
-}
-
-void multiply_bf16(uintptr_t weight, ptrdiff_t stride, size_t num_rows, size_t num_columns, uintptr_t x,
-                   size_t num_tokens, uintptr_t bias, uintptr_t y, ptrdiff_t y_stride, size_t num_threads) {
-  nb::gil_scoped_release release;
-  const DenseMatrix matrix = {at<const uint16_t>(weight), size_t(stride), num_rows, num_columns};
-  const Rows from = {at<void>(x), Dtype::bf16, ptrdiff_t(num_columns), num_tokens, num_columns};
-  const Rows to = {at<void>(y), Dtype::bf16, y_stride, num_tokens, num_rows};
-  multiply_dense(*selected_kernels()->weights, matrix, from, at<const void>(bias), to, num_threads);
 }
 
 void dequantize_packed(const PackedMatrix& matrix, size_t first_row, size_t num_rows, size_t first_column,
@@ -73,8 +54,6 @@ void bind_weights(nb::module_& m) {
   using namespace narrowcast;
   nb::class_<PackedMatrix>(m, "PackedMatrix");
   m.def("packed", &make_packed);
-  m.def("multiply_packed", &multiply_packed);
-  m.def("multiply_bf16", &multiply_bf16);
   m.def("dequantize_packed", &dequantize_packed);
   m.def("look_up_packed", &look_up_packed);
   m.def("use_huge_pages", &use_huge_pages);

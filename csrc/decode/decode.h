@@ -1,4 +1,5 @@
-// What a decoding step does besides products: attention of few queries, norms. Knows addresses and nothing of PyTorch.
+// What a decoding step does besides products: attention of few queries, norms, values one by one. Knows addresses and
+// nothing of PyTorch.
 //
 // Contract (src/narrowcast/runtime/attention.py has the reference): the same bits on every path, for any number of
 // threads, and for a head whatever other heads and sequences there are. FP32, every operation rounded by itself.
@@ -74,6 +75,20 @@ struct RmsNorm {
   size_t num_rows, num_values;
   float epsilon;
   bool from_one;  // the weight is added to one, and multiplied with in FP32
+};
+
+// Values of one or two tensors [T, E], BF16 or FP32, combined one by one.
+enum class How : int { copy = 0, add = 1, multiply = 2 };
+
+struct Combination {
+  How how;
+  Rows a, b, out;  // no b for a copy
+};
+
+// A function of BF16, as a table of its values by the bits of the argument.
+struct Function {
+  const uint16_t* table;
+  Rows x, out;
 };
 
 }  // namespace narrowcast

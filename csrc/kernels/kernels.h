@@ -127,6 +127,7 @@ struct Format {
 struct WeightKernels;  // weights/weights.h
 struct Attention;  // ../decode/decode.h
 struct RmsNorm;
+struct Combination;
 
 // One path. Row ranges [begin, end) let threads share a tensor.
 struct Kernels {
@@ -145,6 +146,7 @@ struct Kernels {
   void (*attend)(const Attention&, float* scratch, float* partials, size_t begin, size_t end);
   void (*join)(const Attention&, const float* partials, size_t begin, size_t end);
   void (*norm)(const RmsNorm&, size_t begin, size_t end);
+  void (*combine)(const Combination&, size_t begin, size_t end);
 };
 
 extern const Kernels avx512_bf16_kernels, avx512_kernels, avx2_kernels, portable_kernels;

@@ -6,6 +6,7 @@
 #include "feature.h"
 #include "minifloat.h"
 #include "weights/weights.h"
+#include "../decode/elementwise.h"
 #include "../decode/norm.h"
 
 namespace narrowcast {
@@ -128,6 +129,7 @@ const Kernels NARROWCAST_TABLE(NARROWCAST_PATH) = {
     NARROWCAST_PATH::attend,
     NARROWCAST_PATH::join,
     NARROWCAST_PATH::norm,
+    NARROWCAST_PATH::combine_rows,
 };
 
 }  // namespace narrowcast

@@ -104,7 +104,8 @@ def paths() -> list[str]: ...
 def path() -> str: ...
 def use_path(name: str) -> None: ...
 
-# Matrices in few bits: csrc/bindings/weights.cpp. Kinds are those of `weights.packed`; strides are in values.
+# Matrices in few bits: csrc/bindings/weights.cpp, products in schedule.cpp. Kinds are those of `weights.packed`;
+# strides are in values.
 
 class PackedMatrix: ...
 
@@ -151,7 +152,7 @@ def look_up_packed(matrix: PackedMatrix, rows: int, num_rows: int, num_columns: 
 def use_huge_pages(address: int, nbytes: int) -> None: ...
 def read_memory(address: int, nbytes: int, num_threads: int) -> int: ...
 
-# Decoding steps: csrc/bindings/decode.cpp. A place is an address and the strides between sequences, heads and tokens.
+# Decoding steps: csrc/bindings/schedule.cpp. A place is an address and the strides between sequences, heads and tokens.
 
 def attend(
     dtype: int,
@@ -191,6 +192,34 @@ def rms_norm(
     epsilon: float,
     from_one: bool,
 ) -> None: ...
+
+# Values one by one. Rows are an address, a dtype, the stride between rows, their number, and that of their values.
+
+def combine(
+    how: int,
+    a: tuple[int, int, int, int, int],
+    b: tuple[int, int, int, int, int],
+    out: tuple[int, int, int, int, int],
+) -> None: ...
+def look_up(table: int, x: tuple[int, int, int, int, int], out: tuple[int, int, int, int, int]) -> None: ...
+
+# What ran once, run again in one call, with other tensors in place of those that move: csrc/bindings/schedule.cpp.
+# It has a method for each of the operators above, from `multiply_packed` on, of the same arguments.
+
+class Schedule:
+    def __init__(self, moving: list[tuple[int, int]], kept: object) -> None: ...
+    def sum(self, sum: Sum, x: int, y: int, residue: int, stats: int) -> None: ...
+    def run(
+        self,
+        moving: list[int],
+        keys: tuple[int, int, int, int],
+        values: tuple[int, int, int, int],
+        context: int,
+        mask: tuple[int, int, int, int],
+        mask_key: int,
+        tags: list[int],
+        timeout_s: float,
+    ) -> tuple[str, int, str, int, int] | None: ...
 
 # The TCP mesh: csrc/bindings/mesh.cpp.
 

@@ -21,7 +21,7 @@ MOST_HEAD_DIM = 256
 _LARGE = 1 << 18  # products from which on several threads may share the keys
 
 Place = tuple[int, int, int, int]
-_NOWHERE: Place = (0, 0, 0, 0)
+NOWHERE: Place = (0, 0, 0, 0)
 
 
 class NewTokens(NamedTuple):
@@ -107,7 +107,7 @@ def attend(
         cpu.limit_threads()
     out_BTHD = q_BHTD.new_empty(num_sequences, num_queries, num_heads, head_dim)
     mask_kind, mask_dtype, mask_place, mask_key = _of_mask(mask, (num_sequences, num_heads, num_queries, context))
-    turned = (_NOWHERE, _NOWHERE, 0, 0, 0, 0, 0) if new is None else _of_new(new)
+    turned = (NOWHERE, NOWHERE, 0, 0, 0, 0, 0) if new is None else _of_new(new)
     cpu.native.attend(
         cpu.DTYPES[q_BHTD.dtype],
         num_sequences,
@@ -119,9 +119,9 @@ def attend(
         scale,
         softcap,
         causal,
-        _place(q_BHTD),
-        _place(k_BGCD),
-        _place(v_BGCD),
+        place_of(q_BHTD),
+        place_of(k_BGCD),
+        place_of(v_BGCD),
         (out_BTHD.data_ptr(), num_queries * num_heads * head_dim, head_dim, num_heads * head_dim),
         mask_kind,
         mask_dtype,
@@ -132,14 +132,15 @@ def attend(
     return out_BTHD
 
 
-def _place(x_BHTD: Tensor) -> Place:
+def place_of(x_BHTD: Tensor) -> Place:
+    """The address of a tensor, and its strides by sequence, head and token."""
     sequence, head, token, _ = x_BHTD.stride()
     return x_BHTD.data_ptr(), sequence, head, token
 
 
 def _of_mask(mask: Tensor | None, sizes: Sequence[int]) -> tuple[int, int, Place, int]:
     if mask is None:
-        return 0, 0, _NOWHERE, 0
+        return 0, 0, NOWHERE, 0
     sequence, head, query, key = mask.expand(sizes).stride()
     kind, dtype = (1, 0) if mask.dtype is torch.bool else (2, cpu.DTYPES[mask.dtype])
     return kind, dtype, (mask.data_ptr(), sequence, head, query), key
@@ -149,4 +150,4 @@ def _of_new(new: NewTokens) -> tuple[Place, Place, int, int, int, int, int]:
     cos_BTR, sin_BTR = new.cos_BTR.contiguous(), new.sin_BTR.contiguous()
     num_sequences, num_tokens, size = cos_BTR.shape
     between = num_tokens * size if num_sequences > 1 else 0
-    return _place(new.k_BGTD), _place(new.v_BGTD), cos_BTR.data_ptr(), sin_BTR.data_ptr(), between, size, size
+    return place_of(new.k_BGTD), place_of(new.v_BGTD), cos_BTR.data_ptr(), sin_BTR.data_ptr(), between, size, size

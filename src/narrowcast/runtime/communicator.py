@@ -1,7 +1,7 @@
 """The communicator: a plan at work on one rank of a split model."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from narrowcast.collectives import (
     send_steps,
 )
 from narrowcast.collectives.base import Deferred, Traffic
+from narrowcast.collectives.one_call import OneCall
 from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.planned import PlannedWires, payload
 from narrowcast.runtime.sites import Sites
@@ -46,6 +47,14 @@ class Communicator(PlannedWires):
         assert self._tp is not None, "only a model with shared layers asks"
         return self._tp
 
+    def may_schedule(self, x: Tensor) -> bool:
+        """True where sums as large as `x` are made in one call, so that layers with them may run as recorded."""
+        return self._small_sums.take(x) and not self._turns.taken and not self.sites.timed
+
+    def forget(self, calls: Collection[OneCall]) -> None:
+        """Do not run these sums again, one of which has failed."""
+        self._small_sums.forget(calls)
+
     def run_parts(self, parts: Sequence[Callable[[], T]]) -> list[T]:
         """The results of parts of a forward, which take turns: while the sums of one travel, another computes.
 
@@ -65,7 +74,10 @@ class Communicator(PlannedWires):
     ) -> None:
         (partial,) = partials
         if self._small_sums.take(y_TE) and not self._turns.taken and counters.clock is None:
-            self._small_sums.add_up(partial.tokens(slice(None)), y_TE, hops, residue, algorithm, counters.stats)
+            x_TE, stats = partial.tokens(slice(None)), counters.stats
+            call = self._small_sums.add_up(x_TE, y_TE, hops, residue, algorithm, stats)
+            if self.recorder is not None:
+                self.recorder.add_up(call, x_TE, y_TE, residue, stats)
             return
         tp, turns = counters.transport(self.tp), self._turns
         fed_back = counters.hops(self._fed_back(hops, residue))

@@ -133,6 +133,15 @@ class Feedback:
             loss.inputs = ()
         return residue
 
+    def goes_on(self, site: str, num_tokens: int, num_features: int) -> bool | None:
+        """True if `residue` would give what was left, False if nothing was; None for what was left to another sum."""
+        loss, place = self._loss, self._places.get(site)
+        if loss.residue is None:
+            return False
+        here = None if place is None or place.index == 0 else (place.chain, place.index)
+        is_mine = loss.following == here and loss.residue.shape[1:] == (num_tokens, num_features)
+        return True if is_mine else None
+
     def read(self, norm: str, stream: Tensor, forward: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Tensor:
         """Apply a norm's `forward` to the `stream` [..., E] that all ranks share.
 

@@ -17,6 +17,7 @@ from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.feedback import Feedback
 from narrowcast.runtime.operators import Operator
 from narrowcast.runtime.products import Product
+from narrowcast.runtime.schedules import Recorder
 from narrowcast.runtime.sites import Sites, plain
 from narrowcast.runtime.wires import Wires
 
@@ -24,7 +25,8 @@ from narrowcast.runtime.wires import Wires
 class PlannedWires(Wires):
     """Wires over which values travel coded, as `sites` say; bytes are those of the first of `ranks`.
 
-    With `count_only` everything travels as it is, and the bytes that its codecs would send are counted.
+    With `count_only` everything travels as it is, and the bytes that its codecs would send are counted. `recorder`, if
+    there is one, is told of sums.
     """
 
     def __init__(self, sites: Sites, rank: int | None, tp_size: int, *, count_only: bool = False) -> None:
@@ -32,6 +34,7 @@ class PlannedWires(Wires):
         chains = Chains() if count_only else sites.chains
         Wires.__init__(self, rank, tp_size, Feedback(chains, num_sources))
         self.sites, self._count_only, self.deterministic = sites, count_only, sites.deterministic
+        self.recorder: Recorder | None = None
 
     def row_parallel(self, site: str, products: Sequence[Product]) -> Operator:
         self._check_features(site, products[0].num_features)
@@ -84,6 +87,8 @@ class PlannedWires(Wires):
         counters = self.sites.counters(site)
         traffic = self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size)
         counters.count(shape[0], traffic, dtype.itemsize)
+        if self.recorder is not None:
+            self.recorder.count(site, traffic, dtype.itemsize)
         if choice.form == "native":
             given = partials if residue is None else self.feedback.taken_along(partials, residue)
             return self._add_up_natively(given)

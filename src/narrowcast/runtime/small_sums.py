@@ -1,5 +1,7 @@
 """Sums of few values on a rank: by the steps of their algorithm once, from then on in one native call."""
 
+from collections.abc import Collection
+
 from torch import Tensor
 
 from narrowcast.codecs import kernels
@@ -27,21 +29,26 @@ class SmallSums:
 
     def add_up(
         self, x_TE: Tensor, y_TE: Tensor, hops: Hops, residue: Tensor | None, algorithm: str, stats: Tensor
-    ) -> None:
+    ) -> OneCall | None:
         """Fill `y_TE` with the sum of every rank's `x_TE`; a `residue` is taken along, and becomes what is lost.
 
-        `hops` live as long as this.
+        `hops` live as long as this. Returns the call that made it; None if steps did.
         """
         key = id(hops), algorithm, x_TE.shape, x_TE.dtype, y_TE.dtype, residue is None
         call = self._calls.get(key)
         if call is None or not x_TE.is_contiguous():
             self._by_steps(key, x_TE, y_TE, hops, residue, algorithm, stats)
-            return
+            return None
         try:
             call.run(x_TE, y_TE, residue, stats)
         except BaseException:
             del self._calls[key]
             raise
+        return call
+
+    def forget(self, calls: Collection[OneCall]) -> None:
+        """Make such sums by steps again: after an error bytes may still be on their way into what a call keeps."""
+        self._calls = {key: call for key, call in self._calls.items() if all(call is not each for each in calls)}
 
     def _by_steps(
         self,

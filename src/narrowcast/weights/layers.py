@@ -149,8 +149,11 @@ class PackedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Rows [..., K] of tokens; zeros of those that another rank holds."""
-        if ids.numel() and not 0 <= ids.min() <= ids.max() < self.num_embeddings:
-            raise IndexError(f"token ids from {ids.min()} to {ids.max()} for a vocabulary of {self.num_embeddings}")
+        least, largest = (int(each) for each in ids.aminmax()) if ids.numel() else (0, 0)
+        if not 0 <= least <= largest < self.num_embeddings:
+            raise IndexError(f"token ids from {least} to {largest} for a vocabulary of {self.num_embeddings}")
+        if self.own == slice(0, self.num_embeddings):
+            return self.look_up(ids)
         held = (ids >= self.own.start) & (ids < self.own.stop)
         found = self.look_up((ids - self.own.start).masked_fill(~held, 0))
         return found.masked_fill(~held[..., None], 0)

@@ -6,9 +6,10 @@ A codec's parameters become one C++ object, its form, the first time that a kern
 import functools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -36,6 +37,27 @@ DTYPES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 _SCALES = {"bf16": 0, "e8m0": 1, "e4m3": 2}
 _PLACES, _PLACES_PER_UNIT, _BEYOND_EDGES = 2048, 128, 8.0  # of `up_to` in `_quantizers`
 _LARGE = 1 << 19  # values from which on several threads may share a tensor
+
+
+class _Noted:
+    def __init__(self, module: ModuleType, note: Callable[[str, Any], Any]) -> None:
+        self._module, self._note = module, note
+
+    def __getattr__(self, name: str) -> Any:
+        return self._note(name, getattr(self._module, name))
+
+
+@contextmanager
+def noted(note: Callable[[str, Any], Any]) -> Iterator[None]:
+    """Let `note` see each function of the compiled module that is asked for, in any thread, and choose what runs."""
+    global native
+    before = native
+    assert before is not None
+    native = cast(ModuleType, _Noted(before, note))
+    try:
+        yield
+    finally:
+        native = before
 
 
 def encode(codec: "Codec", x_TE: Tensor, source: int, out_TB: Tensor, stats: Tensor | None) -> None:

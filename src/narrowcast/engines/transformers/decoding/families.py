@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast.codecs.kernels import cpu
-from narrowcast.engines.forwards import Forwards
+from narrowcast.engines.forwards import Forward, Forwards
 from narrowcast.engines.transformers.decoding import layers
 from narrowcast.engines.transformers.decoding.interface import choose
 from narrowcast.engines.transformers.seam.rehearsal import ABOUT_WEIGHTS, quietly, randomize_
@@ -71,6 +71,24 @@ def _known(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     for module in model.modules():
         if type(module) in table and "forward" not in vars(module):
             yield module, table[type(module)]
+
+
+def for_steps(module: nn.Module, model: nn.Module) -> Forward | None:
+    """The forward for steps of a module that another one stands in the way of; None where `model` has none of ours."""
+    forward = _classes().get(type(module))
+    is_shortened = any(
+        getattr(vars(each).get("forward"), "__func__", None) in FORWARDS.values() for each in model.modules()
+    )
+    return None if forward is None or not is_shortened else MethodType(forward, module)
+
+
+def is_known_layer(module: nn.Module) -> bool:
+    """True for a decoder layer of a known family, with the forward of its class."""
+    homes = {
+        prefix: sys.modules.get(f"transformers.models.{name}.modeling_{name}") for name, prefix in FAMILIES.items()
+    }
+    known = {getattr(home, f"{prefix}DecoderLayer", None) for prefix, home in homes.items()}
+    return type(module) in known and "forward" not in vars(module)
 
 
 def _classes() -> dict[type, Callable[..., Any]]:

@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
+from narrowcast.engines.transformers.decoding.families import for_steps
 from narrowcast.engines.transformers.decoding.layers import FUSED
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
+from narrowcast.engines.transformers.seam.scheduled import schedule_steps
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_packed, is_plain, reading_weight
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
+from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
 from narrowcast.weights.layers import DenseLinear, PackedLinear
@@ -36,7 +39,8 @@ SHARED_OUT = {
     **dict.fromkeys((KEPT_COLUMNS, "colwise_gather_output", "colwise_rep", "embedding_rowwise"), SPLIT_ROWS),
     **dict.fromkeys(("rowwise", "rowwise_split_input", "rowwise_rep"), SPLIT_COLUMNS),
 }
-SILENT = {KEPT_COLUMNS, "replicate", "replicated_with_grad_allreduce", "local_params", "grouped_gemm"}
+REPLICATED = "replicated_with_grad_allreduce"
+SILENT = {KEPT_COLUMNS, "replicate", REPLICATED, "local_params", "grouped_gemm"}
 
 
 @dataclass(frozen=True)
@@ -168,12 +172,22 @@ def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
             for module in model.modules():
                 if isinstance(module, DenseLinear | PackedLinear):
                     forwards.set(module, "batch_invariant", True)
+        if type(wires) is Communicator:
+            _take_over_replicated(model, forwards)
+            schedule_steps(model, wires, forwards)
         if split.pp_size > 1:
             pipeline.take_over(model, split.pp_size, wires, forwards)
     except BaseException:
         forwards.restore()
         raise
     return forwards
+
+
+def _take_over_replicated(model: nn.Module, forwards: Forwards) -> None:
+    """Let norms of a rank's own heads, which the engine has given forwards for training, have those for steps."""
+    for _, module, style in _styled(model, _plan(model, "tp_plan")):
+        if style == REPLICATED and (forward := for_steps(module, model)) is not None:
+            forwards.replace(module, forward)
 
 
 def short_prompt(model: nn.Module, num_tokens: int) -> Tensor:

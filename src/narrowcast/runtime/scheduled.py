@@ -1,0 +1,81 @@
+"""A decoder layer on a rank, run as it was recorded."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from narrowcast.collectives.pending import first_tag
+from narrowcast.runtime.attention import NOWHERE, Place, place_of
+from narrowcast.runtime.schedules import NotRecordableError, Recorder
+
+if TYPE_CHECKING:
+    from narrowcast.runtime.communicator import Communicator
+
+
+@contextmanager
+def recording(wires: "Communicator") -> Iterator[Recorder]:
+    """Record what runs on this thread, with the sums of `wires`."""
+    recorder = Recorder()
+    wires.recorder = recorder
+    try:
+        with recorder.recording():
+            yield recorder
+    finally:
+        wires.recorder = None
+
+
+class Scheduled:
+    """All that `recorder` saw of a layer whose sums are those of `wires`, from hidden states `x` to `out`, [B, T, E].
+
+    `turns`: cosines and sines of the tokens' places. NotRecordableError if it cannot be done again.
+    """
+
+    def __init__(
+        self, wires: "Communicator", recorder: Recorder, x: Tensor, out: Tensor, turns: Sequence[Tensor]
+    ) -> None:
+        self._wires, self._sums = wires, recorder.sums
+        self._num_tokens, self._num_features = x.shape[:-1].numel(), x.shape[-1]
+        recorder.check()
+        if type(out) is not Tensor or out.shape != x.shape or not out.is_contiguous():
+            raise NotRecordableError("something else than hidden states comes out")
+        lost = [each for each in recorder.residues[:1] if each is not None]
+        if not self._sums or any(each is not recorder.residues[0] for each in recorder.residues):
+            raise NotRecordableError("no sums, or sums that do not share what was lost")
+        self._transport = self._sums[0].call.transport
+        self._steps = recorder.steps([x, out, *turns, *lost, *recorder.stats])
+
+    def run(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, turns: Sequence[Tensor]) -> Tensor:
+        """The layer's hidden states; new tokens go into the last places of `keys` and `values` [B, G, C, D].
+
+        `mask`: bool [B or 1, 1, 1, C], where there was one when the layer was recorded. Raises as the sums do.
+        """
+        wires, residue = self._wires, None
+        out = torch.empty_like(x)
+        stats, tags = [], []
+        for each in self._sums:
+            counters = wires.sites.counters(each.site)
+            counters.count(self._num_tokens, each.traffic, each.itemsize)
+            stats.append(counters.stats.data_ptr())
+            tags.append(first_tag(self._transport))
+            residue = wires.residue(each.site, self._num_tokens, self._num_features, x.device)
+        moving = [x.data_ptr(), out.data_ptr(), turns[0].data_ptr(), turns[1].data_ptr()]
+        if residue is not None:
+            moving.append(residue.data_ptr())
+        try:
+            attended = place_of(keys), place_of(values), keys.shape[2], *_place_of_mask(mask, len(x))
+            outcome = self._steps.run(moving + stats, *attended, tags, self._transport.timeout_s)
+            if outcome is not None:
+                raise self._transport.failed(outcome)
+        except BaseException:
+            wires.forget([each.call for each in self._sums])
+            raise
+        return out
+
+
+def _place_of_mask(mask: Tensor | None, num_sequences: int) -> tuple[Place, int]:
+    if mask is None:
+        return NOWHERE, 0
+    return (mask.data_ptr(), mask.stride(0) if len(mask) == num_sequences else 0, 0, 0), mask.stride(3)
