@@ -28,6 +28,7 @@ from narrowcast.perf.compute import Machine, Products
 from narrowcast.perf.cost import MESSAGE_S, Coding, CostModel
 from narrowcast.perf.estimate import estimate
 from narrowcast.perf.machines import MachinesEstimate, verdicts
+from narrowcast.perf.replication import replication
 from narrowcast.plan.decisions import Choice
 from narrowcast.plan.split import Split
 from narrowcast.weights.formats import Q4_0, w4a16
@@ -344,3 +345,14 @@ def test_the_command_reads_nothing_but_the_config(tmp_path: Path) -> None:
 )
 def test_wrong_options_are_told(options: tuple[str, ...], message: str) -> None:
     assert message in refused("estimate", MODEL, *options)
+
+
+def test_what_is_kept_whole_has_the_bits_of_its_weights() -> None:
+    def bytes_of(weights: Weights) -> dict[str, int]:
+        found = replication(MODEL, Split(tp_size=2), weights=weights)
+        return {each.matrix: max(each.held_bytes, each.read_bytes) for each in found}
+
+    dense, packed = bytes_of("dense"), bytes_of("int8-group32")
+
+    assert dense and dense.keys() == packed.keys()
+    assert all(packed[matrix] == dense[matrix] * 34 // 64 for matrix in dense), "the bundled model's is tied, in 8 bits"

@@ -68,7 +68,9 @@ def estimate(
         obstacle = engine.obstacle(engine.skeleton(model), split)
         found = perf.estimate(model, split, codec, input_len=input_len, link=wire, transport=transport)
         computes = None if wire is None else _computing(model, weights, machine)
-        kept = replication(model, split, input_len=input_len, link=wire, transport=transport) if tp > 1 else []
+        kept = []
+        if tp > 1:
+            kept = replication(model, split, input_len=input_len, link=wire, transport=transport, weights=weights)
     beside = [] if computes is None else one_and_several(*computes, split, found, input_len)
     if obstacle:
         console.print(f"no ranks can be split so: {obstacle}")

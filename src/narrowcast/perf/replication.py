@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from narrowcast.codecs import recipe
-from narrowcast.engines import load_engine
+from narrowcast.engines import Weights, load_engine
 from narrowcast.launch import Link
 from narrowcast.perf.census import census
 from narrowcast.perf.cost import CostModel, plain_coding
@@ -38,15 +38,23 @@ class ReplicationEstimate:
 
 
 def replication(
-    model: str | Path, split: Split, *, input_len: int = INPUT_LEN, link: Link | None = None, transport: str = "auto"
+    model: str | Path,
+    split: Split,
+    *,
+    input_len: int = INPUT_LEN,
+    link: Link | None = None,
+    transport: str = "auto",
+    weights: Weights = "stored",
 ) -> list[ReplicationEstimate]:
     """The estimates of the matrices that ranks share out; where both are one, holding it is the embedding's price.
 
-    `model`: a folder or hub name, of which the config is all that is read. Raises as `estimate` does.
+    `model`: a folder, hub name or GGUF file, of which the config is read, and headers of files that are there;
+    `weights`: in what its matrices are kept. Raises as `estimate` does.
     """
     split = replace(split, experts="slices")  # where experts are makes no difference here, and no router has to run
     skeleton = checked_skeleton(model, split, input_len, transport)
-    vocabulary = load_engine().vocabulary(skeleton)
+    engine = load_engine()
+    vocabulary = engine.vocabulary(skeleton).kept_in(engine.matrices(model, weights=weights))
     prompt, token = (census(skeleton, split, num_tokens) for num_tokens in (input_len, 1))
     found = []
     for kind, nbytes in zip(UNCODED, (vocabulary.embedding, vocabulary.output), strict=True):
