@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from formats import SPELT
@@ -65,7 +65,7 @@ def test_the_spelling_of_a_recipe_stands_for_it(made: Recipe) -> None:
     assert recipe(str(made).replace(" ", "")) == made
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(by_kind=st.dictionaries(st.sampled_from(KINDS), recipes.filter(lambda made: hasattr(made, "row_nbytes"))))
 def test_the_spelling_of_recipes_by_kind_stands_for_them(by_kind: Mapping[str, Recipe]) -> None:
     assert recipes_by_kind(spelt(by_kind)) == by_kind
