@@ -22,8 +22,8 @@ from narrowcast import Plan, attach
 from narrowcast.calibration import observe
 from narrowcast.engines import load_engine
 from narrowcast.engines.parts import load_part
+from narrowcast.engines.transformers.decoding import recorded
 from narrowcast.engines.transformers.files.random_llama import save_random_llama
-from narrowcast.engines.transformers.seam import scheduled
 from narrowcast.launch import run
 from narrowcast.perf.machine import machine
 
@@ -33,11 +33,11 @@ THIN = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 256, "num_la
 
 @contextmanager
 def by_modules() -> Iterator[None]:
-    scheduled.ATTEMPTS, attempts = 0, scheduled.ATTEMPTS
+    recorded.ATTEMPTS, attempts = 0, recorded.ATTEMPTS
     try:
         yield
     finally:
-        scheduled.ATTEMPTS = attempts
+        recorded.ATTEMPTS = attempts
 
 
 def on_rank(path: Path, plan_path: Path, weights: Any) -> list[dict[str, Any]]:

@@ -5,8 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    Gemma2Config,
-    LlamaConfig,
-    MistralConfig,
-    Phi3Config,
-    Qwen2Config,
-    Qwen3Config,
 )
 
 import narrowcast
@@ -30,41 +23,15 @@ from narrowcast import PeerLostError, Plan
 from narrowcast.codecs import kernels
 from narrowcast.codecs.kernels import cpu
 from narrowcast.engines import load_engine
-from narrowcast.engines.transformers.seam import scheduled as seam
+from narrowcast.engines.transformers.decoding import recorded as seam
 from narrowcast.runtime import schedules
-from narrowcast.runtime.scheduled import Scheduled
 from narrowcast.runtime.schedules import NotRecordableError
 from ranks import Ranks
+from stepping import CONFIGS, FIRST, NUM_LAYERS, NUM_STEPS, by_modules, counted, same, steps
 from transports import needs_mesh
 
 pytestmark = needs_mesh
 Pools = Callable[[int], Ranks]
-
-NUM_LAYERS, NUM_STEPS = 2, 8
-FIRST = 2  # steps until all is recorded: small sums have their steps once, caches get room to grow in
-
-
-SIZES: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 128,
-    "intermediate_size": 192,  # 96 a rank: not only whole vectors
-    "num_hidden_layers": NUM_LAYERS,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-}
-CONFIGS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaConfig(**SIZES),
-    "llama-biased": lambda: LlamaConfig(**SIZES, attention_bias=True),
-    "mistral": lambda: MistralConfig(**SIZES, sliding_window=6),  # shorter than the text
-    "qwen2": lambda: Qwen2Config(**SIZES),
-    "qwen3": lambda: Qwen3Config(**SIZES),
-    "phi3": lambda: Phi3Config(**SIZES, resid_pdrop=0.0),
-    "gemma2": lambda: Gemma2Config(**SIZES),
-}
 
 
 def planned(name: str, folder: Path, weights: Any) -> Path:
@@ -81,53 +48,14 @@ def loaded(folder: Path, weights: Any = "dense") -> tuple[Any, Plan]:
     return load_engine().load(folder, weights=weights, split=plan.split), plan
 
 
-@contextmanager
-def counted() -> Iterator[list[int]]:
-    """How many layers have run as recorded so far."""
-    runs, run = [0], Scheduled.run
-
-    def counting(self: Scheduled, *args: Any) -> Tensor:
-        runs[0] += 1
-        return run(self, *args)
-
-    Scheduled.run = counting  # type: ignore[method-assign]
-    try:
-        yield runs
-    finally:
-        Scheduled.run = run  # type: ignore[method-assign]
-
-
-@torch.no_grad()
-def steps(model: Any, num_sequences: int = 1, padding: int = 0) -> list[Tensor]:
-    """Logits of a prompt, then of one token after another; the first text begins with padding."""
-    ids = random_ids(num_sequences, 9)
-    mask = torch.ones(num_sequences, 9 + NUM_STEPS, dtype=torch.int64)
-    mask[0, :padding] = 0
-    found = model(ids, attention_mask=mask[:, :9], use_cache=True)
-    logits = [found.logits]
-    for length in range(10, 10 + NUM_STEPS):
-        ids = logits[-1][:, -1:].argmax(-1)
-        found = model(ids, attention_mask=mask[:, :length], past_key_values=found.past_key_values, use_cache=True)
-        logits.append(found.logits)
-    return logits
-
-
-def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
 def both_ways(
     folder: Path, weights: Any, texts: tuple[int, int], simulated: list[Tensor], options: dict[str, Any]
 ) -> list[Any]:
     model, plan = loaded(folder, weights)
     with counted() as runs, narrowcast.attach(model, plan, **options) as handle:
         ours, report = steps(model, *texts), handle.report()
-    seam.ATTEMPTS, attempts = 0, seam.ATTEMPTS
-    try:
-        with narrowcast.attach(model, plan, **options) as handle:
-            plain, plain_report = steps(model, *texts), handle.report()
-    finally:
-        seam.ATTEMPTS = attempts
+    with by_modules(), narrowcast.attach(model, plan, **options) as handle:
+        plain, plain_report = steps(model, *texts), handle.report()
     return [runs[0], same(ours, plain), same(ours, simulated), report == plain_report]
 
 
@@ -273,10 +201,8 @@ def changed(folder: Path) -> list[bool]:
             steps(model)
             change()
             ours = steps(model)
-        seam.ATTEMPTS, attempts = 0, seam.ATTEMPTS
-        with narrowcast.attach(model, plan):
+        with by_modules(), narrowcast.attach(model, plan):
             found.append(same(ours, steps(model)))
-        seam.ATTEMPTS = attempts
     return found
 
 

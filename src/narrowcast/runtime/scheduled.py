@@ -1,5 +1,6 @@
-"""A decoder layer on a rank, run as it was recorded."""
+"""A decoder layer, on a rank or whole, run as it was recorded."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -14,37 +15,48 @@ from narrowcast.runtime.schedules import NotRecordableError, Recorder
 if TYPE_CHECKING:
     from narrowcast.runtime.communicator import Communicator
 
+Attended = tuple[Place, Place, int, Place, int]  # keys, values, how many; the mask, and its stride
+
+
+_one_at_a_time = threading.Lock()
+
 
 @contextmanager
-def recording(wires: "Communicator") -> Iterator[Recorder]:
-    """Record what runs on this thread, with the sums of `wires`."""
+def recording(wires: "Communicator | None") -> Iterator[Recorder]:
+    """Record what runs on this thread, with the sums of `wires`, if any."""
     recorder = Recorder()
-    wires.recorder = recorder
-    try:
-        with recorder.recording():
-            yield recorder
-    finally:
-        wires.recorder = None
+    with _one_at_a_time:
+        if wires is not None:
+            wires.recorder = recorder
+        try:
+            with recorder.recording():
+                yield recorder
+        finally:
+            if wires is not None:
+                wires.recorder = None
 
 
 class Scheduled:
     """All that `recorder` saw of a layer whose sums are those of `wires`, from hidden states `x` to `out`, [B, T, E].
 
-    `turns`: cosines and sines of the tokens' places. NotRecordableError if it cannot be done again.
+    `turns`: cosines and sines of the tokens' places. NotRecordableError if it cannot be done again. One call at a time,
+    as results in between live on: `lock`.
     """
 
     def __init__(
-        self, wires: "Communicator", recorder: Recorder, x: Tensor, out: Tensor, turns: Sequence[Tensor]
+        self, wires: "Communicator | None", recorder: Recorder, x: Tensor, out: Tensor, turns: Sequence[Tensor]
     ) -> None:
+        self.lock = threading.Lock()
         self._wires, self._sums = wires, recorder.sums
         self._num_tokens, self._num_features = x.shape[:-1].numel(), x.shape[-1]
         recorder.check()
         if type(out) is not Tensor or out.shape != x.shape or not out.is_contiguous():
             raise NotRecordableError("something else than hidden states comes out")
         lost = [each for each in recorder.residues[:1] if each is not None]
-        if not self._sums or any(each is not recorder.residues[0] for each in recorder.residues):
-            raise NotRecordableError("no sums, or sums that do not share what was lost")
-        self._transport = self._sums[0].call.transport
+        if any(each is not recorder.residues[0] for each in recorder.residues):
+            raise NotRecordableError("sums that do not share what was lost")
+        if not self._sums and wires is not None:
+            raise NotRecordableError("no sums")
         self._steps = recorder.steps([x, out, *turns, *lost, *recorder.stats])
 
     def run(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, turns: Sequence[Tensor]) -> Tensor:
@@ -52,27 +64,34 @@ class Scheduled:
 
         `mask`: bool [B or 1, 1, 1, C], where there was one when the layer was recorded. Raises as the sums do.
         """
-        wires, residue = self._wires, None
         out = torch.empty_like(x)
+        moving = [x.data_ptr(), out.data_ptr(), turns[0].data_ptr(), turns[1].data_ptr()]
+        attended = place_of(keys), place_of(values), keys.shape[2], *_place_of_mask(mask, len(x))
+        if self._wires is None:
+            self._steps.run(moving, *attended, [], 0.0)
+        else:
+            self._run_with_sums(self._wires, moving, attended, x.device)
+        return out
+
+    def _run_with_sums(
+        self, wires: "Communicator", moving: list[int], attended: Attended, device: torch.device
+    ) -> None:
+        transport, residue = self._sums[0].call.transport, None
         stats, tags = [], []
         for each in self._sums:
             counters = wires.sites.counters(each.site)
             counters.count(self._num_tokens, each.traffic, each.itemsize)
             stats.append(counters.stats.data_ptr())
-            tags.append(first_tag(self._transport))
-            residue = wires.residue(each.site, self._num_tokens, self._num_features, x.device)
-        moving = [x.data_ptr(), out.data_ptr(), turns[0].data_ptr(), turns[1].data_ptr()]
-        if residue is not None:
-            moving.append(residue.data_ptr())
+            tags.append(first_tag(transport))
+            residue = wires.residue(each.site, self._num_tokens, self._num_features, device)
+        lost = [] if residue is None else [residue.data_ptr()]
         try:
-            attended = place_of(keys), place_of(values), keys.shape[2], *_place_of_mask(mask, len(x))
-            outcome = self._steps.run(moving + stats, *attended, tags, self._transport.timeout_s)
+            outcome = self._steps.run(moving + lost + stats, *attended, tags, transport.timeout_s)
             if outcome is not None:
-                raise self._transport.failed(outcome)
+                raise transport.failed(outcome)
         except BaseException:
             wires.forget([each.call for each in self._sums])
             raise
-        return out
 
 
 def _place_of_mask(mask: Tensor | None, num_sequences: int) -> tuple[Place, int]:

@@ -32,6 +32,8 @@ SILENT = {"limit_threads", "packed"}  # functions whose effect stays
 _aten = torch.ops.aten
 _COPY, _ADD, _MULTIPLY = 0, 1, 2  # `How` of csrc/decode/decode.h
 _ROOM = {_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default, _aten.empty_strided.default}
+# Values: two of PyTorch's vectors, which it takes at once; as many as no two threads of it share.
+_VECTORS, _GRAIN = 64, 1 << 14
 _FUNCTIONS = {_aten.silu.default, _aten.relu.default, _aten.gelu.default}
 
 Place = tuple[int, int, int, int]
@@ -104,9 +106,9 @@ class Recorder(TorchDispatchMode):
             self._kept.append(found)
             if func is _aten.zeros.default:
                 self._zeros.append(found)
-        elif (combined := _combined(func, args, kwargs, found)) is not None:
+        elif combined := _combined(func, args, kwargs, found):
             self._kept.append(found)
-            self._noted.append(combined)
+            self._noted += combined
         else:
             self.miss(str(func))
         return found
@@ -147,20 +149,32 @@ class Recorder(TorchDispatchMode):
 
 def _combined(
     func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], found: Any
-) -> tuple[str, tuple[Any, ...]] | None:
-    """The native operator that computes the same bits as one of PyTorch's, and its arguments; None if there is none."""
+) -> list[tuple[str, tuple[Any, ...]]]:
+    """Native operators that compute the same bits as one of PyTorch's, with their arguments; none if there are none."""
     if func in (_aten.add.Tensor, _aten.mul.Tensor) and kwargs.get("alpha", 1) == 1 and len(args) == 2:
         if all(isinstance(each, Tensor) and each.shape == found.shape for each in args):
             a, b, out = _rows(args[0]), _rows(args[1]), _rows(found)
             how = _ADD if func is _aten.add.Tensor else _MULTIPLY
-            return ("combine", (how, a, b, out)) if a and b and out else None
-    elif (func is _aten._to_copy.default and kwargs.keys() == {"dtype"}) or (func is _aten.to.dtype and not kwargs):
-        x, out = _rows(args[0]), _rows(found)
-        return ("combine", (_COPY, x, _NOTHING, out)) if x and out else None
+            return [("combine", (how, a, b, out))] if a and b and out else []
     elif func in _FUNCTIONS and args[0].dtype is torch.bfloat16:
-        x, out, table = _rows(args[0]), _rows(found), _table(func, tuple(kwargs.items()))
-        return ("look_up", (table.data_ptr(), x, out)) if x and out and table is not None else None
-    return None
+        x, out, table = _rows(args[0]), _rows(found), _table(func, tuple(kwargs.items()), _is_in_vectors(args[0]))
+        return [("look_up", (table.data_ptr(), x, out))] if x and out and table is not None else []
+    elif func is _aten.clone.default or _is_cast(func, kwargs):
+        return _copies(args[0], found)
+    return []
+
+
+def _is_cast(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    return (func is _aten._to_copy.default and kwargs.keys() == {"dtype"}) or (func is _aten.to.dtype and not kwargs)
+
+
+def _copies(x: Tensor, out: Tensor) -> list[tuple[str, tuple[Any, ...]]]:
+    """A copy, sequence by sequence where not all rows lie at one distance."""
+    pairs = [(x, out)] if _rows(x) else zip(x.unbind(), out.unbind(), strict=True) if x.dim() > 1 else []
+    copies = [(_rows(part), _rows(place)) for part, place in pairs]
+    if not all(part and place for part, place in copies):
+        return []
+    return [("combine", (_COPY, part, _NOTHING, place)) for part, place in copies]
 
 
 def _is_view(found: Any, x: Tensor) -> bool:
@@ -181,14 +195,22 @@ def _rows(x: Tensor) -> Rows | None:
     return x.data_ptr(), cpu.DTYPES[x.dtype], x_TE.stride(0), *x_TE.shape
 
 
-@functools.cache
-def _table(func: Any, options: tuple[tuple[str, Any], ...]) -> Tensor | None:
-    """The values of a function of BF16 [65536], by the bits of the argument, as PyTorch computes them.
+def _is_in_vectors(x: Tensor) -> bool:
+    """True if PyTorch computes a function of each value of `x` in whole vectors, on one thread."""
+    return x.shape[-1] % _VECTORS == 0 and x.numel() <= _GRAIN
 
-    None where it computes them otherwise in vectors than one by one.
+
+@functools.cache
+def _table(func: Any, options: tuple[tuple[str, Any], ...], in_vectors: bool) -> Tensor | None:
+    """The values of a function of BF16 [65536], by the bits of the argument, as PyTorch computes them in vectors.
+
+    None where it computes them otherwise one by one, unless all are computed in vectors.
     """
     arguments = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    table = torch.cat([func(part, **dict(options)) for part in arguments.split(_GRAIN)])
+    if in_vectors:
+        return table
     apart = torch.stack([arguments, arguments], dim=1)[:, 0]
-    table, alone = func(arguments, **dict(options)), func(apart, **dict(options)).contiguous()
+    alone = func(apart, **dict(options)).contiguous()
     same = (table.view(torch.int16) == alone.view(torch.int16)) | (table.isnan() & alone.isnan())
     return table if bool(same.all()) else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from narrowcast.codecs.kernels import cpu
 from narrowcast.engines.forwards import Forward, Forwards
-from narrowcast.engines.transformers.decoding import layers
+from narrowcast.engines.transformers.decoding import layers, recorded
 from narrowcast.engines.transformers.decoding.interface import choose
 from narrowcast.engines.transformers.seam.rehearsal import ABOUT_WEIGHTS, quietly, randomize_
 
@@ -35,6 +35,7 @@ FORWARDS: dict[str, Callable[..., Any]] = {
     "Attention": layers.attention_forward,
     "RMSNorm": layers.norm_forward,
     "MLP": layers.mlp_forward,
+    "DecoderLayer": recorded.layer_forward,
 }
 SMALL = {
     "num_attention_heads": 4,
@@ -80,15 +81,6 @@ def for_steps(module: nn.Module, model: nn.Module) -> Forward | None:
         getattr(vars(each).get("forward"), "__func__", None) in FORWARDS.values() for each in model.modules()
     )
     return None if forward is None or not is_shortened else MethodType(forward, module)
-
-
-def is_known_layer(module: nn.Module) -> bool:
-    """True for a decoder layer of a known family, with the forward of its class."""
-    homes = {
-        prefix: sys.modules.get(f"transformers.models.{name}.modeling_{name}") for name, prefix in FAMILIES.items()
-    }
-    known = {getattr(home, f"{prefix}DecoderLayer", None) for prefix, home in homes.items()}
-    return type(module) in known and "forward" not in vars(module)
 
 
 def _classes() -> dict[type, Callable[..., Any]]:

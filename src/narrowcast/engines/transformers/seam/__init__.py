@@ -8,6 +8,7 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, cast
 
 import torch
@@ -17,10 +18,10 @@ from torch.distributed.tensor import DTensor
 from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
 from narrowcast.engines.transformers.decoding.families import for_steps
 from narrowcast.engines.transformers.decoding.layers import FUSED
+from narrowcast.engines.transformers.decoding.recorded import RECORDED, RecordedLayer, is_recorded
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
-from narrowcast.engines.transformers.seam.scheduled import schedule_steps
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_packed, is_plain, reading_weight
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
@@ -174,7 +175,7 @@ def take_over(model: nn.Module, split: Split, wires: Wires) -> Forwards:
                     forwards.set(module, "batch_invariant", True)
         if type(wires) is Communicator:
             _take_over_replicated(model, forwards)
-            schedule_steps(model, wires, forwards)
+        _take_over_recorded(model, wires, forwards)
         if split.pp_size > 1:
             pipeline.take_over(model, split.pp_size, wires, forwards)
     except BaseException:
@@ -188,6 +189,17 @@ def _take_over_replicated(model: nn.Module, forwards: Forwards) -> None:
     for _, module, style in _styled(model, _plan(model, "tp_plan")):
         if style == REPLICATED and (forward := for_steps(module, model)) is not None:
             forwards.replace(module, forward)
+
+
+def _take_over_recorded(model: nn.Module, wires: Wires, forwards: Forwards) -> None:
+    """Let decoder layers that are recorded have the sums of this rank in their schedules; virtual ranks have none."""
+    for name, layer in model.named_modules():
+        if not is_recorded(layer):
+            continue
+        if type(wires) is Communicator:
+            forwards.set(layer, RECORDED, RecordedLayer(layer, name, wires))
+        else:
+            forwards.set(layer, "forward", MethodType(type(layer).forward, layer))
 
 
 def short_prompt(model: nn.Module, num_tokens: int) -> Tensor:

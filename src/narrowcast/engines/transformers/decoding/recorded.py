@@ -1,8 +1,8 @@
-"""Decoder layers that are recorded in a decoding step on ranks, and run as recorded from then on (decision 38)."""
+"""Decoder layers that are recorded in a decoding step, and run as recorded from then on (decision 38)."""
 
-import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from types import MethodType
 from typing import Any
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.module import _has_any_global_hook
 
-from narrowcast.engines.forwards import Forwards
+from narrowcast.codecs import kernels
+from narrowcast.codecs.kernels import cpu
+from narrowcast.collectives.one_call import MAX_NBYTES
 from narrowcast.engines.transformers.decoding import growing
-from narrowcast.engines.transformers.decoding.families import is_known_layer
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.scheduled import Scheduled, recording
 from narrowcast.runtime.schedules import NotRecordableError
@@ -23,58 +24,68 @@ ATTEMPTS = 4  # at recording a kind of call: the first sums take steps, and cach
 MAX_KINDS = 16  # of calls of a layer: each keeps its results in between
 # What a layer may be given besides hidden states. Others say nothing, or it is not recorded.
 KNOWN = {"attention_mask", "past_key_values", "position_embeddings", "position_ids", "use_cache"}
+HOMES = {"torch", "transformers", "narrowcast"}  # whose modules do the same for each token while nothing changes
+RECORDED = "narrowcast_recorded"
 
 Key = tuple[object, ...]
 
 
-def schedule_steps(model: nn.Module, wires: Communicator, forwards: Forwards) -> None:
-    """Let the decoder layers of `model` whose classes are known run as recorded where they can."""
-    for name, layer in model.named_modules():
-        if is_known_layer(layer):
-            forwards.set(layer, "forward", _recorded(name, layer, wires))
+def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A decoder layer's forward: as it was recorded, where it can be."""
+    if args or cpu.native is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    recorded = vars(self).get(RECORDED)
+    if recorded is None:
+        recorded = vars(self)[RECORDED] = RecordedLayer(self)
+    return recorded(hidden_states, kwargs)
 
 
-def _recorded(name: str, layer: nn.Module, wires: Communicator) -> Callable[..., Any]:
-    whole, recorded = layer.forward, RecordedLayer(name, layer, wires)
-
-    @functools.wraps(whole)
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or len(args) != 1:
-            return whole(*args, **kwargs)
-        return recorded(whole, args[0], kwargs)
-
-    return forward
+def is_recorded(layer: nn.Module) -> bool:
+    """True for one whose forward is `layer_forward`."""
+    return getattr(vars(layer).get("forward"), "__func__", None) is layer_forward
 
 
 class RecordedLayer:
-    """The schedules of one layer, by kind of call. All are forgotten where its modules or weights are others."""
+    """The schedules of one layer, by kind of call; on ranks it is `name`d, as its sums over `wires` are.
 
-    def __init__(self, name: str, layer: Any, wires: Communicator) -> None:
+    All are forgotten where modules or weights inside are others; copies of the layer have none.
+    """
+
+    def __init__(self, layer: Any, name: str = "", wires: Communicator | None = None) -> None:
         self._layer, self._wires, self._index = layer, wires, layer.self_attn.layer_idx
         self._first_sum = f"{name}.self_attn.o_proj"
+        self._whole = MethodType(type(layer).forward, layer)
         inside = [each for each in layer.modules() if each is not layer]
         self._hooks = [hooks for each in inside for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self._attributes = [vars(each) for each in inside]
         self._children = [each._modules for each in (layer, *inside) if each._modules]
         self._weights = [each._parameters for each in inside if _has_plain_weights(each)]
-        self._state = self._now()
+        self._given = [] if wires is None else self._forwards()  # by the engine and for `wires`
         self._schedules: dict[Key, Scheduled] = {}
         self._attempts: dict[Key, int] = {}
+        self._forget()
 
-    def __call__(self, whole: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -> Any:
-        """The layer's hidden states [B, 1, E]: as recorded, or by `whole`, which is recorded where it can be."""
+    def __reduce__(self) -> Any:
+        return type(None), ()
+
+    def __call__(self, x: Tensor, kwargs: Mapping[str, Any]) -> Any:
+        """The layer's hidden states [B, 1, E]: as recorded, or by its modules, which are recorded where they can be."""
         key = self._key(x, kwargs)
         if key is None:
-            return whole(x, **kwargs)
+            return self._whole(x, **kwargs)
         schedule = self._schedules.get(key)
         if schedule is None:
-            return self._record(key, whole, x, kwargs)
-        keys, values = growing.grow(kwargs["past_key_values"].layers[self._index], 1)
+            return self._record(key, x, kwargs)
+        if not schedule.lock.acquire(blocking=False):  # another thread is in it
+            return self._whole(x, **kwargs)
         try:
+            keys, values = growing.grow(kwargs["past_key_values"].layers[self._index], 1)
             return schedule.run(x, keys, values, kwargs.get("attention_mask"), kwargs["position_embeddings"])
         except BaseException:
             self._forget()
             raise
+        finally:
+            schedule.lock.release()
 
     def _key(self, x: Tensor, kwargs: Mapping[str, Any]) -> Key | None:
         """All that decides how the layer runs; None for a call that is not to be recorded."""
@@ -90,41 +101,63 @@ class RecordedLayer:
             or any(self._hooks)
             or _has_any_global_hook()
             or not KNOWN.issuperset(kwargs)
-            or not self._wires.may_schedule(x)
+            or not self._may_schedule(x)
         ):
             return None
         layer: Any = None if self._index >= len(cache.layers) or cache.offloading else cache.layers[self._index]
-        goes_on = self._wires.feedback.goes_on(self._first_sum, x.shape[0], x.shape[2])
+        goes_on = self._goes_on(x)
         num_keys, mask = growing.length(layer, 1), kwargs.get("attention_mask")
         if goes_on is None or num_keys is None or not (mask is None or _says_what_is_seen(mask, len(x), num_keys + 1)):
             return None
         if self._now() != self._state:
             self._forget()
+        if not self._is_known:
+            return None
         of_cache, of_turns = _heads(layer.keys) + _heads(layer.values), _kind(turns[0]) + _kind(turns[1])
         return x.shape, x.dtype, mask is None, goes_on, of_cache, of_turns, torch.get_num_threads()
 
+    def _may_schedule(self, x: Tensor) -> bool:
+        if self._wires is not None:
+            return self._wires.may_schedule(x)
+        return x.is_cpu and x.nbytes <= MAX_NBYTES and not kernels.reference_is_forced()
+
+    def _goes_on(self, x: Tensor) -> bool | None:
+        """True if a loss has been left that the layer's first sum takes along; None for one left to another sum."""
+        if self._wires is None:
+            return False
+        return self._wires.feedback.goes_on(self._first_sum, x.shape[0], x.shape[2])
+
     def _now(self) -> list[Any]:
-        """All that the schedules stand on: forwards, modules and weights inside."""
-        state = [each.get("forward") for each in self._attributes]
+        """All that the schedules stand on: forwards, modules, weights and ways to compute inside."""
+        state = self._forwards()
+        state += [each.get("batch_invariant") for each in self._attributes]
         state += [child for children in self._children for child in children.values()]
-        return state + [w.data_ptr() for weights in self._weights for w in weights.values() if w is not None]
+        state += [w.data_ptr() for weights in self._weights for w in weights.values() if w is not None]
+        return [*state, self._layer.self_attn.config._attn_implementation]
+
+    def _forwards(self) -> list[Any]:
+        return [each.get("forward") for each in self._attributes]
 
     def _forget(self) -> None:
-        self._state = self._now()
+        self._state, forwards = self._now(), self._forwards()
+        homes = {type(each).__module__ for each in self._layer.modules()}
+        if forwards != self._given:
+            homes |= {str(getattr(each, "__module__", "")) for each in forwards if each is not None}
+        self._is_known = HOMES.issuperset(home.partition(".")[0] for home in homes)
         self._schedules.clear()
         self._attempts.clear()
 
-    def _record(self, key: Key, whole: Callable[..., Any], x: Tensor, kwargs: Mapping[str, Any]) -> Any:
+    def _record(self, key: Key, x: Tensor, kwargs: Mapping[str, Any]) -> Any:
         attempts = self._attempts.get(key, 0)
         if attempts == ATTEMPTS or (not attempts and len(self._attempts) == MAX_KINDS):
-            return whole(x, **kwargs)
+            return self._whole(x, **kwargs)
         self._attempts[key] = attempts + 1
         with recording(self._wires) as recorder:
-            out = whole(x, **kwargs)
+            out = self._whole(x, **kwargs)
         try:
             self._schedules[key] = Scheduled(self._wires, recorder, x, out, kwargs["position_embeddings"])
         except NotRecordableError as reason:
-            logger.debug("%s is not recorded: %s", self._first_sum, reason)
+            logger.debug("layer %d is not recorded: %s", self._index, reason)
         return out
 
 
