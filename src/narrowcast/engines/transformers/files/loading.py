@@ -21,6 +21,7 @@ from narrowcast.engines.transformers.files.claims import check_counts, check_sha
 from narrowcast.engines.transformers.files.gguf_metadata import quick_metadata
 from narrowcast.engines.transformers.files.gguf_model import complete, knows
 from narrowcast.engines.transformers.files.packed import PackedModel
+from narrowcast.engines.transformers.files.settling import settle
 from narrowcast.engines.transformers.files.vocabulary import styles
 from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
@@ -74,7 +75,9 @@ def load(
                 return _quick_in_steps(packed.load(config_of(path), _activations(dtype)).to(device))
             with _hushed(path):
                 model = _from_pretrained(path, located | _weights(path, dtype))
-            return _quick_in_steps(model.to(device))
+            model = model.to(device)
+            settle(model)
+            return _quick_in_steps(model)
         _check_version(split, replicated)
         _check_divisible(config_of(path).get_text_config(), split)
         if split.pp_size > 1:
@@ -86,6 +89,7 @@ def load(
                 model = packed.load(config_of(path), _activations(dtype), **distributed)
             else:
                 model = _from_pretrained(path, located | _weights(path, dtype) | distributed)
+                settle(model)
         return _quick_in_steps(model)
 
 

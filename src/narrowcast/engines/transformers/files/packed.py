@@ -13,20 +13,19 @@ from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.base import Weights
 from narrowcast.engines.forwards import chunk
-from narrowcast.engines.transformers.decoding.layers import FUSED
 from narrowcast.engines.transformers.files.claims import check_shapes
 from narrowcast.engines.transformers.files.fingerprint import digest, sample_places, sampled
+from narrowcast.engines.transformers.files.settling import settle
 from narrowcast.engines.transformers.files.streaming import stream
 from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, WHOLE, styles_of
 from narrowcast.engines.transformers.sharding import is_experts, own_chunk
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 from narrowcast.progress import Progress, tell
-from narrowcast.weights.arena import Arena
 from narrowcast.weights.checkpoint import ALL, Checkpoint
 from narrowcast.weights.folders import writing
 from narrowcast.weights.folders.kernels import KernelsFolder
 from narrowcast.weights.formats import Q4_0, Q8_0, GroupedCodes, WeightFormat
-from narrowcast.weights.layers import Fused, PackedEmbedding, PackedLinear
+from narrowcast.weights.layers import PackedEmbedding, PackedLinear
 from narrowcast.weights.packed import PackedMatrix, check_columns, rows_at_a_time
 from narrowcast.weights.quantize import quantize_int4, quantize_int8
 
@@ -72,7 +71,7 @@ class PackedModel:
             distributed_config, _, mesh = kind.prepare_distribute_model(distributed_config)
             model = kind.maybe_distribute_model(model, distributed_config, mesh)
         self._fill(model, None if mesh is None else mesh.get_mesh("tp"))
-        _settle(model, in_place=self._in_place is not None)
+        settle(model, in_place=self._in_place is not None)
         self._check_found(name for name, weight in model.named_parameters() if weight.is_meta)
         if self._in_place is not None:
             stream(model, self._in_place.file)
@@ -360,28 +359,6 @@ def _own(shape: tuple[int, int], style: str, mesh: Any) -> tuple[slice, slice]:
         return cast(tuple[slice, slice], whole)
     own = [chunk(size, mesh.get_local_rank(), mesh.size()) for size in shape]
     return (own[0], whole[1]) if style == SPLIT_ROWS else (whole[0], own[1])
-
-
-def _settle(model: nn.Module, *, in_place: bool) -> None:
-    """Put matrices where they are read fastest: side by side in large pages, those that read the same tokens as one.
-
-    Those of a file that kernels read `in_place` stay there.
-    """
-    arena, settled = Arena(), set[int]()
-    for module in model.modules():
-        for attribute, names in FUSED.items():
-            layers = [module._modules.get(name) for name in names]
-            if all(isinstance(layer, PackedLinear) for layer in layers):
-                found = vars(module)[attribute] = Fused.join(cast(list[PackedLinear], layers), arena)
-                settled |= {id(layer) for layer in layers if found is not None}
-    moved: dict[int, PackedMatrix] = {}
-    for module in model.modules():
-        if isinstance(module, PackedLayer) and id(module) not in settled:
-            before = module.matrix
-            if id(before) not in moved:
-                settled_one = None if in_place else PackedMatrix.joined([before], arena)
-                moved[id(before)] = before if settled_one is None else settled_one[0]
-            module.matrix = moved[id(before)]
 
 
 def _set(module: PackedLayer, matrix: PackedMatrix, style: str, mesh: Any) -> None:
