@@ -1,7 +1,10 @@
 """Decoder layers of a whole model that run as they were recorded: the bits of the modules, and when they do not."""
 
 import copy
+import gc
+import pickle
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,6 +125,26 @@ def test_a_copy_has_weights_of_its_own(tmp_path: Path) -> None:
     assert runs[0] == NUM_LAYERS * (NUM_STEPS - 2 * FIRST)
     assert not same(found, expected)
     assert same(steps(model), expected)
+
+
+def test_a_model_that_nobody_has_any_more_is_gone(tmp_path: Path) -> None:
+    """At once, as it is large: not when the garbage collector comes by."""
+    model = loaded(tmp_path)
+    steps(model)
+    weight = weakref.ref(model.lm_head.weight)
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
+
+
+def test_a_model_can_be_pickled(tmp_path: Path) -> None:
+    model = loaded(tmp_path)
+    expected = steps(model)
+    assert same(steps(pickle.loads(pickle.dumps(model))), expected)
 
 
 def test_threads_do_not_meet_in_what_is_recorded(tmp_path: Path) -> None:

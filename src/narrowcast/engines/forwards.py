@@ -1,6 +1,7 @@
 """Replacing a module's forward, exactly undone; and lending a module other weights for one call."""
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,22 @@ from torch import Tensor, nn
 from narrowcast.errors import InvalidInputError
 
 Forward = Callable[..., Any]
+
+
+class Bound:
+    """A function bound to a module that it does not keep alive, as a method in the module's own attributes would.
+
+    Copies of the module have their own.
+    """
+
+    def __init__(self, function: Forward, module: nn.Module) -> None:
+        self.function, self._module = function, weakref.ref(module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self._module(), *args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return Bound, (self.function, self._module())
 
 
 def has_own_forward(module: nn.Module) -> bool:

@@ -8,14 +8,13 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from narrowcast.codecs.kernels import cpu
-from narrowcast.engines.forwards import Forward, Forwards
+from narrowcast.engines.forwards import Bound, Forward, Forwards
 from narrowcast.engines.transformers.decoding import layers, recorded
 from narrowcast.engines.transformers.decoding.interface import choose
 from narrowcast.engines.transformers.seam.rehearsal import ABOUT_WEIGHTS, quietly, randomize_
@@ -63,7 +62,7 @@ def shorten_steps(model: nn.Module) -> Forwards:
 
 def _replace(model: nn.Module, forwards: Forwards) -> None:
     for module, forward in _known(model):
-        forwards.set(module, "forward", MethodType(forward, module))  # which copies of the model have for themselves
+        forwards.set(module, "forward", Bound(forward, module))  # which copies of the model have for themselves
 
 
 def _known(model: nn.Module) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
@@ -78,9 +77,9 @@ def for_steps(module: nn.Module, model: nn.Module) -> Forward | None:
     """The forward for steps of a module that another one stands in the way of; None where `model` has none of ours."""
     forward = _classes().get(type(module))
     is_shortened = any(
-        getattr(vars(each).get("forward"), "__func__", None) in FORWARDS.values() for each in model.modules()
+        getattr(vars(each).get("forward"), "function", None) in FORWARDS.values() for each in model.modules()
     )
-    return None if forward is None or not is_shortened else MethodType(forward, module)
+    return None if forward is None or not is_shortened else Bound(forward, module)
 
 
 def _classes() -> dict[type, Callable[..., Any]]:

@@ -6,13 +6,13 @@ Masks are those of SDPA: none where all keys are seen, else bool [B, 1, T, C].
 import inspect
 import re
 import sys
-from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from narrowcast.codecs.kernels import cpu
+from narrowcast.engines.forwards import Bound
 from narrowcast.runtime.attention import attend, fits
 
 NAME = "narrowcast"
@@ -33,7 +33,7 @@ def choose(model: nn.Module) -> None:
         return
     register()
     engine.set_attn_implementation(NAME)
-    vars(engine)["init_continuous_batching"] = MethodType(init_continuous_batching, engine)
+    vars(engine)["init_continuous_batching"] = Bound(init_continuous_batching, engine)
 
 
 def _default(engine: Any) -> str:

@@ -1,8 +1,7 @@
 """Decoder layers that are recorded in a decoding step, and run as recorded from then on (decision 38)."""
 
 import logging
-from collections.abc import Mapping
-from types import MethodType
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -37,12 +36,12 @@ def layer_forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -
     recorded = vars(self).get(RECORDED)
     if recorded is None:
         recorded = vars(self)[RECORDED] = RecordedLayer(self)
-    return recorded(hidden_states, kwargs)
+    return recorded(self, hidden_states, kwargs)
 
 
 def is_recorded(layer: nn.Module) -> bool:
     """True for one whose forward is `layer_forward`."""
-    return getattr(vars(layer).get("forward"), "__func__", None) is layer_forward
+    return getattr(vars(layer).get("forward"), "function", None) is layer_forward
 
 
 class RecordedLayer:
@@ -52,10 +51,10 @@ class RecordedLayer:
     """
 
     def __init__(self, layer: Any, name: str = "", wires: Communicator | None = None) -> None:
-        self._layer, self._wires, self._index = layer, wires, layer.self_attn.layer_idx
+        self._wires, self._index, self._config = wires, layer.self_attn.layer_idx, layer.self_attn.config
         self._first_sum = f"{name}.self_attn.o_proj"
-        self._whole = MethodType(type(layer).forward, layer)
-        inside = [each for each in layer.modules() if each is not layer]
+        inside = [each for each in layer.modules() if each is not layer]  # the layer itself is not kept
+        self._whole: Callable[..., Any] = type(layer).forward
         self._hooks = [hooks for each in inside for hooks in (each._forward_hooks, each._forward_pre_hooks)]
         self._attributes = [vars(each) for each in inside]
         self._children = [each._modules for each in (layer, *inside) if each._modules]
@@ -68,16 +67,16 @@ class RecordedLayer:
     def __reduce__(self) -> Any:
         return type(None), ()
 
-    def __call__(self, x: Tensor, kwargs: Mapping[str, Any]) -> Any:
+    def __call__(self, layer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Any:
         """The layer's hidden states [B, 1, E]: as recorded, or by its modules, which are recorded where they can be."""
-        key = self._key(x, kwargs)
+        key = None if layer.training else self._key(x, kwargs)
         if key is None:
-            return self._whole(x, **kwargs)
+            return self._whole(layer, x, **kwargs)
         schedule = self._schedules.get(key)
         if schedule is None:
-            return self._record(key, x, kwargs)
+            return self._record(key, layer, x, kwargs)
         if not schedule.lock.acquire(blocking=False):  # another thread is in it
-            return self._whole(x, **kwargs)
+            return self._whole(layer, x, **kwargs)
         try:
             keys, values = growing.grow(kwargs["past_key_values"].layers[self._index], 1)
             return schedule.run(x, keys, values, kwargs.get("attention_mask"), kwargs["position_embeddings"])
@@ -97,7 +96,6 @@ class RecordedLayer:
             or not x.is_contiguous()
             or cache is None
             or type(turns) is not tuple
-            or self._layer.training
             or any(self._hooks)
             or _has_any_global_hook()
             or not KNOWN.issuperset(kwargs)
@@ -133,27 +131,27 @@ class RecordedLayer:
         state += [each.get("batch_invariant") for each in self._attributes]
         state += [child for children in self._children for child in children.values()]
         state += [w.data_ptr() for weights in self._weights for w in weights.values() if w is not None]
-        return [*state, self._layer.self_attn.config._attn_implementation]
+        return [*state, self._config._attn_implementation]
 
     def _forwards(self) -> list[Any]:
         return [each.get("forward") for each in self._attributes]
 
     def _forget(self) -> None:
         self._state, forwards = self._now(), self._forwards()
-        homes = {type(each).__module__ for each in self._layer.modules()}
+        homes = {type(child).__module__ for children in self._children for child in children.values()}
         if forwards != self._given:
             homes |= {str(getattr(each, "__module__", "")) for each in forwards if each is not None}
         self._is_known = HOMES.issuperset(home.partition(".")[0] for home in homes)
         self._schedules.clear()
         self._attempts.clear()
 
-    def _record(self, key: Key, x: Tensor, kwargs: Mapping[str, Any]) -> Any:
+    def _record(self, key: Key, layer: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Any:
         attempts = self._attempts.get(key, 0)
         if attempts == ATTEMPTS or (not attempts and len(self._attempts) == MAX_KINDS):
-            return self._whole(x, **kwargs)
+            return self._whole(layer, x, **kwargs)
         self._attempts[key] = attempts + 1
         with recording(self._wires) as recorder:
-            out = self._whole(x, **kwargs)
+            out = self._whole(layer, x, **kwargs)
         try:
             self._schedules[key] = Scheduled(self._wires, recorder, x, out, kwargs["position_embeddings"])
         except NotRecordableError as reason:

@@ -8,14 +8,13 @@ import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
+from narrowcast.engines.forwards import Bound, Forward, Forwards, has_own_forward
 from narrowcast.engines.transformers.decoding.families import for_steps
 from narrowcast.engines.transformers.decoding.layers import FUSED
 from narrowcast.engines.transformers.decoding.recorded import RECORDED, RecordedLayer, is_recorded
@@ -199,7 +198,7 @@ def _take_over_recorded(model: nn.Module, wires: Wires, forwards: Forwards) -> N
         if type(wires) is Communicator:
             forwards.set(layer, RECORDED, RecordedLayer(layer, name, wires))
         else:
-            forwards.set(layer, "forward", MethodType(type(layer).forward, layer))
+            forwards.set(layer, "forward", Bound(type(layer).forward, layer))
 
 
 def short_prompt(model: nn.Module, num_tokens: int) -> Tensor:
