@@ -109,11 +109,23 @@ static void dequantize(const PackedMatrix& matrix, const MatrixPart& part, size_
   else dequantize_zero_point<false>(matrix, row, first, count, num_rows, out, part.num_columns);
 }
 
+static uint64_t read(const uint8_t* from, size_t num_lines) {
+  constexpr size_t vectors = 256 / kVectorBytes;  // four lines
+  I32 sums[vectors] = {};
+  for (size_t line = 0; line + 4 <= num_lines; line += 4) {
+#pragma GCC unroll 16
+    for (size_t v = 0; v < vectors; ++v) sums[v] ^= load_vector<I32>(from + 64 * line + v * kVectorBytes);
+  }
+  uint64_t total = 0;
+  for (const I32& sum : sums) total += static_cast<uint32_t>(sum_of_lanes(sum));
+  return total;
+}
+
 }  // namespace NARROWCAST_PATH
 
 const WeightKernels NARROWCAST_TABLE(NARROWCAST_PATH) = {
     NARROWCAST_PATH::prepare,  NARROWCAST_PATH::multiply,   NARROWCAST_PATH::finish,
-    NARROWCAST_PATH::multiply_dense, NARROWCAST_PATH::dequantize,
+    NARROWCAST_PATH::multiply_dense, NARROWCAST_PATH::dequantize, NARROWCAST_PATH::read,
 };
 
 }  // namespace narrowcast

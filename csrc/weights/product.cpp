@@ -138,20 +138,12 @@ void dequantize(const WeightKernels& kernels, const PackedMatrix& matrix, const 
   });
 }
 
-uint64_t read_memory(const uint8_t* from, size_t nbytes, size_t num_threads) {
+uint64_t read_memory(const WeightKernels& kernels, const uint8_t* from, size_t nbytes, size_t num_threads) {
   std::atomic<uint64_t> total{0};
   const size_t num_lines = nbytes / 64;
   for_parts(num_threads, [&](size_t index, size_t num_parts) {
-    typedef uint64_t Two __attribute__((vector_size(16)));
-    Two sums[4] = {};
-    const size_t end = (index + 1) * num_lines / num_parts;
-    for (size_t line = index * num_lines / num_parts; line < end; ++line) {
-      Two of_line[4];
-      std::memcpy(of_line, from + 64 * line, sizeof of_line);
-#pragma GCC unroll 4
-      for (size_t i = 0; i < 4; ++i) sums[i] ^= of_line[i];
-    }
-    for (const Two& sum : sums) total += sum[0] ^ sum[1];
+    const size_t begin = index * num_lines / num_parts, end = (index + 1) * num_lines / num_parts;
+    total += kernels.read(from + 64 * begin, end - begin);
   });
   return total;
 }

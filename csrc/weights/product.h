@@ -21,6 +21,6 @@ void dequantize(const WeightKernels&, const PackedMatrix&, const MatrixPart&, ui
 void look_up(const PackedMatrix&, const int64_t* rows, size_t num_rows, size_t num_columns, float* out);
 
 // Reads memory and does nothing with it, for measuring; some number.
-uint64_t read_memory(const uint8_t* from, size_t nbytes, size_t num_threads);
+uint64_t read_memory(const WeightKernels& kernels, const uint8_t* from, size_t nbytes, size_t num_threads);
 
 }  // namespace narrowcast

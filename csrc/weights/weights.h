@@ -74,6 +74,8 @@ struct WeightKernels {
                          size_t first_token, size_t begin, size_t end);
   // BF16 [num_rows, num_columns] of int4_zero_point, rounded once.
   void (*dequantize)(const PackedMatrix&, const MatrixPart&, size_t block, uint16_t* out);
+  // Some number of lines of 64 bytes, four by four, read as fast as a core can.
+  uint64_t (*read)(const uint8_t* from, size_t num_lines);
 };
 
 extern const WeightKernels avx512_bf16_weights, avx512_weights, avx2_weights, portable_weights;

@@ -74,7 +74,7 @@ def replication(
                 matrix=MATRICES[kind],
                 held_bytes=0 if kind == "logits" and vocabulary.tied else more,
                 read_bytes=read,
-                read_ms=read / (weights_gbps(torch.bfloat16) * 1e6),
+                read_ms=read / (weights_gbps(torch.bfloat16, 1) * 1e6),
                 prompt_bytes=sent[0],
                 token_bytes=sent[1],
                 prompt_ms=times[0],

@@ -223,9 +223,9 @@ def _waiting_s(case: Case, rounds: int) -> float:
     return max(statistics.median(found), 0.0)
 
 
-def weights_gbps(dtype: torch.dtype) -> float:
+def weights_gbps(dtype: torch.dtype, num_tokens: int = FEW_TOKENS) -> float:
     """The rate at which a product of few tokens reads its weights, GB/s; they are too many for a cache."""
-    x_TF, weight_EF = torch.ones(FEW_TOKENS, 4096, dtype=dtype), torch.ones(8192, 4096, dtype=dtype)
+    x_TF, weight_EF = torch.ones(num_tokens, 4096, dtype=dtype), torch.ones(8192, 4096, dtype=dtype)
     product = Case(lambda: multiply_dense(weight_EF, x_TF))
     taken_s = statistics.median(seconds(interleaved({"": product}, MIN_ROUNDS)[""]))
     return weight_EF.nbytes / taken_s / 1e9
