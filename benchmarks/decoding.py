@@ -4,8 +4,9 @@ usage: python benchmarks/decoding.py [--json FILE] [--threads N] [--rounds N] [-
 
 A Llama of 510 M random weights (hidden 2048, 8 layers, 16 heads of 128, vocabulary 32,000) in BF16 continues prompts by
 `model.generate`; its linear layers are left out, unless --linears. Ways take turns: Transformers as it is (SDPA), our
-attention, and our forwards for decoding steps besides. Prints ms a token, medians and minima: other work on the machine
-moves medians.
+attention, and our forwards for decoding steps besides. Several prompts go on together by `model.generate_batch`, whose
+attention is paged, with SDPA and with ours. Prints ms a token, medians and minima: other work on the machine moves
+medians.
 """
 
 import functools
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
 from narrowcast.codecs.kernels import cpu, selected
 from narrowcast.engines.transformers.decoding import choose, shorten_steps
@@ -28,6 +30,7 @@ from narrowcast.runtime.attention import attend
 CONTEXTS = 16, 128, 512, 1024
 WAYS = "sdpa", "attention", "steps"
 NUM_TOKENS, NUM_FIRST = 40, 4  # the first ones find cold caches
+TOGETHER, PROMPT, PAGE = (1, 8, 16), 480, 32
 # Sequences, heads, heads of keys, values of a head, keys.
 SHAPES = (1, 16, 16, 128, 512), (1, 32, 8, 128, 2048), (4, 16, 4, 64, 512), (32, 16, 16, 128, 256)
 QUERIES = 1, 2, 4, 8, 16, 32, 64
@@ -104,6 +107,34 @@ def steps(rounds: int, *, linears: bool) -> Iterator[reporting.Row]:
         yield {"context": context, "way": way, "ms": 1e3 * statistics.median(found), "ms_min": 1e3 * min(found)}
 
 
+def tokens_of_batch(model: Any, way: str, num_sequences: int) -> list[float]:
+    """Seconds from one token of all sequences to their next."""
+    model.set_attn_implementation("sdpa")
+    if way != "sdpa":
+        choose(model)
+    num_tokens = NUM_TOKENS + 2 * num_sequences  # while prompts of others are read, too
+    pages = 2 * num_sequences * -(-(PROMPT + num_tokens) // PAGE)  # with half as many sequences wait for each other
+    found = model.generate_batch(
+        inputs=torch.randint(0, 32000, (num_sequences, PROMPT)).tolist(),
+        generation_config=GenerationConfig(max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=pages, page_size=PAGE, max_batch_tokens=512),
+        record_timestamps=True,
+    )
+    times = [each.timestamps for each in found.values()]
+    begin, end = max(each[NUM_FIRST] for each in times), min(each[-1] for each in times)
+    return [after - before for before, after in itertools.pairwise(times[-1]) if begin <= before and after <= end]
+
+
+def batches(rounds: int, *, linears: bool) -> Iterator[reporting.Row]:
+    model = make(linears=linears)
+    seconds: dict[tuple[int, str], list[float]] = {}
+    for _, num_sequences, way in itertools.product(range(rounds), TOGETHER, WAYS[:2]):
+        seconds.setdefault((num_sequences, way), []).extend(tokens_of_batch(model, way, num_sequences))
+    for (num_sequences, way), found in seconds.items():
+        row = {"ms": 1e3 * statistics.median(found), "ms_min": 1e3 * min(found)}
+        yield {"sequences": num_sequences, "way": way, **row}
+
+
 def fastest(run: Callable[[], object], repeats: int = 9) -> float:
     found = []
     for _ in range(repeats):
@@ -145,8 +176,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cpu.limit_threads()
-    tables: dict[str, list[reporting.Row]] = {"steps": [], "crossing": []}
-    for name, rows in ("steps", steps(arguments.rounds, linears=arguments.linears)), ("crossing", crossing()):
+    given = {"rounds": arguments.rounds, "linears": arguments.linears}
+    tables: dict[str, list[reporting.Row]] = {"steps": [], "batches": [], "crossing": []}
+    for name, rows in zip(tables, (steps(**given), batches(**given), crossing()), strict=True):
         for row in rows:
             tables[name].append(row)
             print("  ".join(f"{value:.3f}" if isinstance(value, float) else f"{value}" for value in row.values()))

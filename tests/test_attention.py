@@ -13,7 +13,7 @@ from torch.nn import functional
 from narrowcast.codecs import kernels
 from narrowcast.codecs.kernels import REFERENCE, cpu
 from narrowcast.runtime import attention_reference
-from narrowcast.runtime.attention import MOST_QUERIES, NewTokens, attend, fits
+from narrowcast.runtime.attention import MOST_QUERIES, NewTokens, Paged, attend, fits
 
 PATHS = [path for path in kernels.available() if path != REFERENCE]
 compiled = pytest.mark.skipif(not PATHS, reason="the compiled module is not installed")
@@ -174,6 +174,65 @@ def test_threads_change_no_bit() -> None:
         torch.set_num_threads(threads)
         cpu.cores_of_this_rank = affinity
     assert torch.equal(bits(alone), bits(shared))
+
+
+def paged_tensors(case: Case, lengths: list[int]) -> tuple[dict[str, Tensor], Paged]:
+    """One cache for sequences of these lengths, keys of each anywhere, some in several."""
+    random = torch.Generator().manual_seed(case.seed)
+    num_keys, own = sum(lengths), replace(case, num_sequences=1, context=max(lengths))
+    given = replace(own, context=num_keys + 3, mask="none").tensors()
+    q = replace(own, num_sequences=len(lengths)).tensors() | {"k": given["k"], "v": given["v"]}
+    places = torch.randint(num_keys + 3, (num_keys + 2,), generator=random)
+    ends = torch.tensor(lengths).cumsum(0) + 1
+    return q, Paged(places, torch.stack((ends - torch.tensor(lengths), ends), dim=1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cases.filter(lambda case: case.head_dim < 128),
+    st.lists(st.sampled_from([MOST_QUERIES, 40, PIECE, PIECE + 1, 2 * PIECE + 5]), min_size=1, max_size=4),
+)
+def test_paged_attention_has_the_bits_of_each_sequence_alone(case: Case, lengths: list[int]) -> None:
+    given, paged = paged_tensors(case, lengths)
+    options = {"scale": 0.1, "softcap": case.softcap, "causal": case.causal}
+    for path in kernels.available():
+        with kernels.forced(path):
+            assert fits(given["q"], given["k"], given["v"], given.get("mask"), paged)
+            found = attend(given["q"], given["k"], given["v"], mask=given.get("mask"), paged=paged, **options)
+            for b, (begin, end) in enumerate(paged.spans.tolist()):
+                own = paged.places[begin:end]
+                mask = given["mask"][:, ..., : end - begin] if "mask" in given else None
+                mask = mask[b : b + 1] if mask is not None and len(mask) > 1 else mask
+                k, v = given["k"][:, :, own], given["v"][:, :, own]
+                alone = attend(given["q"][b : b + 1], k, v, mask=mask, **options)
+                assert torch.equal(bits(found[b : b + 1]), bits(alone)), path
+
+
+@pytest.mark.parametrize("path", kernels.available())
+@pytest.mark.parametrize("place", [-1, 73, 2**40])
+def test_places_out_of_the_cache_are_refused(path: str, place: int) -> None:
+    given, paged = paged_tensors(Case(2, 2, 1, 1, 1, 64), [30, 40])
+    paged.places[50] = place
+    with kernels.forced(path), pytest.raises(ValueError, match="keys that are not in the cache"):
+        attend(given["q"], given["k"], given["v"], scale=1.0, paged=paged)
+
+
+@pytest.mark.parametrize("path", kernels.available())
+@pytest.mark.parametrize("span", [(-1, 20), (9, 8), (5, 73), (3, 4), (0, 41), (2**62, -(2**62))])
+def test_spans_that_are_none_are_refused(path: str, span: tuple[int, int]) -> None:
+    """With fewer keys than queries, or more than the mask has, too."""
+    given, paged = paged_tensors(Case(2, 2, 1, 2, 1, 64, mask="bool"), [30, 40])
+    paged.spans[1] = torch.tensor(span)
+    with kernels.forced(path), pytest.raises(ValueError, match="spans that are none"):
+        attend(given["q"], given["k"], given["v"], scale=1.0, mask=given["mask"], paged=paged)
+
+
+def test_places_and_spans_of_another_kind_do_not_fit() -> None:
+    given, (places, spans) = paged_tensors(Case(2, 2, 1, 1, 1, 64), [30, 40])
+    assert fits(given["q"], given["k"], given["v"], None, Paged(places, spans))
+    for other in Paged(places.int(), spans), Paged(places, spans[:1]), Paged(places, spans.mT.contiguous().mT):
+        assert not fits(given["q"], given["k"], given["v"], None, other)
+    assert not fits(given["q"], *(given[name].expand(2, -1, -1, -1) for name in "kv"), None, Paged(places, spans))
 
 
 def test_a_query_that_sees_nothing_gives_zeros() -> None:

@@ -46,7 +46,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         seen.append(tuple(q.shape))
         return run(q, *args, **kwargs)
 
-    for user in ("interface", "layers"):
+    for user in ("interface", "layers", "paging"):
         monkeypatch.setattr(f"narrowcast.engines.transformers.decoding.{user}.attend", noting)
     return seen
 
@@ -131,21 +131,6 @@ def test_a_config_does_not_keep_the_name(tmp_path: Path) -> None:
     """So that others can load what was saved."""
     random_model("llama", tmp_path / "a").save_pretrained(tmp_path / "b")
     assert NAME not in (tmp_path / "b" / "config.json").read_text()
-
-
-def test_continuous_batching_runs_sdpa_and_gives_the_name_back(tmp_path: Path) -> None:
-    from transformers.generation import ContinuousBatchingConfig, GenerationConfig
-
-    model = random_model("llama", tmp_path)
-    asked = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    config = ContinuousBatchingConfig(num_blocks=32, page_size=16, max_batch_tokens=24)
-    prompts = texts(2, 9).tolist()
-    found = model.generate_batch(
-        inputs=prompts, generation_config=asked, continuous_batching_config=config, progress_bar=False
-    )
-    assert model.config._attn_implementation == NAME
-    alone = model.generate(torch.tensor(prompts), generation_config=asked)[:, 9:]
-    assert [found[key].generated_tokens for key in sorted(found)] == alone.tolist()
 
 
 def test_heads_that_are_too_odd_run_sdpa(tmp_path: Path, calls: list[tuple[int, ...]]) -> None:

@@ -258,7 +258,7 @@ def batch_on_rank(folder: Path) -> list[list[int]]:
     return batch_continuously(transformers.load(folder, split=plan.split), plan)
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen3-moe"])
+@pytest.mark.parametrize("name", ["mistral", "gemma2", "qwen3-moe"])
 def test_continuous_batching_with_paged_attention(ranks: Pools, tmp_path: Path, name: str) -> None:
     folder = save_random(name, tmp_path / "model")
     plan = calibrated(folder, Split(tp_size=2), "int6-feature")

@@ -5,6 +5,7 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "kernels/paths.h"
@@ -36,16 +37,38 @@ Mask mask_of(const Place& mask, ptrdiff_t key, MaskKind kind, Dtype dtype) {
   return {at<const void>(std::get<0>(mask)), kind, dtype, std::get<1>(mask), std::get<2>(mask), std::get<3>(mask), key};
 }
 
+// With the longest of the sequences as context, once all of `num_keys` keys are found to be in a cache of `num_places`.
+void set_paged(Attention& a, const int64_t* places, size_t num_keys, size_t num_places, const int64_t* spans) {
+  const auto is_span = [&](int64_t begin, int64_t end) {
+    const int64_t least = static_cast<int64_t>(a.num_queries), most = static_cast<int64_t>(a.context);
+    const bool inside = 0 <= begin && begin <= end && end <= static_cast<int64_t>(num_keys);
+    return inside && end - begin >= least && end - begin <= most;
+  };
+  size_t longest = 0;
+  for (size_t b = 0; b < a.num_sequences; ++b) {
+    if (!is_span(spans[2 * b], spans[2 * b + 1])) throw nb::value_error("spans that are none of these keys");
+    longest = std::max(longest, static_cast<size_t>(spans[2 * b + 1] - spans[2 * b]));
+  }
+  for (size_t key = 0; key < num_keys; ++key) {
+    if (static_cast<uint64_t>(places[key]) >= num_places) throw nb::value_error("keys that are not in the cache");
+  }
+  a.context = longest;
+  a.paged = {places, spans};
+}
+
 Attention attention(int dtype, size_t num_sequences, size_t num_heads, size_t num_kv_heads, size_t num_queries,
                     size_t context, size_t head_dim, float scale, float softcap, bool causal, const Place& q,
                     const Place& k, const Place& v, const Place& out, int mask_kind, int mask_dtype, const Place& mask,
                     ptrdiff_t mask_key, const Place& new_k, const Place& new_v, uintptr_t cos, uintptr_t sin,
-                    ptrdiff_t turn_sequence, ptrdiff_t turn_token, size_t turn_size) {
+                    ptrdiff_t turn_sequence, ptrdiff_t turn_token, size_t turn_size, uintptr_t places, size_t num_keys,
+                    size_t num_places, uintptr_t spans) {
   const Mask limits = mask_of(mask, mask_key, static_cast<MaskKind>(mask_kind), static_cast<Dtype>(mask_dtype));
   const NewTokens added = {heads(new_k),  heads(new_v), at<const void>(cos), at<const void>(sin),
                            turn_sequence, turn_token,   turn_size};
-  return {static_cast<Dtype>(dtype), num_sequences, num_heads, num_kv_heads, num_queries, context, head_dim, scale,
-          softcap, causal, heads(q), heads(k), heads(v), heads(out), limits, added};
+  Attention a = {static_cast<Dtype>(dtype), num_sequences, num_heads, num_kv_heads, num_queries, context, head_dim,
+                 scale, softcap, causal, heads(q), heads(k), heads(v), heads(out), limits, added, {}};
+  if (places) set_paged(a, at<const int64_t>(places), num_keys, num_places, at<const int64_t>(spans));
+  return a;
 }
 
 RmsNorm rms_norm(int dtype, uintptr_t x, ptrdiff_t stride, uintptr_t weight, uintptr_t out, size_t num_rows,

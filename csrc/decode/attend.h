@@ -52,9 +52,33 @@ struct Unit {
   float* scores_of(size_t row) const { return scores + row * kPiece; }
   float* query(size_t row) const { return queries + row * a.width(); }
   float* sum(size_t row) const { return sums + row * a.width(); }
-  const T* key(size_t c) const { return a.k.template at<const T>(b, h, c); }
-  const T* value(size_t c) const { return a.v.template at<const T>(b, h, c); }
 };
+
+// Keys or values at equal distances.
+template <class T>
+struct InRow {
+  const T* first;
+  ptrdiff_t stride;
+
+  const T* operator[](size_t i) const { return first + static_cast<ptrdiff_t>(i) * stride; }
+};
+
+constexpr size_t kAhead = 32;  // keys that are asked for before they are needed, as processors foresee only rows
+
+// Calls `use` with what finds `count` keys, or values, of the unit by index: those from c on, at most kWide.
+template <class T, class Use>
+NARROWCAST_INLINE void with(const Unit<T>& u, const Heads& vectors, size_t c, size_t count, Use&& use) {
+  if (!u.a.paged.places) return use(InRow<T>{vectors.at<const T>(u.b, u.h, c), vectors.token});
+  const T* anywhere[kWide];
+  auto find = [&](size_t key) { return vectors.at<const T>(u.b, u.h, u.a.place_of(u.b, key)); };
+  for (size_t i = 0; i < count; ++i) {
+    anywhere[i] = find(c + i);
+    if (c + i + kAhead >= u.end) continue;
+    const T* later = find(c + i + kAhead);
+    for (size_t j = 0; j < u.a.head_dim; j += 64 / sizeof(T)) __builtin_prefetch(later + j);
+  }
+  use(anywhere);
+}
 
 template <class T>
 static void add_new_tokens(const Unit<T>& u) {
@@ -81,9 +105,9 @@ static void prepare_queries(const Unit<T>& u) {
   }
 }
 
-// Products of a query with the keys at `k`, `stride` apart.
-template <int num_keys, class T>
-NARROWCAST_INLINE void dot(const float* query, const T* k, ptrdiff_t stride, size_t head_dim, float* scores) {
+// Products of a query with keys.
+template <int num_keys, class Keys>
+NARROWCAST_INLINE void dot(const float* query, const Keys& keys, size_t head_dim, float* scores) {
   Wide partial[num_keys];
   for (int key = 0; key < num_keys; ++key) partial[key] = wide_splat(0.0f);
   size_t i = 0;
@@ -91,7 +115,7 @@ NARROWCAST_INLINE void dot(const float* query, const T* k, ptrdiff_t stride, siz
     const Pair q = prepared_pair(query + i);
 #pragma GCC unroll 4
     for (int key = 0; key < num_keys; ++key) {
-      const Pair x = load_pair(k + key * stride + i);
+      const Pair x = load_pair(keys[key] + i);
       add_product(partial[key], q.first, x.first);
       add_product(partial[key], q.second, x.second);
     }
@@ -99,7 +123,7 @@ NARROWCAST_INLINE void dot(const float* query, const T* k, ptrdiff_t stride, siz
   if (i < head_dim) {
     const Pair q = prepared_pair(query + i);
     for (int key = 0; key < num_keys; ++key) {
-      const Pair x = load_pair(k + key * stride + i, head_dim - i);
+      const Pair x = load_pair(keys[key] + i, head_dim - i);
       add_product(partial[key], q.first, x.first);
       add_product(partial[key], q.second, x.second);
     }
@@ -110,17 +134,16 @@ NARROWCAST_INLINE void dot(const float* query, const T* k, ptrdiff_t stride, siz
 template <class T>
 static void score(const Unit<T>& u, size_t first, size_t last) {
   const size_t rows = u.a.rows(), head_dim = u.a.head_dim;
-  const ptrdiff_t stride = u.a.k.token;
   size_t c = first;
   for (; c + 4 <= last; c += 4) {
-    for (size_t row = 0; row < rows; ++row) {
-      dot<4>(u.query(row), u.key(c), stride, head_dim, u.scores_of(row) + (c - u.begin));
-    }
+    with(u, u.a.k, c, 4, [&](const auto& keys) {
+      for (size_t row = 0; row < rows; ++row) dot<4>(u.query(row), keys, head_dim, u.scores_of(row) + (c - u.begin));
+    });
   }
   for (; c < last; ++c) {
-    for (size_t row = 0; row < rows; ++row) {
-      dot<1>(u.query(row), u.key(c), stride, head_dim, u.scores_of(row) + (c - u.begin));
-    }
+    with(u, u.a.k, c, 1, [&](const auto& keys) {
+      for (size_t row = 0; row < rows; ++row) dot<1>(u.query(row), keys, head_dim, u.scores_of(row) + (c - u.begin));
+    });
   }
 }
 
@@ -162,7 +185,7 @@ NARROWCAST_INLINE void limit_scores(const Unit<T>& u, size_t row, size_t first, 
   const Attention& a = u.a;
   float* scores = u.scores_of(row) - u.begin;
   const size_t t = u.query_of(row), head = u.group_of(row);
-  const size_t seen = a.causal ? a.context - a.num_queries + t + 1 : a.context;
+  const size_t context = a.context_of(u.b), seen = a.causal ? context - a.num_queries + t + 1 : context;
   for (size_t c = first; c < end; c += kLanes) {
     F32 s = load_vector<F32>(scores + c) * a.scale;
     if (a.softcap != 0.0f) s = tanh_of(s / a.softcap) * a.softcap;
@@ -196,54 +219,55 @@ NARROWCAST_INLINE Softmax exponentiate(float* scores, size_t count) {
   return {largest_score, total(sum)};
 }
 
-// sums += p * values, of `32 * blocks` columns.
-template <int blocks, class T>
-NARROWCAST_INLINE void weigh(const float* p, const T* v, ptrdiff_t stride, size_t num_keys, float* sums) {
+// sums += p * values, of `32 * blocks` columns from `column` on.
+template <int blocks, class Values>
+NARROWCAST_INLINE void weigh(const float* p, const Values& values, size_t num_keys, size_t column, float* sums) {
   Pair sum[blocks];
 #pragma GCC unroll 4
-  for (int i = 0; i < blocks; ++i) sum[i] = prepared_pair(sums + i * kBlock);
+  for (int i = 0; i < blocks; ++i) sum[i] = prepared_pair(sums + column + i * kBlock);
   for (size_t key = 0; key < num_keys; ++key) {
     const Wide weight = wide_splat(p[key]);
 #pragma GCC unroll 4
     for (int i = 0; i < blocks; ++i) {
-      const Pair x = load_pair(v + static_cast<ptrdiff_t>(key) * stride + i * kBlock);
+      const Pair x = load_pair(values[key] + column + i * kBlock);
       add_product(sum[i].first, weight, x.first);
       add_product(sum[i].second, weight, x.second);
     }
   }
 #pragma GCC unroll 4
-  for (int i = 0; i < blocks; ++i) store_prepared(sums + i * kBlock, sum[i]);
+  for (int i = 0; i < blocks; ++i) store_prepared(sums + column + i * kBlock, sum[i]);
 }
 
-template <class T>
-NARROWCAST_INLINE void weigh_part(const float* p, const T* v, ptrdiff_t stride, size_t num_keys, size_t columns,
+template <class Values>
+NARROWCAST_INLINE void weigh_rest(const float* p, const Values& values, size_t num_keys, size_t column, size_t head_dim,
                                   float* sums) {
-  Pair sum = prepared_pair(sums);
+  Pair sum = prepared_pair(sums + column);
   for (size_t key = 0; key < num_keys; ++key) {
-    const Pair x = load_pair(v + static_cast<ptrdiff_t>(key) * stride, columns);
+    const Pair x = load_pair(values[key] + column, head_dim - column);
     add_product(sum.first, wide_splat(p[key]), x.first);
     add_product(sum.second, wide_splat(p[key]), x.second);
   }
-  store_prepared(sums, sum);
+  store_prepared(sums + column, sum);
 }
 
 template <class T>
 static void add_values(const Unit<T>& u, size_t first, size_t last) {
   constexpr int blocks = kLanes / 4;  // whose sums fill half of the registers
   const size_t rows = u.a.rows(), head_dim = u.a.head_dim;
-  const ptrdiff_t stride = u.a.v.token;
   memset(u.sums, 0, rows * u.a.width() * sizeof(float));
   for (size_t c = first; c < last; c += kWide) {
     const size_t num_keys = last - c < kWide ? last - c : kWide;
-    for (size_t row = 0; row < rows; ++row) {
-      const float* p = u.scores_of(row) + (c - u.begin);
-      size_t i = 0;
-      for (; i + blocks * kBlock <= head_dim; i += blocks * kBlock) {
-        weigh<blocks>(p, u.value(c) + i, stride, num_keys, u.sum(row) + i);
+    with(u, u.a.v, c, num_keys, [&](const auto& values) {
+      for (size_t row = 0; row < rows; ++row) {
+        const float* p = u.scores_of(row) + (c - u.begin);
+        size_t i = 0;
+        for (; i + blocks * kBlock <= head_dim; i += blocks * kBlock) {
+          weigh<blocks>(p, values, num_keys, i, u.sum(row));
+        }
+        for (; i + kBlock <= head_dim; i += kBlock) weigh<1>(p, values, num_keys, i, u.sum(row));
+        if (i < head_dim) weigh_rest(p, values, num_keys, i, head_dim, u.sum(row));
       }
-      for (; i + kBlock <= head_dim; i += kBlock) weigh<1>(p, u.value(c) + i, stride, num_keys, u.sum(row) + i);
-      if (i < head_dim) weigh_part(p, u.value(c) + i, stride, num_keys, head_dim - i, u.sum(row) + i);
-    }
+    });
   }
 }
 
@@ -273,7 +297,7 @@ NARROWCAST_FLAT void attend_unit(const Unit<T>& u, float* partials) {
   }
   add_values(u, first, last);
   for (size_t row = 0; row < a.rows(); ++row) {
-    if (a.num_pieces() == 1) {
+    if (a.num_pieces_of(u.b) == 1) {
       T* out = a.out.at<T>(u.b, u.group_of(row), u.query_of(row));
       write_mean(u.sum(row), u.softmax[row].total, a.head_dim, out);
     } else {
@@ -290,8 +314,9 @@ template <class T>
 static void attend_units(const T*, const Attention& a, float* scratch, float* partials, size_t begin, size_t end) {
   const size_t rows = a.rows(), pieces = a.num_pieces();
   for (size_t unit = begin; unit < end; ++unit) {
-    const size_t item = unit / pieces, start = unit % pieces * kPiece;
-    const size_t stop = start + kPiece < a.context ? start + kPiece : a.context;
+    const size_t item = unit / pieces, start = unit % pieces * kPiece, context = a.context_of(item / a.num_kv_heads);
+    if (start >= context) continue;  // others are longer
+    const size_t stop = start + kPiece < context ? start + kPiece : context;
     float *queries = scratch + rows * kPiece, *sums = queries + rows * a.width();
     Softmax* softmax = reinterpret_cast<Softmax*>(sums + rows * a.width());
     const Unit<T> u = {a, item / a.num_kv_heads, item % a.num_kv_heads, start, stop, scratch, queries, sums, softmax};
@@ -306,10 +331,12 @@ NARROWCAST_INLINE float weight_of(float most, float most_of_all) {
 // Pieces of sequences and KV heads [begin, end) become outputs.
 template <class T>
 static void join_pieces(const T*, const Attention& a, const float* partials, size_t begin, size_t end) {
-  const size_t rows = a.rows(), pieces = a.num_pieces(), size = a.partial_size(), width = a.width();
+  const size_t rows = a.rows(), size = a.partial_size(), width = a.width();
   for (size_t index = begin * rows; index < end * rows; ++index) {
     const size_t item = index / rows, row = index % rows, h = item % a.num_kv_heads;
-    const float* first = partials + (item * pieces * rows + row) * size;
+    const size_t pieces = a.num_pieces_of(item / a.num_kv_heads);
+    if (pieces == 1) continue;  // written already
+    const float* first = partials + (item * a.num_pieces() * rows + row) * size;
     float most = first[0];
     for (size_t piece = 1; piece < pieces; ++piece) {
       const float other = first[piece * rows * size];

@@ -44,6 +44,12 @@ struct NewTokens {
   size_t size;
 };
 
+// Where the keys of each sequence are in a cache that all of them share: sequence b has places[spans[2 b]] to
+// places[spans[2 b + 1] - 1], in this order. Null where each has a cache of its own, key c at place c.
+struct Paged {
+  const int64_t *places, *spans;
+};
+
 // Contexts are cut into pieces of so many keys, whatever else there is; each is attended to by itself.
 constexpr size_t kPiece = 512;
 constexpr size_t kMostHeadDim = 256, kBlock = 32;
@@ -55,11 +61,20 @@ struct Attention {
   bool causal;           // query t sees the first context - num_queries + t + 1 keys
   Heads q, k, v, out;
   Mask mask;
-  NewTokens added;
+  NewTokens added;  // none where keys are paged
+  Paged paged;      // then `context` is the longest
 
   size_t group() const { return num_heads / num_kv_heads; }
   size_t rows() const { return group() * num_queries; }  // that share keys
   size_t num_pieces() const { return (context + kPiece - 1) / kPiece; }
+  size_t context_of(size_t b) const {
+    return paged.places ? static_cast<size_t>(paged.spans[2 * b + 1] - paged.spans[2 * b]) : context;
+  }
+  size_t num_pieces_of(size_t b) const { return (context_of(b) + kPiece - 1) / kPiece; }
+  // Where paged key c is.
+  size_t place_of(size_t b, size_t c) const {
+    return static_cast<size_t>(paged.places[static_cast<size_t>(paged.spans[2 * b]) + c]);
+  }
   size_t num_units() const { return num_sequences * num_kv_heads * num_pieces(); }
   size_t width() const { return (head_dim + kBlock - 1) / kBlock * kBlock; }  // of a vector in FP32, padded
   size_t partial_size() const { return width() + 2; }  // floats of a row of a unit, where there are several pieces

@@ -258,7 +258,18 @@ void run_step(const Kernels& path) {
   a.k = dense(keys, a.num_kv_heads, a.context, a.head_dim), a.v = dense(values, a.num_kv_heads, a.context, a.head_dim);
   a.mask = {mask.data.get(), static_cast<MaskKind>(below(3)), a.dtype, ptrdiff_t(a.num_queries * a.context), 0,
             ptrdiff_t(a.context), 1};
+  std::vector<int64_t> places, spans;
   if (coin()) {
+    a.k.sequence = a.v.sequence = 0;
+    for (size_t b = 0; b < a.num_sequences; ++b) {
+      const size_t shortest = b ? a.num_queries : a.context;  // one is as long as all may be
+      spans.push_back(int64_t(places.size()));
+      for (size_t c = shortest + below(a.context - shortest + 1); c > 0; --c) places.push_back(int64_t(below(a.context)));
+      spans.push_back(int64_t(places.size()));
+    }
+    places.shrink_to_fit();
+    a.paged = {places.data(), spans.data()};
+  } else if (coin()) {
     const Heads added = dense(new_keys, a.num_kv_heads, a.num_queries, a.head_dim);
     a.added = {added, added, turns.data.get(), turns.data.get(), 0, ptrdiff_t(turned), turned};
   }

@@ -180,6 +180,10 @@ def attend(
     turn_sequence: int,
     turn_token: int,
     turn_size: int,
+    places: int,
+    num_keys: int,
+    num_places: int,
+    spans: int,
 ) -> None: ...
 def rms_norm(
     dtype: int,

@@ -52,7 +52,27 @@ class NewTokens(NamedTuple):
         )
 
 
-def fits(q_BHTD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, mask: Tensor | None = None) -> bool:
+class Paged(NamedTuple):
+    """Where the keys of each sequence are in one cache [1, G, C, D] of all: a sequence has places[begin:end], in order.
+
+    `places`: int64 [N]. `spans`: int64 [B, 2], the begin and end of each sequence.
+    """
+
+    places: Tensor
+    spans: Tensor
+
+    def fit(self, q_BHTD: Tensor) -> bool:
+        """True if there is a span for each sequence of these queries."""
+        return (
+            all(type(x) is Tensor and x.is_cpu and x.dtype is torch.int64 and x.is_contiguous() for x in self)
+            and self.places.dim() == 1
+            and self.spans.shape == (len(q_BHTD), 2)
+        )
+
+
+def fits(
+    q_BHTD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, mask: Tensor | None = None, paged: Paged | None = None
+) -> bool:
     """True if these are few queries of plain tensors on the CPU. Shapes, dtypes and devices decide, so ranks agree."""
     num_heads, num_queries, head_dim = q_BHTD.shape[1:]
     return (
@@ -63,13 +83,14 @@ def fits(q_BHTD: Tensor, k_BGCD: Tensor, v_BGCD: Tensor, mask: Tensor | None = N
         and head_dim % 8 == 0
         and head_dim <= MOST_HEAD_DIM
         and head_dim == k_BGCD.shape[3] == v_BGCD.shape[3]
-        and len(q_BHTD) == len(k_BGCD) == len(v_BGCD)
+        and len(k_BGCD) == len(v_BGCD) == (len(q_BHTD) if paged is None else 1)
+        and (paged is None or paged.fit(q_BHTD))
         and num_heads % k_BGCD.shape[1] == 0
         and k_BGCD.shape[1] == v_BGCD.shape[1]
         and q_BHTD.dtype == k_BGCD.dtype == v_BGCD.dtype
         and q_BHTD.dtype in cpu.DTYPES
         and q_BHTD.stride(3) == k_BGCD.stride(3) == v_BGCD.stride(3) == 1
-        and (mask is None or is_mask(mask, q_BHTD, k_BGCD.shape[2]))
+        and (mask is None or is_mask(mask, q_BHTD, k_BGCD.shape[2] if paged is None else mask.shape[-1]))
     )
 
 
@@ -90,19 +111,30 @@ def attend(
     softcap: float = 0.0,
     causal: bool = False,
     new: NewTokens | None = None,
+    paged: Paged | None = None,
 ) -> Tensor:
     """The attention [B, T, H, D] of few queries, of their dtype, computed in FP32; for tensors that `fits`.
 
     `mask`: [B or 1, H or 1, T or 1, C], bool (True is seen), or added to scores. `softcap`: limits scores, 0 for none.
     `causal`: query t sees all but the last T - t - 1 keys. A query that sees nothing gives zeros.
     `new`: first goes into the last T places of `k_BGCD` and `v_BGCD`, turned, as queries are turned too.
+    `paged`: keys are where it says, without `new`; a sequence has T or more, and no more than a mask's C. ValueError
+    for places that are not in the cache, and for spans that are none.
     Bits depend neither on the path nor on threads, other heads or other sequences.
     """
+    assert new is None or paged is None
     (num_sequences, num_heads, num_queries, head_dim), context = q_BHTD.shape, k_BGCD.shape[2]
     if cpu.native is None or kernels.reference_is_forced():
         if new is not None:
             q_BHTD = reference.append(q_BHTD, k_BGCD, v_BGCD, *new)
+        if paged is not None:
+            return reference.attend_paged(q_BHTD, k_BGCD, v_BGCD, *paged, scale, mask, softcap, causal)
         return reference.attend(q_BHTD, k_BGCD, v_BGCD, scale, mask, softcap, causal)
+    places = (0, 0, 0, 0)
+    if paged is not None:
+        places = paged.places.data_ptr(), len(paged.places), context, paged.spans.data_ptr()
+        context = len(paged.places) if mask is None else mask.shape[3]
+        k_BGCD, v_BGCD = (x.expand(num_sequences, -1, -1, -1) for x in (k_BGCD, v_BGCD))
     if q_BHTD.numel() * context >= _LARGE:
         cpu.limit_threads()
     out_BTHD = q_BHTD.new_empty(num_sequences, num_queries, num_heads, head_dim)
@@ -128,6 +160,7 @@ def attend(
         mask_place,
         mask_key,
         *turned,
+        *places,
     )
     return out_BTHD
 

@@ -44,6 +44,34 @@ def attend(
     return mean_BHTD.to(q_BHTD.dtype).transpose(1, 2).contiguous()
 
 
+def attend_paged(
+    q_BHTD: Tensor,
+    k_1GCD: Tensor,
+    v_1GCD: Tensor,
+    places: Tensor,
+    spans: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    softcap: float,
+    causal: bool,
+) -> Tensor:
+    """As `runtime.attention.attend` where keys are paged."""
+    least, num_places = q_BHTD.shape[2], k_1GCD.shape[2]
+    most = len(places) if mask is None else mask.shape[3]
+    if not all(0 <= begin <= end <= len(places) and least <= end - begin <= most for begin, end in spans.tolist()):
+        raise ValueError("spans that are none of these keys")
+    if not all(0 <= place < num_places for place in places.tolist()):
+        raise ValueError("keys that are not in the cache")
+    found = []
+    for b, (begin, end) in enumerate(spans.tolist()):
+        own, seen = places[begin:end], None
+        if mask is not None:
+            seen = mask.expand(len(q_BHTD), -1, -1, -1)[b : b + 1, :, :, : end - begin]
+        q, k, v = q_BHTD[b : b + 1], k_1GCD[:, :, own], v_1GCD[:, :, own]
+        found.append(attend(q, k, v, scale, seen, softcap, causal))
+    return torch.cat(found)
+
+
 def append(
     q_BHTD: Tensor,
     k_BGCD: Tensor,

@@ -3,6 +3,7 @@
 Masks are those of SDPA: none where all keys are seen, else bool [B, 1, T, C].
 """
 
+import functools
 import inspect
 import re
 import sys
@@ -18,7 +19,7 @@ from narrowcast.runtime.attention import attend, fits
 NAME = "narrowcast"
 
 # Arguments with which SDPA runs, whatever it makes of them. It ignores all others: masks have sliding windows in them.
-ITS_OWN = "position_bias", "cache", "s_aux"
+ITS_OWN = "position_bias", "s_aux"
 
 
 def choose(model: nn.Module) -> None:
@@ -71,27 +72,39 @@ def attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     softcap: float | None = None,
+    cache: Any = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The outputs [B, T, H, D] of queries [B, H, T, D] over keys and values [B, G, C, D], as of Transformers' SDPA.
 
-    Shapes and dtypes decide what runs, so that ranks agree. Gradients, dropout, biases, sinks and a paged cache rule
-    ours out.
+    Shapes and dtypes decide what runs, so that ranks agree. Gradients, dropout, biases and sinks rule ours out.
+    `cache` is that of continuous batching; `kwargs` then says which tokens and keys are whose.
     """
     if dropout or any(kwargs.get(name) is not None for name in ITS_OWN):
         kwargs["softcap"] = softcap  # which SDPA refuses in words of its own
-        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+        return _sdpa(module, query, key, value, attention_mask, dropout, scaling, is_causal, cache=cache, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if cache is not None:
+        from narrowcast.engines.transformers.decoding import paging  # which takes PyTorch's compiler along
+
+        alone = functools.partial(_outputs, module, scaling=scale, softcap=softcap)
+        allocator = cache.layer_to_allocator[module.layer_idx]
+        given = allocator, module.layer_idx, query, key, value, alone, scale, softcap or 0.0
+        return paging.attention(*given, **kwargs), None
     num_queries = query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = causal and num_queries > 1 and attention_mask is None
     if causal:  # what stands behind the queries' own keys is the rest of an empty static cache
         key, value = key[:, :, :num_queries], value[:, :, :num_queries]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not _differentiates(query, key, value) and fits(query, key, value, attention_mask):
         return attend(query, key, value, scale=scale, mask=attention_mask, softcap=softcap or 0.0, causal=causal), None
     if softcap is not None:
         return _capped(query, key, value, attention_mask, scale, softcap, causal), None
     return _sdpa(module, query, key, value, attention_mask, dropout, scaling, causal, **kwargs)
+
+
+def _outputs(*args: Any, **kwargs: Any) -> Tensor:
+    return attention(*args, **kwargs)[0]
 
 
 def _capped(
@@ -120,11 +133,13 @@ def _differentiates(*tensors: Tensor) -> bool:
 
 
 def init_continuous_batching(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """As Transformers': it knows its own implementations by name, so the default runs until the manager stops."""
-    ours = self.config._attn_implementation == NAME
-    if ours:
-        self.set_attn_implementation(_default(self))
-    manager = type(self).init_continuous_batching(self, *args, **kwargs)
-    if ours:
-        manager._original_attn_impl = NAME
+    """As Transformers', whose manager is made for no names but those that it knows, and then makes masks for them."""
+    if self.config._attn_implementation != NAME:
+        return type(self).init_continuous_batching(self, *args, **kwargs)
+    self.set_attn_implementation(_default(self))
+    try:
+        manager = type(self).init_continuous_batching(self, *args, **kwargs)
+    finally:
+        self.set_attn_implementation(NAME)
+    manager._original_attn_impl = None  # what it would go back to when it stops
     return manager
