@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.forwards import Forward, Forwards, has_own_forward
+from narrowcast.engines.layered import by_layer, in_words
 from narrowcast.engines.transformers.decoding.families import for_steps
 from narrowcast.engines.transformers.decoding.layers import FUSED
-from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
 from narrowcast.engines.transformers.seam.scheduled import schedule_steps

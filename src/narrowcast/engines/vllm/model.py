@@ -1,0 +1,97 @@
+"""A model that vLLM has loaded: its layout, its fingerprint, where a plan's names are in it, and taking it over."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+from narrowcast.engines.forwards import Forwards
+from narrowcast.engines.identity import EMBEDDING, NUM_SAMPLES, digest, sample_places
+from narrowcast.engines.vllm import layers
+from narrowcast.errors import PlanMismatchError
+from narrowcast.plan import Plan
+from narrowcast.plan.split import SUMS, Split
+from narrowcast.runtime.wires import Wires
+
+
+def split_of(vllm_config: Any) -> Split:
+    """The layout that vLLM was asked for."""
+    parallel = vllm_config.parallel_config
+    return Split(
+        tp_size=parallel.tensor_parallel_size,
+        pp_size=parallel.pipeline_parallel_size,
+        experts="all_reduce" if parallel.enable_expert_parallel else "slices",
+    )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A rank's part of a model. `sums`: by vLLM's name, its layers whose sums can be served, the embedding too."""
+
+    model: nn.Module
+    sums: Mapping[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """The model, as vLLM has loaded it."""
+        return cls(model, layers.summing(model))
+
+    def name(self, planned: str) -> str:
+        """vLLM's name of a module that the plan knows by the checkpoint's; several of these may be one in vLLM."""
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        mapped = None if mapper is None else mapper.map_name(f"{planned}.weight")
+        return planned if mapped is None else str(mapped).removesuffix(".weight")
+
+    def samples(self, plan: Plan) -> dict[str, list[str | None]]:
+        """Digests by the plan's names, those that this rank knows of the plan's."""
+        return {name: self._samples(name) for name in plan.model.samples}
+
+    def _samples(self, planned: str) -> list[str | None]:
+        if planned == EMBEDDING:
+            embeddings = [layer for layer in self.sums.values() if layers.is_embedding(layer)]
+            return _rows(embeddings[0]) if embeddings else [None] * NUM_SAMPLES
+        layer: Any = layers.unwrapped(self.sums.get(self.name(planned), nn.Identity()))
+        held = getattr(layer, "samples", {})
+        return [held.get(place) for place in sample_places(layer.input_size)] if held else [None] * NUM_SAMPLES
+
+    def served(self, plan: Plan) -> dict[str, str]:
+        """vLLM's names of the plan's sums, by the plan's. PlanMismatchError if others than experts' are missing.
+
+        vLLM sums what its mixtures of experts compute itself, with shared experts in it.
+        """
+        names = {name: self.name(name) for name, site in plan.sites.items() if site.kind in SUMS}
+        missing = [name for name in names if names[name] not in self.sums]
+        if missing and not any(isinstance(module, MoERunner) for module in self.model.modules()):
+            raise PlanMismatchError(
+                "plan",
+                expected=f"sums of this model, such as {next(iter(self.sums), 'none')}",
+                found=missing[0],
+                remedy="Calibrate this model.",
+            )
+        return {name: names[name] for name in names if name not in missing}
+
+    def take_over(self, names: Mapping[str, str], wires: Wires) -> Forwards:
+        """Send the sums over `wires`: by the plan's names those that `names` has, as they are all others."""
+        forwards, planned = Forwards(), {name: planned for planned, name in names.items()}
+        for name, layer in self.sums.items():
+            if layers.is_embedding(layer):
+                layers.look_up(planned.get(name, name), layer, wires, forwards)
+            elif name in planned:
+                layers.sum_rows(planned[name], layer, wires, forwards)
+        modules = dict(self.model.named_modules())
+        for norm, reader in wires.feedback.readers.items():
+            layers.read_stream(norm, modules[self.name(norm)], wires, forwards)
+            for name, module in {self.name(module): module for module in reader.modules}.items():
+                if name in modules and not isinstance(modules[name], MoERunner):
+                    layers.keep_columns(module, modules[name], wires, forwards)
+        return forwards
+
+
+def _rows(embedding: Any) -> list[str | None]:
+    """Digests of this rank's rows among the sampled ones."""
+    shard, weight = embedding.shard_indices, embedding.weight
+    own = range(shard.org_vocab_start_index, shard.org_vocab_end_index)
+    places = sample_places(embedding.org_vocab_size)
+    return [digest(weight[place - own.start]) if place in own else None for place in places]
