@@ -148,7 +148,7 @@ class Feedback:
         return forward(stream)
 
     def keep(self, norm: str, stream: Tensor, forward: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> None:
-        """Keep for a norm's modules what `forward` makes of the `stream` [..., E] with the last loss of each of `ranks`."""
+        """Keep for its modules what a norm's `forward` makes of the `stream` with the last loss of each of `ranks`."""
         loss, num_tokens = self._loss, math.prod(stream.shape[:-1])
         residue, loss.inputs = loss.residue, ()
         if residue is not None and residue.shape[1:] == (num_tokens, stream.shape[-1]):
