@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vllm.distributed import split_tensor_along_last_dim
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.model_executor.custom_op import op_registry_oot
+from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 
@@ -76,11 +77,32 @@ def summing(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         layer = unwrapped(module)
-        if name.endswith(".base_layer") or not (is_embedding(layer) or isinstance(layer, SummedLinear)):
+        if isinstance(layer, MoERunner):
+            sums = _sums_alone(layer)
+        elif isinstance(layer, SummedLinear) or is_embedding(layer):
+            sums = layer.reduce_results and layer.tp_size > 1  # otherwise whoever called it sums, with more in it
+        else:
             continue
-        if layer.reduce_results and layer.tp_size > 1:  # otherwise whoever called it sums, with more in it
+        if sums and not name.endswith(".base_layer"):
             found[name] = module
     return found
+
+
+def _sums_alone(experts: Any) -> bool:
+    """True for experts that add up over ranks what they compute, and nothing else such as shared experts."""
+    config = experts.moe_config
+    is_split = max(config.tp_size, config.ep_size) > 1 and not config.is_sequence_parallel
+    return is_split and not config.skip_final_all_reduce and experts.shared_experts is None
+
+
+def is_row_parallel(module: nn.Module) -> bool:
+    """True for a row-parallel layer, wrapped or not."""
+    return isinstance(unwrapped(module), SummedLinear)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """True for a mixture of experts, without its router."""
+    return isinstance(module, MoERunner)
 
 
 def is_embedding(module: nn.Module) -> bool:
@@ -94,6 +116,23 @@ def sum_rows(name: str, module: nn.Module, wires: Wires, forwards: Forwards) -> 
     forwards.set(layer, "all_reduce", wires.partial_sums(name))
     if module is not layer:
         forwards.set(module, "forward", lambda x: layer.summed(x, module.apply))
+
+
+def sum_experts(name: str, experts: Any, wires: Wires, forwards: Forwards) -> None:
+    """Let what ranks' slices of experts, or whole experts, compute travel as site `name`.
+
+    They read the rank's own view of the stream; their router, by which all ranks decide, the one that all share.
+    """
+    whole, router, all_reduce = experts.forward, experts.gate, wires.partial_sums(name)
+
+    def forward(hidden_states: Tensor, router_logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if router is not None:  # otherwise the caller has asked it
+            router_logits, _ = router(hidden_states)
+        return all_reduce(whole(wires.inputs(name, hidden_states)[0], router_logits, *args, **kwargs))
+
+    forwards.set(experts.moe_config, "skip_final_all_reduce", True)
+    forwards.set(experts, "gate", None)
+    forwards.set(experts, "forward", forward)
 
 
 def look_up(name: str, module: Any, wires: Wires, forwards: Forwards) -> None:

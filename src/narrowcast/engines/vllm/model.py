@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import nn
-from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 
 from narrowcast.engines.forwards import Forwards
 from narrowcast.engines.identity import EMBEDDING, NUM_SAMPLES, digest, sample_places
@@ -42,7 +41,11 @@ class LoadedModel:
         """vLLM's name of a module that the plan knows by the checkpoint's; several of these may be one in vLLM."""
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
         mapped = None if mapper is None else mapper.map_name(f"{planned}.weight")
-        return planned if mapped is None else str(mapped).removesuffix(".weight")
+        name = planned if mapped is None else str(mapped).removesuffix(".weight")
+        block, _, last = name.rpartition(".mlp.")
+        if last == "experts" and name not in self.sums:  # Transformers' name; checkpoints of Mixtral have another
+            return next((each for each, layer in self.sums.items() if _is_in(block, each, layer)), name)
+        return name
 
     def samples(self, plan: Plan) -> dict[str, list[str | None]]:
         """Digests by the plan's names, those that this rank knows of the plan's."""
@@ -57,13 +60,13 @@ class LoadedModel:
         return [held.get(place) for place in sample_places(layer.input_size)] if held else [None] * NUM_SAMPLES
 
     def served(self, plan: Plan) -> dict[str, str]:
-        """vLLM's names of the plan's sums, by the plan's. PlanMismatchError if others than experts' are missing.
+        """vLLM's names of the plan's sums, by the plan's. PlanMismatchError if some are missing.
 
-        vLLM sums what its mixtures of experts compute itself, with shared experts in it.
+        Where a mixture of experts has shared ones, vLLM sums both at once, itself.
         """
         names = {name: self.name(name) for name, site in plan.sites.items() if site.kind in SUMS}
         missing = [name for name in names if names[name] not in self.sums]
-        if missing and not any(isinstance(module, MoERunner) for module in self.model.modules()):
+        if missing and not any(map(layers.is_experts, self.model.modules())):
             raise PlanMismatchError(
                 "plan",
                 expected=f"sums of this model, such as {next(iter(self.sums), 'none')}",
@@ -79,14 +82,19 @@ class LoadedModel:
             if layers.is_embedding(layer):
                 layers.look_up(planned.get(name, name), layer, wires, forwards)
             elif name in planned:
-                layers.sum_rows(planned[name], layer, wires, forwards)
+                give = layers.sum_experts if layers.is_experts(layer) else layers.sum_rows
+                give(planned[name], layer, wires, forwards)
         modules = dict(self.model.named_modules())
         for norm, reader in wires.feedback.readers.items():
             layers.read_stream(norm, modules[self.name(norm)], wires, forwards)
             for name, module in {self.name(module): module for module in reader.modules}.items():
-                if name in modules and not isinstance(modules[name], MoERunner):
+                if name in modules and not layers.is_experts(modules[name]):
                     layers.keep_columns(module, modules[name], wires, forwards)
         return forwards
+
+
+def _is_in(block: str, name: str, layer: nn.Module) -> bool:
+    return layers.is_experts(layer) and name.startswith(f"{block}.")
 
 
 def _rows(embedding: Any) -> list[str | None]:

@@ -154,7 +154,7 @@ class Ranks:
 
 def _every(loaded: LoadedModel) -> dict[str, str]:
     """All row-parallel layers, by vLLM's name; InvalidInputError if there are none."""
-    names = {name: name for name, layer in loaded.sums.items() if not layers.is_embedding(layer)}
+    names = {name: name for name, layer in loaded.sums.items() if layers.is_row_parallel(layer)}
     if not names:
         raise InvalidInputError(
             type(loaded.model).__name__,
