@@ -23,15 +23,17 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "0|1",  # as it asks for, for two ranks on one NUMA node
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for functions that record sums
 }
-PROMPTS = [[(7 * place + 13 * length) % 4000 + 5 for place in range(length)] for length in (41, 6, 1)]
+PROMPTS = [[(7 * place + 13 * length) % 500 + 5 for place in range(length)] for length in (41, 6, 1)]
 
 
-def ordinary(command: str, folder: Path) -> None:
+def ordinary(command: str, folder: Path, *more: str) -> None:
     """Run a part of ordinary.py."""
     if not ORDINARY.exists():
         pytest.skip(f"needs {ORDINARY}: make test-vllm prepares it")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
-    subprocess.run([ORDINARY, HERE / "ordinary.py", command, folder], check=True, timeout=LIMIT_S, env=environment)
+    subprocess.run(
+        [ORDINARY, HERE / "ordinary.py", command, folder, *more], check=True, timeout=LIMIT_S, env=environment
+    )
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,17 @@ def run(folder: Path, name: str, asked: Mapping[str, Any], **environment: str) -
     code, found = started(folder, name, asked, environment)
     assert code == 0, found.log[-4000:]
     return found
+
+
+def differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
+    """Between log-probabilities."""
+    return [abs(mine - theirs) for mine, theirs in zip(left, right, strict=True)]
+
+
+def simulated(served: Run, folder: Path, plan: str = "int4.plan", model: str = MODEL) -> dict[str, list[float]]:
+    """Log-probabilities of what was served, by our Transformers engine."""
+    answered = zip(PROMPTS, served.answers["tokens"], strict=True)
+    (folder / "sequences.json").write_text(json.dumps([prompt + tokens for prompt, tokens in answered]))
+    ordinary("simulate", folder, model, str(folder / plan))
+    found: dict[str, Any] = json.loads((folder / "simulated.json").read_text())
+    return {name: [score for each in scores for score in each] for name, scores in found.items()}

@@ -36,6 +36,7 @@ def main(asked: dict[str, Any], out: Path) -> None:
         asked["model"],
         tensor_parallel_size=asked.get("tp_size", 2),
         enforce_eager=asked["eager"],
+        skip_tokenizer_init=True,
         dtype="float32",
         max_model_len=128,
         max_num_batched_tokens=32,  # less than a prompt, which is read in chunks then
@@ -44,7 +45,7 @@ def main(asked: dict[str, Any], out: Path) -> None:
     )
     if asked.get("record"):
         llm.collective_rpc(record)
-    options = {"temperature": 0, "prompt_logprobs": 0, "logprobs": 0, "ignore_eos": True}
+    options = {"temperature": 0, "prompt_logprobs": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False}
     sampling = [SamplingParams(max_tokens=9 - 2 * place, **options) for place in range(len(asked["prompts"]))]
     answers = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], sampling)
     reports = llm.collective_rpc("narrowcast_report") if asked["served"] else []

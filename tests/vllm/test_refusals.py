@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import ENVIRONMENT, LIMIT_S, MODEL, started
 
 from narrowcast.engines.vllm.settings import Settings
 from narrowcast.errors import InvalidInputError, PlanFormatError
+from running import ENVIRONMENT, LIMIT_S, MODEL, started
 
 # --- What is asked for: no vLLM needed --------------------------------------------------------------------------------
 

@@ -1,20 +1,18 @@
 """vLLM on two ranks sends what a plan says, as the simulation has it: bits, bytes, answers; eager and compiled."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from running import MODEL, PROMPTS, Run, ordinary, run
 from torch import Tensor
 
 from narrowcast.plan import Plan
 from narrowcast.runtime.counters import Report
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
+from running import MODEL, Run, differences, run, simulated
 
 EMBEDDING = "model.embed_tokens"
 
@@ -68,19 +66,6 @@ def test_every_sum_travels_and_comes_out_as_simulated(served: Run, folder: Path)
     counted = {name: site.counting([each.sites[name] for each in reports]) for name, site in reports[0].sites.items()}
     assert counted == simulator.sites.report().sites
     assert reports[0].bits_per_value == pytest.approx((15 * 4.1875 + 8.25) / 16)
-
-
-def differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
-    return [abs(mine - theirs) for mine, theirs in zip(left, right, strict=True)]
-
-
-def simulated(served: Run, folder: Path) -> dict[str, list[float]]:
-    """Log-probabilities of what was served, by our Transformers engine."""
-    answered = zip(PROMPTS, served.answers["tokens"], strict=True)
-    (folder / "sequences.json").write_text(json.dumps([prompt + tokens for prompt, tokens in answered]))
-    ordinary("simulate", folder)
-    found: dict[str, Any] = json.loads((folder / "simulated.json").read_text())
-    return {name: [score for each in scores for score in each] for name, scores in found.items()}
 
 
 def share_alike(differences: Sequence[float]) -> float:
