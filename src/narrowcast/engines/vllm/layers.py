@@ -78,7 +78,7 @@ def summing(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         layer = unwrapped(module)
         if isinstance(layer, MoERunner):
-            sums = _sums_alone(layer)
+            sums = module is layer and _sums_alone(layer)  # LoRA calls parts of experts, not their forward
         elif isinstance(layer, SummedLinear) or is_embedding(layer):
             sums = layer.reduce_results and layer.tp_size > 1  # otherwise whoever called it sums, with more in it
         else:
@@ -101,13 +101,14 @@ def is_row_parallel(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """True for a mixture of experts, without its router."""
-    return isinstance(module, MoERunner)
+    """True for the experts of a mixture, wrapped or not."""
+    return isinstance(unwrapped(module), MoERunner)
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """True for one that ranks share out by rows."""
-    return isinstance(module, VocabParallelEmbedding) and not isinstance(module, ParallelLMHead)
+    """True for one that ranks share out by rows, wrapped or not."""
+    layer = unwrapped(module)
+    return isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
 
 
 def sum_rows(name: str, module: nn.Module, wires: Wires, forwards: Forwards) -> None:
@@ -135,11 +136,12 @@ def sum_experts(name: str, experts: Any, wires: Wires, forwards: Forwards) -> No
     forwards.set(experts, "forward", forward)
 
 
-def look_up(name: str, module: Any, wires: Wires, forwards: Forwards) -> None:
+def look_up(name: str, module: nn.Module, wires: Wires, forwards: Forwards) -> None:
     """Let what ranks find of the tokens in an embedding travel as site `name`."""
-    whole, all_reduce = module.forward, wires.partial_sums(name)
-    forwards.set(module, "reduce_results", False)
-    forwards.set(module, "forward", lambda ids: all_reduce(whole(ids)))
+    layer = unwrapped(module)
+    whole, all_reduce = layer.forward, wires.partial_sums(name)
+    forwards.set(layer, "reduce_results", False)
+    forwards.set(layer, "forward", lambda ids: all_reduce(whole(ids)))
 
 
 def read_stream(name: str, norm: nn.Module, wires: Wires, forwards: Forwards) -> None:

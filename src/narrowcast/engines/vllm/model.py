@@ -53,27 +53,33 @@ class LoadedModel:
 
     def _samples(self, planned: str) -> list[str | None]:
         if planned == EMBEDDING:
-            embeddings = [layer for layer in self.sums.values() if layers.is_embedding(layer)]
+            embeddings = [layers.unwrapped(layer) for layer in self.sums.values() if layers.is_embedding(layer)]
             return _rows(embeddings[0]) if embeddings else [None] * NUM_SAMPLES
         layer: Any = layers.unwrapped(self.sums.get(self.name(planned), nn.Identity()))
         held = getattr(layer, "samples", {})
         return [held.get(place) for place in sample_places(layer.input_size)] if held else [None] * NUM_SAMPLES
 
     def served(self, plan: Plan) -> dict[str, str]:
-        """vLLM's names of the plan's sums, by the plan's. PlanMismatchError if some are missing.
+        """vLLM's names of the plan's sums, by the plan's. PlanMismatchError if it names what the model does not have.
 
         Where a mixture of experts has shared ones, vLLM sums both at once, itself.
         """
-        names = {name: self.name(name) for name, site in plan.sites.items() if site.kind in SUMS}
-        missing = [name for name in names if names[name] not in self.sums]
-        if missing and not any(map(layers.is_experts, self.model.modules())):
+        sums = {name: self.name(name) for name, site in plan.sites.items() if site.kind in SUMS}
+        served = {planned: name for planned, name in sums.items() if name in self.sums}
+        there = dict(self.model.named_modules())
+        mixed = any(map(layers.is_experts, there.values()))
+        readers = () if plan.feedback.unread else plan.feedback.readers.items()
+        read = [name for norm, reader in readers for name in (norm, *reader.modules)]
+        missing = [planned for planned in sums if planned not in served and not mixed]
+        missing += [planned for planned in read if self.name(planned) not in there]
+        if missing:
             raise PlanMismatchError(
                 "plan",
-                expected=f"sums of this model, such as {next(iter(self.sums), 'none')}",
+                expected=f"modules of this model, such as {next(iter(self.sums), 'none')}",
                 found=missing[0],
                 remedy="Calibrate this model.",
             )
-        return {name: names[name] for name in names if name not in missing}
+        return served
 
     def take_over(self, names: Mapping[str, str], wires: Wires) -> Forwards:
         """Send the sums over `wires`: by the plan's names those that `names` has, as they are all others."""
@@ -88,7 +94,7 @@ class LoadedModel:
         for norm, reader in wires.feedback.readers.items():
             layers.read_stream(norm, modules[self.name(norm)], wires, forwards)
             for name, module in {self.name(module): module for module in reader.modules}.items():
-                if name in modules and not layers.is_experts(modules[name]):
+                if not layers.is_experts(modules[name]):  # which read it where they are summed
                     layers.keep_columns(module, modules[name], wires, forwards)
         return forwards
 
