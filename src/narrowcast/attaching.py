@@ -1,7 +1,6 @@
 """The front door: `attach` makes a loaded model send what a plan says."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from torch import nn
 from narrowcast.collectives import check_algorithm, check_name
 from narrowcast.collectives.clock import Span
 from narrowcast.engines import Engine, device_of, engine_of
+from narrowcast.engines.agreement import agreed
 from narrowcast.engines.forwards import Forwards
 from narrowcast.errors import InvalidInputError, NarrowcastError, PlanMismatchError
 from narrowcast.plan import Plan
@@ -283,7 +283,7 @@ def _check_on_all_ranks(
     except NarrowcastError as error:
         refusal = error
     for each in connected:
-        refusal = _agree(each, mine, refusal)
+        refusal = agreed(each, mine, refusal)
     if refusal is not None:
         raise refusal
     for each in connected:
@@ -371,30 +371,3 @@ def _check_attachable(engine: Engine, model: nn.Module, plan: Plan, *, whole: bo
             found=f"differences at {sorted(here ^ set(plan.sites))[:3]}",
             remedy="Calibrate this model.",
         )
-
-
-def _agree(transport: Transport, mine: Mapping[str, str], refusal: NarrowcastError | None) -> NarrowcastError | None:
-    """The refusal of any rank of the group, this one's first, or of a plan that they do not share."""
-    refused = {"refusal": None if refusal is None else str(refusal)}
-    texts = transport.share(json.dumps({**mine, **refused}), "comparing plans")
-    if refusal is not None:
-        return refusal
-    for rank, theirs in enumerate(json.loads(text) for text in texts):
-        if theirs["refusal"] is not None:
-            return PlanMismatchError(
-                "plan", expected="one that every rank takes", found=f"rank {rank} refused it", remedy=theirs["refusal"]
-            )
-        for key, value in mine.items():
-            if theirs[key] != value:
-                return PlanMismatchError(
-                    f"{key} of rank {rank}",
-                    expected=f"that of rank {transport.rank}, {_shown(key, value)}",
-                    found=_shown(key, theirs[key]),
-                    remedy="Give every rank the same plan and options.",
-                )
-    return None
-
-
-def _shown(key: str, value: str) -> str:
-    """An option as it is, the beginning of a plan's fingerprint."""
-    return value[:12] if key == "plan" else value

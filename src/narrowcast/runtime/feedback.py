@@ -143,17 +143,18 @@ class Feedback:
         return True if is_mine else None
 
     def read(self, norm: str, stream: Tensor, forward: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> Tensor:
-        """Apply a norm's `forward` to the `stream` [..., E] that all ranks share.
+        """Apply a norm's `forward` to the `stream` [..., E] that all ranks share, and keep what `keep` says."""
+        self.keep(norm, stream, forward, ranks)
+        return forward(stream)
 
-        Kept for its modules is what it makes of it on each of `ranks`, with the loss of that rank's last payload.
-        """
+    def keep(self, norm: str, stream: Tensor, forward: Callable[[Tensor], Tensor], ranks: Sequence[int]) -> None:
+        """Keep for its modules what a norm's `forward` makes of the `stream` with the last loss of each of `ranks`."""
         loss, num_tokens = self._loss, math.prod(stream.shape[:-1])
         residue, loss.inputs = loss.residue, ()
         if residue is not None and residue.shape[1:] == (num_tokens, stream.shape[-1]):
             scale, many = self.readers[norm].scale, self._num_sources[0] > 1
             own = [residue[rank if many else 0].view(stream.shape) for rank in ranks]
             loss.inputs = [forward(torch.add(stream, lost, alpha=scale).to(stream.dtype)) for lost in own]
-        return forward(stream)
 
     def inputs(self, module: str, x: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
         """The inputs from which a module, called with `x`, is to compute each rank's share."""

@@ -79,6 +79,10 @@ class Wires(ABC):
         """Apply a norm's `forward` to the residual stream [..., E]; `inputs` then gives what each rank makes of it."""
         return self.feedback.read(norm, stream, forward, self.ranks)
 
+    def keep(self, norm: str, stream: Tensor, forward: Callable[[Tensor], Tensor]) -> None:
+        """Do the same with a stream of which the norm was computed elsewhere, with the sum that came last."""
+        self.feedback.keep(norm, stream, forward, self.ranks)
+
     def inputs(self, module: str, x: Tensor) -> Sequence[Tensor]:
         """The inputs from which `module`, called with `x`, is to compute the share of each of `ranks`."""
         return self.feedback.inputs(module, x, self.ranks)

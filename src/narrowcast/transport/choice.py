@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from narrowcast.errors import InvalidInputError
 from narrowcast.transport.base import Transport
+from narrowcast.transport.group import GroupTransport
 from narrowcast.transport.tcp import COMPILED, TcpTransport
 from narrowcast.transport.torch_distributed import TorchDistributedTransport
 
@@ -30,7 +31,7 @@ def connect_group(
     transport: str = "auto",
     device: torch.device,
     timeout_s: float | None = None,
-) -> Transport:
+) -> GroupTransport:
     """A transport between the ranks of `group`, whose models compute on `device`; all of them call this.
 
     `transport`: "tcp", our own mesh of connections; "torch", whatever torch.distributed does; "auto", the mesh for

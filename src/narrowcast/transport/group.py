@@ -133,7 +133,17 @@ class GroupTransport(Transport):
         try:
             return company.work(call, self._meet)
         except MeetingError as error:
-            raise PeerLostError(self.missed().ranks, doing) from error
+            raise self._missed_in(doing) from error
+
+    def meet(self, doing: str) -> None:
+        """Return when all ranks have come, however late; PeerLostError names one whose connection breaks."""
+        try:
+            self._meet()
+        except MeetingError as error:
+            raise self._missed_in(doing) from error
+
+    def _missed_in(self, doing: str) -> PeerLostError:
+        return PeerLostError(self.missed().ranks, doing)
 
     def _meet(self) -> None:
         """Return when all ranks have come, however late; MeetingError if a connection breaks."""

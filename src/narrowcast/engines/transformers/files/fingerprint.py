@@ -1,40 +1,15 @@
 """The fingerprint of a model: the same for the whole model and for any split of it."""
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from narrowcast.engines.transformers.layered import by_layer
+from narrowcast.engines.identity import EMBEDDING, NUM_SAMPLES, config_fields, digest, sample_places
 from narrowcast.engines.transformers.seam import summed
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, own_chunk, summed_weight
 from narrowcast.plan import ModelFingerprint
 from narrowcast.weights.layers import PackedEmbedding, PackedLinear, local
-
-CONFIG_FIELDS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "hidden_act",
-    "rms_norm_eps",
-    "sliding_window",
-    "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping",
-    "num_local_experts",
-    "num_experts",
-    "num_experts_per_tok",
-    "moe_intermediate_size",
-    "norm_topk_prob",
-)
-NUM_SAMPLES = 16  # of each weight: a rank of 16 or fewer holds at least one
 
 
 def fingerprint(model: nn.Module) -> ModelFingerprint:
@@ -47,13 +22,10 @@ def fingerprint(model: nn.Module) -> ModelFingerprint:
     samples = {name: _digests_of(module) for name, module in known.items()}
     embedding = cast(Any, model).get_input_embeddings()
     if isinstance(embedding, PackedEmbedding):
-        samples["embedding"] = _kept_digests(embedding.samples, embedding.num_embeddings)
+        samples[EMBEDDING] = _kept_digests(embedding.samples, embedding.num_embeddings)
     elif isinstance(embedding, nn.Embedding):  # not on every stage of a pipeline
-        samples["embedding"] = _digests(embedding.weight, dim=0)
-    values = {field: by_layer(config, field) for field in CONFIG_FIELDS}
-    fields: dict[str, Any] = {field: each[0] if len(each) == 1 else each for field, each in values.items() if each}
-    fields["rope_theta"] = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-    return ModelFingerprint(config=fields, samples=samples)
+        samples[EMBEDDING] = _digests(embedding.weight, dim=0)
+    return ModelFingerprint(config=config_fields(config), samples=samples)
 
 
 def sampled(model: nn.Module) -> dict[str, nn.Module]:
@@ -61,11 +33,6 @@ def sampled(model: nn.Module) -> dict[str, nn.Module]:
     embedding = cast(Any, model).get_input_embeddings()
     known = {name: module for name, module in summed(model).items() if is_linear(module) or is_experts(module)}
     return known | {name: module for name, module in model.named_modules() if module is embedding}
-
-
-def sample_places(size: int) -> list[int]:
-    """The rows or columns, of so many, by which a weight is told from others."""
-    return [(2 * sample + 1) * size // (2 * NUM_SAMPLES) for sample in range(NUM_SAMPLES)]
 
 
 def _digests_of(module: nn.Module) -> list[str | None]:
@@ -99,9 +66,3 @@ def _slice(held_part: Tensor, held: list[slice], places: dict[int, int]) -> Tens
     for axis in sorted(places, reverse=True):
         values = values.select(axis, places[axis] - held[axis].start)
     return values
-
-
-def digest(values: Tensor) -> str:
-    """That of a sample, in BF16."""
-    raw = values.bfloat16().contiguous().view(torch.uint8).cpu().numpy().tobytes()
-    return hashlib.blake2b(raw, digest_size=4).hexdigest()

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from narrowcast.engines.base import Dtype, Replicated, Weights
+from narrowcast.engines.layered import by_layer, in_words
 from narrowcast.engines.transformers.decoding import choose, shorten_steps
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
 from narrowcast.engines.transformers.files.claims import check_counts, check_shapes
@@ -23,7 +24,6 @@ from narrowcast.engines.transformers.files.gguf_model import complete, knows
 from narrowcast.engines.transformers.files.packed import PackedModel
 from narrowcast.engines.transformers.files.settling import settle
 from narrowcast.engines.transformers.files.vocabulary import styles
-from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import OWN_COLUMNS
 from narrowcast.engines.transformers.seam.rehearsal import check_stages, mistake
 from narrowcast.engines.transformers.sharding import check_dense

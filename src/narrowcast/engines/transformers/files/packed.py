@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.base import Weights
 from narrowcast.engines.forwards import chunk
+from narrowcast.engines.identity import digest, sample_places
 from narrowcast.engines.transformers.files.claims import check_shapes
-from narrowcast.engines.transformers.files.fingerprint import digest, sample_places, sampled
+from narrowcast.engines.transformers.files.fingerprint import sampled
 from narrowcast.engines.transformers.files.settling import settle
 from narrowcast.engines.transformers.files.streaming import stream
 from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, WHOLE, styles_of

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from narrowcast.engines.forwards import Bound, Forward, Forwards, has_own_forward
+from narrowcast.engines.layered import by_layer, in_words
 from narrowcast.engines.transformers.decoding.families import for_steps
 from narrowcast.engines.transformers.decoding.layers import FUSED
 from narrowcast.engines.transformers.decoding.recorded import RECORDED, RecordedLayer, is_recorded
-from narrowcast.engines.transformers.layered import by_layer, in_words
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_packed, is_plain, reading_weight

@@ -1,0 +1,111 @@
+"""A model that vLLM has loaded: its layout, its fingerprint, where a plan's names are in it, and taking it over."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from torch import nn
+
+from narrowcast.engines.forwards import Forwards
+from narrowcast.engines.identity import EMBEDDING, NUM_SAMPLES, digest, sample_places
+from narrowcast.engines.vllm import layers
+from narrowcast.errors import PlanMismatchError
+from narrowcast.plan import Plan
+from narrowcast.plan.split import SUMS, Split
+from narrowcast.runtime.wires import Wires
+
+
+def split_of(vllm_config: Any) -> Split:
+    """The layout that vLLM was asked for."""
+    parallel = vllm_config.parallel_config
+    return Split(
+        tp_size=parallel.tensor_parallel_size,
+        pp_size=parallel.pipeline_parallel_size,
+        experts="all_reduce" if parallel.enable_expert_parallel else "slices",
+    )
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A rank's part of a model. `sums`: by vLLM's name, its layers whose sums can be served, the embedding too."""
+
+    model: nn.Module
+    sums: Mapping[str, nn.Module]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """The model, as vLLM has loaded it."""
+        return cls(model, layers.summing(model))
+
+    def name(self, planned: str) -> str:
+        """vLLM's name of a module that the plan knows by the checkpoint's; several of these may be one in vLLM."""
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        mapped = None if mapper is None else mapper.map_name(f"{planned}.weight")
+        name = planned if mapped is None else str(mapped).removesuffix(".weight")
+        block, _, last = name.rpartition(".mlp.")
+        if last == "experts" and name not in self.sums:  # Transformers' name; checkpoints of Mixtral have another
+            return next((each for each, layer in self.sums.items() if _is_in(block, each, layer)), name)
+        return name
+
+    def samples(self, plan: Plan) -> dict[str, list[str | None]]:
+        """Digests by the plan's names, those that this rank knows of the plan's."""
+        return {name: self._samples(name) for name in plan.model.samples}
+
+    def _samples(self, planned: str) -> list[str | None]:
+        if planned == EMBEDDING:
+            embeddings = [layers.unwrapped(layer) for layer in self.sums.values() if layers.is_embedding(layer)]
+            return _rows(embeddings[0]) if embeddings else [None] * NUM_SAMPLES
+        layer: Any = layers.unwrapped(self.sums.get(self.name(planned), nn.Identity()))
+        held = getattr(layer, "samples", {})
+        return [held.get(place) for place in sample_places(layer.input_size)] if held else [None] * NUM_SAMPLES
+
+    def served(self, plan: Plan) -> dict[str, str]:
+        """vLLM's names of the plan's sums, by the plan's. PlanMismatchError if it names what the model does not have.
+
+        Where a mixture of experts has shared ones, vLLM sums both at once, itself.
+        """
+        sums = {name: self.name(name) for name, site in plan.sites.items() if site.kind in SUMS}
+        served = {planned: name for planned, name in sums.items() if name in self.sums}
+        there = dict(self.model.named_modules())
+        mixed = any(map(layers.is_experts, there.values()))
+        readers = () if plan.feedback.unread else plan.feedback.readers.items()
+        read = [name for norm, reader in readers for name in (norm, *reader.modules)]
+        missing = [planned for planned in sums if planned not in served and not mixed]
+        missing += [planned for planned in read if self.name(planned) not in there]
+        if missing:
+            raise PlanMismatchError(
+                "plan",
+                expected=f"modules of this model, such as {next(iter(self.sums), 'none')}",
+                found=missing[0],
+                remedy="Calibrate this model.",
+            )
+        return served
+
+    def take_over(self, names: Mapping[str, str], wires: Wires) -> Forwards:
+        """Send the sums over `wires`: by the plan's names those that `names` has, as they are all others."""
+        forwards, planned = Forwards(), {name: planned for planned, name in names.items()}
+        for name, layer in self.sums.items():
+            if layers.is_embedding(layer):
+                layers.look_up(planned.get(name, name), layer, wires, forwards)
+            elif name in planned:
+                give = layers.sum_experts if layers.is_experts(layer) else layers.sum_rows
+                give(planned[name], layer, wires, forwards)
+        modules = dict(self.model.named_modules())
+        for norm, reader in wires.feedback.readers.items():
+            layers.read_stream(norm, modules[self.name(norm)], wires, forwards)
+            for name, module in {self.name(module): module for module in reader.modules}.items():
+                if not layers.is_experts(modules[name]):  # which read it where they are summed
+                    layers.keep_columns(module, modules[name], wires, forwards)
+        return forwards
+
+
+def _is_in(block: str, name: str, layer: nn.Module) -> bool:
+    return layers.is_experts(layer) and name.startswith(f"{block}.")
+
+
+def _rows(embedding: Any) -> list[str | None]:
+    """Digests of this rank's rows among the sampled ones."""
+    shard, weight = embedding.shard_indices, embedding.weight
+    own = range(shard.org_vocab_start_index, shard.org_vocab_end_index)
+    places = sample_places(embedding.org_vocab_size)
+    return [digest(weight[place - own.start]) if place in own else None for place in places]

@@ -1,0 +1,165 @@
+"""Methods that vLLM's workers are given: meeting the other ranks, checking, taking the model over."""
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from vllm.distributed import get_tp_group
+
+from narrowcast.engines.agreement import agreed
+from narrowcast.engines.identity import NUM_SAMPLES, config_fields
+from narrowcast.engines.vllm import layers
+from narrowcast.engines.vllm.model import LoadedModel, split_of
+from narrowcast.engines.vllm.settings import CODEC, KEY, PLAN, Settings
+from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError, PlanMismatchError
+from narrowcast.plan import ModelFingerprint
+from narrowcast.plan.summary import feedback_in_words
+from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.sites import Sites
+from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport, connect_group
+from narrowcast.transport.group import LONGEST_TIMEOUT_S
+
+logger = logging.getLogger("vllm.narrowcast")  # vLLM shows what its own loggers say
+
+T = TypeVar("T")
+Samples = Mapping[str, Sequence[str | None]]
+
+
+def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load the worker's model, and have it send what the settings say, if there are any."""
+    settings = Settings.of(self.vllm_config.additional_config)
+    if settings is None or (settings.plan is None and get_tp_group().world_size == 1):
+        return self.worker.load_model(*args, **kwargs)
+    with _told():
+        ranks = Ranks(settings, self.vllm_config, self.worker.device)
+        layers.register()
+        loaded = self.worker.load_model(*args, **kwargs)
+        self.narrowcast_wires = ranks.take_over(self.worker.get_model())
+        return loaded
+
+
+def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Warm the model up; from then on a rank that others wait for is lost after a minute."""
+    warmed = self.worker.compile_or_warm_up_model(*args, **kwargs)
+    if "narrowcast_wires" in vars(self):
+        self.narrowcast_wires.tp.timeout_s = DEFAULT_TIMEOUT_S
+    return warmed
+
+
+def narrowcast_report(self: Any) -> dict[str, Any]:
+    """The figures of what this rank has sent, as JSON values; {} where nothing was taken over."""
+    wires = vars(self).get("narrowcast_wires")
+    return {} if wires is None else wires.sites.report().to_json()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """A refusal in a line of its own, above the traceback with which vLLM ends a worker."""
+    try:
+        yield
+    except NarrowcastError as error:
+        logger.error("%s", error)
+        raise
+
+
+class Ranks:
+    """The tensor-parallel ranks, connected and asked for the same. What one of them refuses, all refuse."""
+
+    def __init__(self, settings: Settings, vllm_config: Any, device: torch.device) -> None:
+        self._settings, self._vllm_config, self._device = settings, vllm_config, device
+        # Our mesh takes the way to MASTER_ADDR, as torchrun sets it, where GLOO_SOCKET_IFNAME says nothing.
+        os.environ.setdefault("MASTER_ADDR", vllm_config.parallel_config.master_addr)
+        group = get_tp_group()
+        self._all = TorchDistributedTransport(group.cpu_group)
+        try:
+            self._agree(lambda: self._check({}))
+        except PeerLostError as error:
+            raise InvalidInputError(
+                f"rank {', '.join(map(str, error.ranks))}",
+                expected="one that narrowcast serves, as this one",
+                found=f"none in {self._all.timeout_s:.0f} s",
+                remedy=f"Install narrowcast beside its vLLM too, and set {PLAN} or {CODEC} alike on every node.",
+            ) from error
+        self._tp = connect_group(group.cpu_group if device.type == "cpu" else group.device_group, device=device)
+
+    def take_over(self, model: nn.Module) -> Communicator:
+        """Take over this rank's part of a model; the others may load theirs at another speed."""
+        self._all.meet("loading the model")
+        loaded, plan = LoadedModel.of(model), self._settings.plan
+        self._agree(lambda: self._check({} if plan is None else loaded.samples(plan)))
+        names = self._agree(lambda: _every(loaded) if plan is None else loaded.served(plan))
+        wires = Communicator(self._sites(names), tp=self._tp, pp=None)
+        loaded.take_over(names, wires)
+        self._tp.timeout_s = LONGEST_TIMEOUT_S  # ranks compile at their own speed, too
+        # What is compiled for other sums, or for none, is not for these.
+        key = {"served": self._settings.fingerprint, "handle": wires.handle}
+        self._vllm_config.additional_config = {**self._vllm_config.additional_config, KEY: key}
+        if self._tp.rank == 0:
+            self._tell(names, loaded)
+        return wires
+
+    def _check(self, samples: Samples) -> None:
+        """PlanMismatchError unless the plan is for this model, as far as its samples are known, and split so."""
+        plan, config = self._settings.plan, self._vllm_config.model_config.hf_text_config
+        if plan is None:
+            return
+        plan.check_real()
+        every: dict[str, Sequence[str | None]] = dict.fromkeys(plan.model.samples, [None] * NUM_SAMPLES)
+        found = ModelFingerprint(config=config_fields(config), samples={**every, **samples})
+        plan.check(found, split_of(self._vllm_config))
+        if plan.split.pp_size > 1:
+            raise PlanMismatchError(
+                "plan",
+                expected="one for tensor-parallel ranks alone, in vLLM",
+                found=str(plan.split),
+                remedy="Serve it with Transformers, or one codec with vLLM.",
+            )
+
+    def _agree(self, check: Callable[[], T]) -> T:
+        """The result of `check` on this rank; raises on all ranks what it raises on any."""
+        plan, codec = self._settings.plan, self._settings.codec
+        mine = {"plan": "none" if plan is None else plan.fingerprint, "codec": "none" if codec is None else str(codec)}
+        try:
+            result, refusal = check(), None
+        except NarrowcastError as error:
+            refusal = error
+        refusal = agreed(self._all, mine, refusal)
+        if refusal is not None:
+            raise refusal
+        return result
+
+    def _sites(self, names: Mapping[str, str]) -> Sites:
+        plan, codec = self._settings.plan, self._settings.codec
+        if plan is None:
+            assert codec is not None, "settings have one of the two"
+            return Sites(dict.fromkeys(names, (codec,) * 2), (), "auto", self._device)
+        codecs = {name: plan.sites[name].codecs for name in names}
+        return Sites(codecs, plan.groups, "auto", self._device, chains=plan.feedback, decisions=plan.decisions)
+
+    def _tell(self, names: Mapping[str, str], loaded: LoadedModel) -> None:
+        plan, name = self._settings.plan, self._settings.name
+        what = f"codec {name}" if plan is None else f"plan {plan.fingerprint[:12]}, {name},"
+        logger.info("%s at %d sums, over %s", what, len(names), self._tp.name)
+        if plan is None:
+            logger.info("without a plan nobody knows what that costs: narrowcast calibrate finds out, and feeds back")
+            return
+        logger.info("%s", "; ".join(feedback_in_words(plan)))
+        if own := [name for name in plan.sites if name not in names]:
+            logger.info("vLLM's own, exact, are %d of the plan's sites, such as %s", len(own), own[0])
+
+
+def _every(loaded: LoadedModel) -> dict[str, str]:
+    """All row-parallel layers, by vLLM's name; InvalidInputError if there are none."""
+    names = {name: name for name, layer in loaded.sums.items() if layers.is_row_parallel(layer)}
+    if not names:
+        raise InvalidInputError(
+            type(loaded.model).__name__,
+            expected="a model with row-parallel layers of vLLM's",
+            found="none",
+            remedy="This model is not supported yet.",
+        )
+    return names

@@ -1,0 +1,115 @@
+"""vLLM does not start where a plan does not fit, and says why in a sentence."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from narrowcast.engines.vllm.settings import Settings
+from narrowcast.errors import InvalidInputError, PlanFormatError
+from running import ENVIRONMENT, LIMIT_S, MODEL, started
+
+# --- What is asked for: no vLLM needed --------------------------------------------------------------------------------
+
+
+def test_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NARROWCAST_PLAN", "")
+    assert Settings.of({}) is None
+    assert Settings.of({"of another plug-in": 1}) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"plan": "no such file"}, "plan no such file: expected a plan file, found no such file"),
+        ({"codec": "int4-feature"}, "codec int4-feature: expected one that needs no calibration"),
+        ({"codec": "int5"}, "codec: expected a known name, found int5"),
+        (
+            {"plan": "a", "codec": "int8-group128"},
+            "found plan a and codec int8-group128. Set NARROWCAST_PLAN",
+        ),
+        ({"plans": "a"}, "additional_config, narrowcast: expected"),
+        ("a", "additional_config, narrowcast: expected"),
+    ],
+)
+def test_what_cannot_be_used_is_refused(given: object, expected: str) -> None:
+    with pytest.raises((InvalidInputError, PlanFormatError), match=expected):
+        Settings.of({"narrowcast": given})
+
+
+def test_the_environment_and_the_configuration_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NARROWCAST_CODEC", "int8-group128")
+    assert Settings.of({}) is not None
+    with pytest.raises(InvalidInputError, match="found codec fp8 and codec int8-group128"):
+        Settings.of({"narrowcast": {"codec": "fp8"}})
+
+
+# --- What ranks find: vLLM on this machine ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "plan", "expected"),
+    [
+        ({}, "missing.plan", "expected a plan file, found no such file"),
+        ({"tp_size": 1}, "int4.plan", "plan: expected tp_size 2, for which it was calibrated, found tp_size 1"),
+        (
+            {"model": "other"},
+            "int4.plan",
+            "expected the weights that the plan was calibrated on in model.layers.3.self_attn.o_proj, found others",
+        ),
+    ],
+)
+def test_a_plan_that_does_not_fit(folder: Path, asked: dict[str, object], plan: str, expected: str) -> None:
+    if "model" in asked:
+        asked = asked | {"model": str(folder / "other")}
+    environment = {"NARROWCAST_PLAN": str(folder / plan)}
+    code, run = started(folder, "refused", {"model": MODEL, "eager": True, "served": True, **asked}, environment)
+    assert code != 0
+    assert expected in run.log
+    assert not run.out.exists()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("theirs", "expected"),
+    [
+        ("group.plan", "plan of rank 1: expected that of rank 0"),
+        ("", "rank 1: expected one that narrowcast serves, as this one, found none in 60 s"),
+    ],
+)
+def test_nodes_that_are_asked_for_different_things(folder: Path, theirs: str, expected: str) -> None:
+    """Two nodes on this host: another plan on one, or none."""
+    common = f"serve {MODEL} --tensor-parallel-size 2 --nnodes 2 --master-addr 127.0.0.1 --master-port {free_port()}"
+    options = [*common.split(), "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
+    vllm = Path(sys.executable).with_name("vllm")
+    nodes, logs = [], []
+    for rank, plan in enumerate(("int4.plan", theirs)):
+        own = ["--port", str(free_port())] if rank == 0 else ["--headless"]
+        environment = {"NARROWCAST_PLAN": str(folder / plan) if plan else "", "VLLM_CPU_OMP_THREADS_BIND": str(rank)}
+        logs.append(folder / f"node{rank}.log")
+        with logs[-1].open("w") as log:
+            nodes.append(
+                subprocess.Popen(
+                    [vllm, *options, "--node-rank", str(rank), *own],
+                    env=os.environ | ENVIRONMENT | environment,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            )
+    try:
+        assert all(node.wait(LIMIT_S) != 0 for node in nodes)
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+    assert expected in logs[0].read_text()
