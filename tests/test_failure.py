@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,28 @@ def test_who_does_not_get_done_is_named(three: Ranks, how: str) -> None:
         assert seconds < SILENCE_S + 20
         assert seconds >= SILENCE_S or how != "hangs"
     assert how != "fails" or three.result(1)[0] == "failed"
+
+
+def meet_late(*, dies: bool) -> str:
+    """Rank 1 comes later than others wait for one that is silent, or is gone before."""
+    if dist.get_rank() == 1:
+        time.sleep(2 * SILENCE_S)
+        if dies:
+            os._exit(3)
+    try:
+        TorchDistributedTransport(timeout_s=SILENCE_S).meet("loading")
+    except PeerLostError as error:
+        return str(error)
+    return "met"
+
+
+def test_who_comes_late_is_met(ranks: Callable[[int], Ranks]) -> None:
+    assert ranks(3).run(partial(meet_late, dies=False)) == ["met"] * 3
+
+
+def test_who_dies_on_the_way_to_a_meeting_is_named(three: Ranks) -> None:
+    three.start(partial(meet_late, dies=True))
+    assert [three.result(survivor) for survivor in (0, 2)] == ["lost rank 1 while loading"] * 2
 
 
 def sum_as_the_engine_does(marks: Path) -> None:

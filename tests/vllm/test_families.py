@@ -12,7 +12,7 @@ FAMILIES = "llama-biased", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "mix
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_plan_serves_both_engines(folder: Path, family: str) -> None:
-    """In FP32 answers are the same, but for tokens where a coded value falls one level apart: one in ten at most."""
+    """In FP32 answers are the same, but for few tokens: where a coded value falls one level apart, and after that."""
     ordinary("random", folder, family)
     model, plan = str(folder / family), f"{family}.plan"
     served = run(folder, family, {"model": model, "eager": True, "served": True}, NARROWCAST_PLAN=str(folder / plan))
@@ -22,5 +22,6 @@ def test_a_plan_serves_both_engines(folder: Path, family: str) -> None:
     assert f"at {len(sites)} sums, over tcp" in served.log
     expected = simulated(served, folder, plan, model)
     apart = differences(served.scores, expected["planned"])
-    assert sum(each > 1e-4 for each in apart) < 0.1 * len(apart)
+    assert sum(each > 1e-4 for each in apart) < len(apart) / 3
+    assert sum(apart) < sum(differences(served.scores, expected["exact"])) / 10
     assert max(differences(expected["exact"], expected["planned"])) > 0.1, "a check that can fail"

@@ -4,6 +4,7 @@ vLLM starts the ranks and loads the model, so nothing is attached by hand: `regi
 `vllm.general_plugins`, which vLLM calls in each of its processes.
 """
 
+from narrowcast.engines.vllm.hooks import METHODS
 from narrowcast.engines.vllm.settings import Settings
 
 
@@ -15,11 +16,9 @@ def register() -> None:
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    from narrowcast.engines.vllm import worker
-
     Settings.of({})
     # Wrappers hand on to their workers whatever they do not define, of all kinds of executors and devices.
-    for method in (worker.load_model, worker.compile_or_warm_up_model, worker.narrowcast_report):
+    for method in METHODS:
         setattr(WorkerWrapperBase, method.__name__, method)
 
 

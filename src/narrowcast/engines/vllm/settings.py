@@ -11,6 +11,7 @@ from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Plan
 
 KEY = "narrowcast"  # in additional_config
+LOGGER = "vllm.narrowcast"  # vLLM shows what its own loggers say
 PLAN, CODEC = "NARROWCAST_PLAN", "NARROWCAST_CODEC"
 REMEDY = f"Set {PLAN} to a plan, or {CODEC} to a codec, or one of them in --additional-config."
 

@@ -1,9 +1,8 @@
-"""Methods that vLLM's workers are given: meeting the other ranks, checking, taking the model over."""
+"""The tensor-parallel ranks of vLLM: meeting them, checking that a plan fits, taking the model over."""
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -14,56 +13,20 @@ from narrowcast.engines.agreement import agreed
 from narrowcast.engines.identity import NUM_SAMPLES, config_fields
 from narrowcast.engines.vllm import layers
 from narrowcast.engines.vllm.model import LoadedModel, split_of
-from narrowcast.engines.vllm.settings import CODEC, KEY, PLAN, Settings
+from narrowcast.engines.vllm.settings import CODEC, KEY, LOGGER, PLAN, Settings
 from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError, PlanMismatchError
 from narrowcast.plan import ModelFingerprint
 from narrowcast.plan.summary import feedback_in_words
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.sites import Sites
 from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport, connect_group
-from narrowcast.transport.group import LONGEST_TIMEOUT_S
 
-logger = logging.getLogger("vllm.narrowcast")  # vLLM shows what its own loggers say
+logger = logging.getLogger(LOGGER)
+
+STARTING_S = 3600.0  # for which ranks that compile wait for each other; one that dies is noticed at once
 
 T = TypeVar("T")
 Samples = Mapping[str, Sequence[str | None]]
-
-
-def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load the worker's model, and have it send what the settings say, if there are any."""
-    settings = Settings.of(self.vllm_config.additional_config)
-    if settings is None or (settings.plan is None and get_tp_group().world_size == 1):
-        return self.worker.load_model(*args, **kwargs)
-    with _told():
-        ranks = Ranks(settings, self.vllm_config, self.worker.device)
-        layers.register()
-        loaded = self.worker.load_model(*args, **kwargs)
-        self.narrowcast_wires = ranks.take_over(self.worker.get_model())
-        return loaded
-
-
-def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Warm the model up; from then on a rank that others wait for is lost after a minute."""
-    warmed = self.worker.compile_or_warm_up_model(*args, **kwargs)
-    if "narrowcast_wires" in vars(self):
-        self.narrowcast_wires.tp.timeout_s = DEFAULT_TIMEOUT_S
-    return warmed
-
-
-def narrowcast_report(self: Any) -> dict[str, Any]:
-    """The figures of what this rank has sent, as JSON values; {} where nothing was taken over."""
-    wires = vars(self).get("narrowcast_wires")
-    return {} if wires is None else wires.sites.report().to_json()
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """A refusal in a line of its own, above the traceback with which vLLM ends a worker."""
-    try:
-        yield
-    except NarrowcastError as error:
-        logger.error("%s", error)
-        raise
 
 
 class Ranks:
@@ -94,13 +57,17 @@ class Ranks:
         names = self._agree(lambda: _every(loaded) if plan is None else loaded.served(plan))
         wires = Communicator(self._sites(names), tp=self._tp, pp=None)
         loaded.take_over(names, wires)
-        self._tp.timeout_s = LONGEST_TIMEOUT_S  # ranks compile at their own speed, too
-        # What is compiled for other sums, or for none, is not for these.
-        key = {"served": self._settings.fingerprint, "handle": wires.handle}
-        self._vllm_config.additional_config = {**self._vllm_config.additional_config, KEY: key}
+        self._tp.timeout_s = STARTING_S
+        # Part of the key of vLLM's cache: what was compiled for other sums, or for none, is not for these.
+        compiled_for = {f"{KEY} serves": [self._settings.fingerprint, wires.handle]}
+        self._vllm_config.additional_config = {**self._vllm_config.additional_config, **compiled_for}
         if self._tp.rank == 0:
-            self._tell(names, loaded)
+            self._tell(names)
         return wires
+
+    def started(self) -> None:
+        """From now on a rank that others wait for is lost after a minute."""
+        self._tp.timeout_s = DEFAULT_TIMEOUT_S
 
     def _check(self, samples: Samples) -> None:
         """PlanMismatchError unless the plan is for this model, as far as its samples are known, and split so."""
@@ -140,7 +107,7 @@ class Ranks:
         codecs = {name: plan.sites[name].codecs for name in names}
         return Sites(codecs, plan.groups, "auto", self._device, chains=plan.feedback, decisions=plan.decisions)
 
-    def _tell(self, names: Mapping[str, str], loaded: LoadedModel) -> None:
+    def _tell(self, names: Mapping[str, str]) -> None:
         plan, name = self._settings.plan, self._settings.name
         what = f"codec {name}" if plan is None else f"plan {plan.fingerprint[:12]}, {name},"
         logger.info("%s at %d sums, over %s", what, len(names), self._tp.name)

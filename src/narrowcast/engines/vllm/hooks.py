@@ -1,0 +1,52 @@
+"""Methods that vLLM's workers are given. Where nothing is asked for, only the settings of narrowcast are loaded."""
+
+import logging
+from typing import Any
+
+from narrowcast.engines.vllm.settings import LOGGER, Settings
+from narrowcast.errors import NarrowcastError
+
+logger = logging.getLogger(LOGGER)
+
+
+def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Load the worker's model, and have it send what the settings say, if there are any.
+
+    A refusal is told in a line of its own, above the traceback with which vLLM ends a worker.
+    """
+    settings = Settings.of(self.vllm_config.additional_config)
+    if settings is None:
+        return self.worker.load_model(*args, **kwargs)
+    if settings.plan is None and self.vllm_config.parallel_config.tensor_parallel_size == 1:
+        logger.info("codec %s has nothing to do: there is one tensor-parallel rank", settings.name)
+        return self.worker.load_model(*args, **kwargs)
+    from narrowcast.engines.vllm import layers
+    from narrowcast.engines.vllm.ranks import Ranks
+
+    try:
+        ranks = Ranks(settings, self.vllm_config, self.worker.device)
+        layers.register()
+        loaded = self.worker.load_model(*args, **kwargs)
+        self.narrowcast_wires = ranks.take_over(self.worker.get_model())
+    except NarrowcastError as error:
+        logger.error("%s", error)
+        raise
+    self.narrowcast_ranks = ranks
+    return loaded
+
+
+def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Warm the model up, after which ranks wait less long for each other."""
+    warmed = self.worker.compile_or_warm_up_model(*args, **kwargs)
+    if "narrowcast_ranks" in vars(self):
+        self.narrowcast_ranks.started()
+    return warmed
+
+
+def narrowcast_report(self: Any) -> dict[str, Any]:
+    """The figures of what this rank has sent, as JSON values; {} where nothing was taken over."""
+    wires = vars(self).get("narrowcast_wires")
+    return {} if wires is None else wires.sites.report().to_json()
+
+
+METHODS = load_model, compile_or_warm_up_model, narrowcast_report
