@@ -1,15 +1,18 @@
 """Serving, as clients of OpenAI meet it: the same answers as `generate`, whoever else asks, leaves or is slow."""
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx2
@@ -17,7 +20,7 @@ import openai
 import pytest
 import torch
 from openai import OpenAI
-from torch import nn
+from torch import Tensor, nn
 
 from commands import refused, save_plan, typed
 from conftest import MODEL
@@ -26,8 +29,11 @@ from narrowcast.evaluation.continuations import GREEDY, continuations
 from narrowcast.serving.chat import Local, Partner, Remote, Say, converse
 from narrowcast.serving.choosing import Chooser, scored
 from narrowcast.serving.desk import ClosedError, Desk, FullError
-from narrowcast.serving.requests import Request, Token
+from narrowcast.serving.leading import Leader
+from narrowcast.serving.orders import Orders
+from narrowcast.serving.requests import Failure, Piece, Request, Token
 from narrowcast.serving.text import Spelling, Text
+from narrowcast.transport import Buffers, Collectives, Transport
 from servers import Server
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
@@ -265,6 +271,33 @@ def test_a_slow_client_holds_nobody_up(server: Server, client: OpenAI) -> None:
         slow.close()
 
 
+def test_nothing_is_left_of_a_mixed_load(server: Server, client: OpenAI) -> None:
+    """Whole answers, several at once, scores, streams; some who leave after a word, or before any."""
+
+    def ask(number: int) -> None:
+        more = {"max_tokens": 1 + number % 40, "temperature": number % 2, "seed": number}
+        arguments = asked(PROMPTS[number % len(PROMPTS)], **more)
+        match number % 5:
+            case 0:
+                assert len(client.completions.create(**arguments, n=2).choices) == 2
+            case 1:
+                assert client.completions.create(**arguments, echo=True, logprobs=2).choices[0].finish_reason
+            case 2:
+                assert (
+                    list(client.completions.create(**arguments, stream=True, stop=["e "]))[-1].choices[0].finish_reason
+                )
+            case 3:
+                client.completions.create(**arguments, stream=True).close()
+            case 4:
+                with contextlib.suppress(openai.APITimeoutError):
+                    client.with_options(timeout=0.03).completions.create(**arguments)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(ask, range(100)))
+    server.wait_until_idle()
+    assert server.get("/health").status_code == 200
+
+
 def test_only_who_has_the_key_is_served(server: Server) -> None:
     with server.client("another") as stranger, pytest.raises(openai.AuthenticationError, match="this server's API key"):
         stranger.models.list()
@@ -446,22 +479,45 @@ def test_who_cannot_chat() -> None:
 # The parts
 
 
-def test_room_that_is_too_small_for_all_at_once_changes_no_answer(model: nn.Module, tokenizer: Any) -> None:
-    """Two of four requests fit; the others are put off, or lose their place and are read again."""
-    prompts = {prompt: list(tokenizer(prompt).input_ids) for prompt in PROMPTS[:4]}
+class Hasty(Desk):
+    """A desk whose client leaves just as the model's thread says its last word."""
+
+    def say(self, name: str, said: Piece | Failure, *, last: bool) -> None:
+        if last:
+            self.withdraw([name])
+        super().say(name, said, last=last)
+
+
+def test_who_leaves_at_the_last_word_is_no_trouble(model: nn.Module, tokenizer: Any) -> None:
     pages = load_engine().pages(model, num_tokens=128, max_requests=4, max_batch_tokens=16)
-    for prompt, ids in prompts.items():
-        pages.add(prompt, ids)
-    said: dict[str, list[int]] = {prompt: [] for prompt in prompts}
-    while min(map(len, said.values())) < 40:
-        names, logits_NV = pages.forward()
-        tokens = logits_NV.argmax(dim=-1).tolist() if names else []
-        pages.take(tokens)
-        for name, token in zip(names, tokens, strict=True):
-            said[name].append(token)
-            if len(said[name]) == 40:
-                pages.remove(name)
-    assert said == {prompt: generated(model, tokenizer, prompt, 40) for prompt in prompts}
+    desk, heard = Hasty(max_running=1, max_waiting=1), []
+    desk.hand_in([(Request(prompt=(5, 6), max_new_tokens=2, temperature=0), heard.append)] * 2)
+    desk.close("enough", within_s=60)
+    Leader(desk, pages, Orders(Alone()), tokenizer, ends=()).run()
+    assert [type(each) for each in heard] == [Piece, Piece]
+
+
+class Alone(Transport):
+    """One rank."""
+
+    def __init__(self) -> None:
+        self.rank, self.world_size, self.collectives = 0, 1, Collectives()
+
+    def exchange(self, sends: Buffers, recvs: Buffers, *, tag: int) -> Any:
+        return SimpleNamespace(wait=lambda: None)
+
+    def native_all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def share(self, text: str, doing: str) -> list[str]:
+        return [text]
+
+
+def test_without_fastapi_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("server", "app"):
+        monkeypatch.delitem(sys.modules, f"narrowcast.serving.web.{module}", raising=False)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert "fastapi is not installed: run pip install 'narrowcast[serve]'" in refused("serve", MODEL)
 
 
 class Letters:

@@ -64,7 +64,8 @@ class Leader:
     def _let_go(self) -> None:
         """Forget those who withdrew."""
         for name in self._desk.withdrawn():
-            del self._answers[name]
+            if self._answers.pop(name, None) is None:  # it ended just then
+                continue
             if self._unscored.pop(name, None) is None:
                 self._removed.append(name)
 

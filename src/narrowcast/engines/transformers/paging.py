@@ -32,6 +32,7 @@ def pages(model: nn.Module, *, num_tokens: int, max_requests: int, max_batch_tok
     own_attention = cast(Any, model).config._attn_implementation
     try:
         manager = cast(Any, model).init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=-1), config)
+        manager.distributed_helper.are_kv_heads_tp_ed = lambda: _shares_heads(model)
         return TransformersPages(model, manager._create_batch_processor(), own_attention)
     except (ValueError, AttributeError) as error:
         raise InvalidInputError(
@@ -40,6 +41,12 @@ def pages(model: nn.Module, *, num_tokens: int, max_requests: int, max_batch_tok
             found=f"one that it does not: {str(error).splitlines()[0]}",
             remedy="Continue prompts with narrowcast generate.",
         ) from error
+
+
+def _shares_heads(model: nn.Module) -> bool:
+    """True if a rank has keys and values of its own heads alone. Transformers takes those that it gathers for such."""
+    styles = {name.rpartition(".")[2]: style for name, style in cast(Any, model).tp_plan.items()}
+    return all(styles.get(name) == "colwise" for name in ("k_proj", "v_proj"))
 
 
 class TransformersPages:
