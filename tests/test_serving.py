@@ -314,6 +314,7 @@ def test_only_who_has_the_key_is_served(server: Server) -> None:
         ({"max_tokens": 511}, "expected 512 tokens at most in prompt and answer, found 3 in the prompt and 511 to be"),
         ({"max_tokens": 0}, "max_tokens: expected 1 at least, or echo: true"),
         ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
+        ({"prompt": ["The"] * 2, "n": 13}, "expected 24 answers at most, prompts times n, found 26"),
         ({"n": 17}, "n: Input should be less than or equal to 16"),
         ({"stop": ""}, "stop.0: String should have at least 1 character"),
         ({"presence_penalty": 1}, "presence_penalty is not supported by this server: leave it out"),

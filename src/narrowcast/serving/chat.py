@@ -5,6 +5,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from http.client import HTTPException
 from typing import Any, Protocol
 
 import torch
@@ -63,7 +64,7 @@ class Remote:
                 yield (line.decode() for line in answer)
         except urllib.error.HTTPError as error:
             raise NarrowcastError(f"{self._url}: {_message(error)}") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise InvalidInputError(
                 self._url, expected="a server of OpenAI's API", found=reason, remedy="Start narrowcast serve, say."

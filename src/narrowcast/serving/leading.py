@@ -6,22 +6,36 @@ from typing import Any
 from torch import Tensor
 
 from narrowcast.engines import Pages
+from narrowcast.errors import NarrowcastError
 from narrowcast.launch import losses_named
 from narrowcast.serving.answer import Answer
 from narrowcast.serving.desk import Desk
 from narrowcast.serving.orders import Order, Orders, carry_out
 from narrowcast.serving.requests import Piece
 
-BEAT_S = 1.0  # between orders while there is nothing to do, so that a rank that is gone is missed
+LONGEST_BEAT_S = 1.0
 
 STOPPED = "the server was stopped before this request was answered"
 
 
 class Leader:
-    """Answers the requests of `desk` with the model in `pages`, on all ranks that hear its `orders`."""
+    """Answers the requests of `desk` with the model in `pages`, on all ranks that hear its `orders`.
 
-    def __init__(self, desk: Desk, pages: Pages, orders: Orders, tokenizer: Any, ends: Collection[int]) -> None:
-        self._desk, self._pages, self._orders = desk, pages, orders
+    `ends`: tokens that end a text. `beat_s`: seconds between orders while there is nothing to do, so that ranks which
+    are gone are missed, and this one is not.
+    """
+
+    def __init__(
+        self,
+        desk: Desk,
+        pages: Pages,
+        orders: Orders,
+        tokenizer: Any,
+        ends: Collection[int],
+        *,
+        beat_s: float = LONGEST_BEAT_S,
+    ) -> None:
+        self._desk, self._pages, self._orders, self._beat_s = desk, pages, orders, beat_s
         self._tokenizer, self._ends = tokenizer, ends
         self._answers: dict[str, Answer] = {}  # that run
         self._unscored: dict[str, Answer] = {}  # of those, whose prompts are scored, one after the other
@@ -35,11 +49,12 @@ class Leader:
             with losses_named():
                 while not self._desk.done:
                     if not self._answers:
-                        self._desk.wait(BEAT_S)
+                        self._desk.wait(self._beat_s)
                     self._step()
                 self._orders.give(Order(ends=True))
         except Exception as error:
-            self._desk.fail(f"the model failed: {error}")
+            kind = "" if isinstance(error, NarrowcastError) else f"{type(error).__name__}: "
+            self._desk.fail(f"the model failed: {kind}{error}")
             raise
         self._desk.fail(STOPPED)
 

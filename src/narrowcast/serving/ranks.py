@@ -19,7 +19,7 @@ from narrowcast.plan.split import Split
 from narrowcast.progress import Hear, heard_by, tell
 from narrowcast.serving.desk import Desk
 from narrowcast.serving.job import Job, served_name, split_of
-from narrowcast.serving.leading import Leader, follow
+from narrowcast.serving.leading import LONGEST_BEAT_S, Leader, follow
 from narrowcast.serving.listener import bound, url_of
 from narrowcast.serving.orders import Orders
 from narrowcast.serving.web import import_server
@@ -100,7 +100,8 @@ def _lead(job: Job, engine: Engine, model: nn.Module, pages: Pages, orders: Orde
     server = import_server()(listener, desk, api_key=job.api_key, **served)
     with server, _on_signals(lambda: desk.close(STOPPING, within_s=GRACE_S)):
         tell(Serving(name, url_of(listener)))
-        Leader(desk, pages, orders, tokenizer, _ends(model)).run()
+        beat_s = min(LONGEST_BEAT_S, job.timeout_s / 4)
+        Leader(desk, pages, orders, tokenizer, _ends(model), beat_s=beat_s).run()
 
 
 def _ends(model: Any) -> set[int]:

@@ -19,6 +19,9 @@ class Hearing:
     def __init__(self, desk: Desk, requests: Sequence[Request]) -> None:
         self._desk, self._loop = desk, asyncio.get_running_loop()
         self._heard: asyncio.Queue[tuple[int, Piece | Failure]] = asyncio.Queue()  # no more than `max_new_tokens` each
+        if len(requests) > desk.num_places:
+            message = f"expected {desk.num_places} answers at most, prompts times n, found {len(requests)}"
+            raise RefusedError(400, message, param="n")
         try:
             names = desk.hand_in([(request, partial(self._hear, index)) for index, request in enumerate(requests)])
         except FullError as error:

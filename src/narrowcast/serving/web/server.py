@@ -7,6 +7,7 @@ from typing import Any, Self
 
 import uvicorn
 
+from narrowcast.errors import NarrowcastError
 from narrowcast.serving.desk import Desk
 from narrowcast.serving.web.app import application
 from narrowcast.serving.web.metrics import metrics_of
@@ -37,6 +38,8 @@ class Server:
         self._thread.start()
         while not self._server.started and self._thread.is_alive():
             time.sleep(0.01)
+        if not self._server.started:
+            raise NarrowcastError("the web server did not start; the log says why")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
