@@ -1,124 +1,78 @@
-"""Continuous batching on the CPU: each sequence attends to its own keys, in the pages of one cache."""
+"""Requests that run together over a paged cache: each has the answer that it would have alone."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers.generation import ContinuousBatchingConfig, GenerationConfig
 
-from models import save_random
-from narrowcast.codecs import kernels
-from narrowcast.engines import transformers
-from narrowcast.engines.transformers.decoding import NAME, paging
-from narrowcast.runtime import attention
-
-pytestmark = pytest.mark.skipif(kernels.available() == [kernels.REFERENCE], reason="no compiled module")
-
-# Full attention, windows of 6 keys in all layers or every other one, capped scores, experts, heads that do not fit.
-FAMILIES = "llama", "mistral", "qwen3", "gemma2", "mixtral", "llama-odd"
-ASKED = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+from conftest import MODEL
+from models import random_ids, save_random
+from narrowcast import InvalidInputError
+from narrowcast.engines import Pages, load_engine
+from narrowcast.evaluation.continuations import continuations
+from narrowcast.plan.split import Split
+from ranks import Ranks
 
 
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shapes of the queries that our kernel attended with to keys in pages."""
-    seen: list[tuple[int, ...]] = []
-
-    def noting(q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(tuple(q.shape))
-        return attention.attend(q, *args, **kwargs)
-
-    monkeypatch.setattr(paging, "attend", noting)
-    return seen
-
-
-def random_model(name: str, folder: Path) -> Any:
-    return transformers.load(save_random(name, folder, torch.float32))
-
-
-def prompts() -> list[list[int]]:
-    """Of one token, of few and many; the last one begins as another does."""
-    random = torch.Generator().manual_seed(3)
-    found = [torch.randint(2, 100, (length,), generator=random).tolist() for length in (1, 17, 9, 40, 12)]
-    return [*found, found[3][:35] + found[2]]
+def likeliest(prompts: Sequence[list[int]], num_tokens: int, pages: Pages) -> list[list[int]]:
+    """The tokens that requests have which run together, and whose tokens are the likeliest."""
+    said: dict[str, list[int]] = {}
+    for place, ids in enumerate(prompts):
+        pages.add(str(place), ids)
+        said[str(place)] = []
+    for _ in range(10 * len(prompts) * num_tokens):
+        names, logits_NV = pages.forward()
+        tokens = logits_NV.argmax(dim=-1).tolist() if names else []
+        pages.take(tokens)
+        for name, token in zip(names, tokens, strict=True):
+            said[name].append(token)
+            if len(said[name]) == num_tokens:
+                pages.remove(name)
+        if min(map(len, said.values())) == num_tokens:
+            break
+    return list(said.values())
 
 
-def continued(model: Any, **options: Any) -> list[Any]:
-    config = ContinuousBatchingConfig(num_blocks=48, page_size=8, **options)
-    found = model.generate_batch(inputs=prompts(), generation_config=ASKED, continuous_batching_config=config)
-    return list(found.values())
+def test_room_that_is_too_small_for_all_at_once_changes_no_answer() -> None:
+    """Two of four requests fit; the others are put off, or lose their place and are read again."""
+    model = load_engine().load(MODEL, dtype="float32")
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (3, 4, 5, 7)]
+    expected = [continuations(model, [torch.tensor([ids])], 40)[0] for ids in prompts]
+    pages = load_engine().pages(model, num_tokens=128, max_requests=4, max_batch_tokens=16)
+    assert likeliest(prompts, 40, pages) == expected
 
 
-def tokens_of(found: list[Any]) -> list[list[int]]:
-    return [each.generated_tokens for each in found]
+def answers(folder: Path, tp_size: int, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+    engine = load_engine()
+    model = engine.load(folder, split=Split(tp_size=tp_size))
+    pages = engine.pages(model, num_tokens=256, max_requests=4, max_batch_tokens=32)
+    said = likeliest(prompts, 10, pages)
+    pages.score(prompts[2][:30], begins=True)
+    return said, pages.score(prompts[2][30:], begins=False)
 
 
-def each_alone(model: Any) -> list[list[int]]:
-    return [model.generate(torch.tensor([ids]), generation_config=ASKED)[0, len(ids) :].tolist() for ids in prompts()]
+# Plain; a sliding window; capped scores; experts; keys of all heads on every rank, one by one and fused.
+@pytest.mark.parametrize("name", ["llama-biased", "mistral", "gemma2", "mixtral", "olmo2", "phi3"])
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_families_answer_together_as_one_by_one(
+    ranks: Callable[[int], Ranks], tmp_path: Path, name: str, tp_size: int
+) -> None:
+    """What is scored in two parts, the second of which is a step, is what one forward gives."""
+    folder = save_random(name, tmp_path / "model", torch.float32)
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (3, 11, 40)]
+    model: Any = load_engine().load(folder)
+    expected = [continuations(model, [torch.tensor([ids])], 10)[0] for ids in prompts]
+    with torch.no_grad():
+        logits = model(torch.tensor([prompts[2]])).logits[0].float()
+    for said, scores in ranks(tp_size).run(answers, folder, tp_size, prompts):
+        assert said == expected
+        torch.testing.assert_close(scores, logits[30:], atol=1e-5, rtol=0)  # FP32 sums of some hundred values near 1
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("most", [24, 256])
-def test_texts_go_on_as_each_alone(tmp_path: Path, calls: list[tuple[int, ...]], name: str, most: int) -> None:
-    """With `most` of 24 tokens in a batch prompts come in pieces, beside tokens of others."""
-    model = random_model(name, tmp_path)
-    found = continued(model, max_batch_tokens=most)
-    assert tokens_of(found) == each_alone(model)
-    assert model.config._attn_implementation == NAME
-    queries = {(num_sequences, num_queries) for num_sequences, _, num_queries, _ in calls}
-    if name == "llama-odd":
-        assert not queries
-    else:
-        assert (6, 1) in queries  # those of all in one call
-        assert {num_queries for _, num_queries in queries} > {1, 12}
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral"])
-def test_probabilities_are_those_of_sdpa(tmp_path: Path, calls: list[tuple[int, ...]], name: str) -> None:
-    """In FP32, where roundings do not add up to more than a thousandth of the largest logit."""
-    model = random_model(name, tmp_path)
-    ours = torch.tensor([each.logprobs for each in continued(model, max_batch_tokens=24, return_logprobs=True)])
-    calls.clear()
-    model.set_attn_implementation("sdpa")
-    plain = torch.tensor([each.logprobs for each in continued(model, max_batch_tokens=24, return_logprobs=True)])
-    assert not calls
-    assert float((ours - plain).abs().max()) <= 1e-4 * float(plain.abs().max())
-
-
-def test_scores_are_capped(tmp_path: Path) -> None:
-    """Which Transformers' own paged attention leaves out: most texts of this model go on otherwise there."""
-    model = random_model("gemma2", tmp_path)
-    for layer in model.model.layers:
-        layer.self_attn.attn_logit_softcapping = 0.3
-        layer.self_attn.q_proj.weight.data *= 30
-    assert tokens_of(continued(model, max_batch_tokens=24)) == each_alone(model)
-
-
-def test_no_masks_are_made_for_all_keys(tmp_path: Path) -> None:
-    """Theirs takes [tokens of a batch, all keys of the cache and these]."""
-    model, config = random_model("llama", tmp_path), ContinuousBatchingConfig(num_blocks=8, page_size=8)
-    manager = model.init_continuous_batching(ASKED, config)
-    manager.warmup()
-    assert manager.batch_processor.inputs_and_outputs.attention_mask is None
-    manager.destroy()
-    assert model.config._attn_implementation == NAME
-
-
-def test_padding_stays_zero() -> None:
-    """Compiled graphs have tokens and sequences behind those that there are."""
-    random = torch.Generator().manual_seed(1)
-    q, k, v = (torch.randn(1, 4, 8, 24, generator=random) for _ in range(3))
-    allocator = SimpleNamespace(index=0, layer_type="full_attention", update=lambda k, v, *_: (k, v))
-    ends = torch.tensor([0, 4, 5, 5, 5], dtype=torch.int32)
-    found = paging.attention(
-        allocator, 0, q, k, v, pytest.fail, 0.2, 0.0,
-        cu_seq_lens_q=ends, cu_seq_lens_k={"full_attention": ends}, max_length_q=8,
-        read_index=[ends[:0].long()], write_index=[torch.arange(8)],
-    )  # fmt: skip
-    for begin, end in (0, 4), (4, 5):
-        alone = (x[:, :, begin:end] for x in (q, k, v))
-        assert torch.equal(found[:, begin:end], attention.attend(*alone, scale=0.2, causal=True))
-    assert found[:, 5:].eq(0).all()
+def test_models_with_other_states_than_keys_and_values_are_refused(tmp_path: Path) -> None:
+    model = load_engine().load(save_random("qwen3-next", tmp_path / "model", torch.float32))
+    with pytest.raises(InvalidInputError, match=r"found one that it does not: Invalid layer type: linear_attention\."):
+        load_engine().pages(model, num_tokens=256, max_requests=4, max_batch_tokens=32)

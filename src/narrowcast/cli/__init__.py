@@ -7,6 +7,7 @@ import typer
 from narrowcast.cli import (
     bench,
     calibrate,
+    chat,
     codecs,
     demo,
     doctor,
@@ -16,6 +17,7 @@ from narrowcast.cli import (
     inspect,
     pack,
     rotate,
+    serve,
     tune,
 )
 from narrowcast.files import versions
@@ -40,7 +42,7 @@ def version(
 
 for command in (
     *(demo.demo, estimate.estimate, calibrate.calibrate, evaluate.evaluate, inspect.inspect, tune.tune),
-    *(generate.generate, pack.pack, rotate.rotate, bench.bench, codecs.codecs, doctor.doctor),
+    *(generate.generate, serve.serve, chat.chat, pack.pack, rotate.rotate, bench.bench, codecs.codecs, doctor.doctor),
 ):
     app.command()(command)
 

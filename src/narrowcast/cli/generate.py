@@ -7,7 +7,7 @@ import typer
 
 from narrowcast.cli import options
 from narrowcast.cli.answers import Answers
-from narrowcast.cli.options import RUN, TEXT, option
+from narrowcast.cli.options import TEXT, option
 from narrowcast.cli.progress import shown
 from narrowcast.cli.prompts import encode, read
 from narrowcast.engines import Replicated, load_engine
@@ -35,8 +35,8 @@ def generate(
     file: Annotated[list[Path], option(TEXT, "FILE", "A prompt in a file; - for standard input.")] = [],  # noqa: B006
     chat: Annotated[bool, option(TEXT, None, "Prompts are a user's words to a chat model.", "--chat")] = False,
     max_new_tokens: Annotated[int, option(TEXT, "N", "Tokens to add at most.", min=1)] = 64,
-    temperature: Annotated[float, option(RUN, "T", "0 for the likeliest tokens.", min=0.0)] = 0.0,
-    seed: Annotated[int, option(RUN, "N", "Of the draw, at a temperature.", min=0)] = 0,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
     transport: options.TransportOption = "auto",
     no_feedback: options.NoFeedback = False,
     prompt_chunks: options.PromptChunks = "auto",

@@ -14,7 +14,7 @@ from narrowcast.runtime.prompts import Chunks
 from narrowcast.transport import TRANSPORTS
 
 # Groups of options in a command's help, and defaults.
-SPLIT, TEXT, RUN, OUTPUT = "Split", "Text", "Run", "Output"
+SPLIT, TEXT, RUN, OUTPUT, SERVER = "Split", "Text", "Run", "Output", "Server"
 DEFAULT_TP = 2
 DEFAULT_NUM_SAMPLES = 128
 
@@ -50,6 +50,11 @@ Replicate = Annotated[
     Literal["auto", "none", "embedding", "all"], option(RUN, "NAME", "auto, none, embedding, all.", "--replicate")
 ]
 Timeout = Annotated[float, option(RUN, "SECONDS", "Until a rank is lost.", min=0.1)]
+Temperature = Annotated[float, option(RUN, "T", "0 for the likeliest tokens.", min=0.0)]
+Seed = Annotated[int, option(RUN, "N", "Of the draw, at a temperature.", min=0)]
+ApiKey = Annotated[
+    str | None, option(SERVER, "TEXT", "Who has it is served.", "--api-key", envvar="NARROWCAST_API_KEY")
+]
 JsonOption = Annotated[Path | None, option(OUTPUT, "FILE", "Figures; replaces an earlier report.")]
 Overwrite = Annotated[bool, option(OUTPUT, None, "Replace what an earlier run wrote.", "--overwrite")]
 

@@ -6,7 +6,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from narrowcast.engines.base import Dtype, Engine, Matrix, Replicated, Weights
+from narrowcast.engines.base import Dtype, Engine, Matrix, Pages, Replicated, Weights
 from narrowcast.errors import InvalidInputError, MissingDependencyError
 
 ENGINES: dict[str, str] = {"transformers": "narrowcast.engines.transformers"}
@@ -37,11 +37,21 @@ def load_engine(module: str = ENGINES["transformers"]) -> Engine:
 
 def check_length(subject: str, model: nn.Module, num_tokens: int) -> None:
     """InvalidInputError for more tokens than a model, or its skeleton, has places for."""
-    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    if num_tokens > (longest := getattr(config, "max_position_embeddings", None) or num_tokens):
+    if num_tokens > (longest := context_of(model) or num_tokens):
         raise InvalidInputError(
             subject, expected=f"{longest} tokens at most, the model's context", found=num_tokens, remedy="Pass fewer."
         )
+
+
+def context_of(model: nn.Module) -> int | None:
+    """The tokens that a model, or its skeleton, has places for; None where there is no end."""
+    config: Any = model.config.get_text_config()  # type: ignore[union-attr, operator]
+    return getattr(config, "max_position_embeddings", None) or None
+
+
+def vocab_size_of(model: nn.Module) -> int:
+    """The token ids that a model knows: those below it."""
+    return int(model.config.get_text_config().vocab_size)  # type: ignore[union-attr, operator]
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -59,10 +69,14 @@ __all__ = [
     "Dtype",
     "Engine",
     "Matrix",
+    "Pages",
     "Replicated",
     "Weights",
+    "check_length",
     "computes_bf16",
+    "context_of",
     "device_of",
     "engine_of",
     "load_engine",
+    "vocab_size_of",
 ]

@@ -81,6 +81,36 @@ class Matrix:
         return self.number * math.prod(self.shape) * self.format.itemsize
 
 
+class Pages(Protocol):
+    """Requests of any length that a split model runs together, their keys and values in pages of one room.
+
+    All ranks call the same, in one order; the model does nothing else meanwhile.
+    """
+
+    def add(self, name: str, prompt: Sequence[int]) -> None:
+        """Let a request, of one token at least, begin when there is room for it."""
+        ...
+
+    def remove(self, name: str) -> None:
+        """End a request, wherever it is, and free its room."""
+        ...
+
+    def forward(self) -> tuple[Sequence[str], Tensor]:
+        """Run the next batch: the requests that now want a token, and their logits fp32 [N, V], alike on all ranks."""
+        ...
+
+    def take(self, tokens: Sequence[int]) -> None:
+        """Let the requests that the last forward named go on with these tokens, in that order; before the next one."""
+        ...
+
+    def score(self, tokens: Sequence[int], *, begins: bool) -> Tensor:
+        """The logits fp32 [T, V] after each token of a text, which begins with these or goes on with them.
+
+        Apart from all requests: as a plain forward has them.
+        """
+        ...
+
+
 class Seam(Protocol):
     """The run-time seam of an engine: where a model's values travel, and how to reach these places."""
 
@@ -127,6 +157,14 @@ class Seam(Protocol):
 
     def short_prompt(self, model: nn.Module, num_tokens: int) -> Tensor:
         """The logits [T, V] of some prompt of that length, as the model is now."""
+        ...
+
+    def pages(self, model: nn.Module, *, num_tokens: int, max_requests: int, max_batch_tokens: int) -> Pages:
+        """Room for the keys and values of so many tokens, shared by the requests of which so many run at once.
+
+        A forward takes `max_batch_tokens` at most: longer prompts are read in several. Where the room is used up,
+        requests give theirs back and are read again later. InvalidInputError for a model that cannot run so.
+        """
         ...
 
 

@@ -1,7 +1,8 @@
 """The one way to start ranks: `run` for a single function, `Ranks` for one after another."""
 
 from narrowcast.launch.link import Link
+from narrowcast.launch.process import losses_named
 from narrowcast.launch.ranks import Ranks, run
 from narrowcast.launch.torchrun import is_first_rank, under_torchrun
 
-__all__ = ["Link", "Ranks", "is_first_rank", "run", "under_torchrun"]
+__all__ = ["Link", "Ranks", "is_first_rank", "losses_named", "run", "under_torchrun"]

@@ -80,7 +80,7 @@ class Place:
 def as_rank(function: Callable[[*Ts], T], timeout_s: float, *args: *Ts) -> T:
     """Run `function` on this rank of torchrun's, which meets the others within `timeout_s`; returns its result."""
     end_with_parent()
-    with _joined(timeout_s), _losses_named():
+    with _joined(timeout_s), losses_named():
         return function(*args)
 
 
@@ -122,7 +122,7 @@ def _joined(timeout_s: float, store: Store | None = None, num_threads: int | Non
 
 
 @contextmanager
-def _losses_named() -> Iterator[None]:
+def losses_named() -> Iterator[None]:
     """PeerLostError in place of what a backend raises in a wait of the engine's own, without the name of a rank."""
     try:
         yield
@@ -147,7 +147,7 @@ def _destroy_groups() -> None:
 def _answer(message: bytes, rank: int) -> bytes:
     try:
         function, args = pickle.loads(message)
-        with _losses_named():
+        with losses_named():
             result = function(*args)
         return pickle.dumps((Outcome.RETURNED, result))
     except Exception as error:

@@ -96,7 +96,13 @@ class Ranks:
         """
         with self._closed_on_failure():
             self.start(function, *args)
-            return self._collect()
+            return self._collect({})
+
+    def run_led(self, function: Callable[[*Ts], T], *args: *Ts) -> list[T]:
+        """As `run`, but the first rank is heard out whatever becomes of the others: it tells those whom it serves."""
+        with self._closed_on_failure():
+            self.start(function, *args)
+            return self._collect({0: self.answer(0)})
 
     def start(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
         """Begin `function(*args)` on every rank."""
@@ -139,9 +145,9 @@ class Ranks:
         if place.wire is not None:
             place.wire.close()
 
-    def _collect(self) -> list[Any]:
-        answers: dict[int, Answer] = {}  # in the order in which they came
-        worst = Outcome.RETURNED
+    def _collect(self, answers: dict[int, Answer]) -> list[Any]:
+        """The results, beside those answers that have come; they are kept in the order in which they come."""
+        worst = min((outcome for outcome, _ in answers.values()), default=Outcome.RETURNED)
         while worst > Outcome.REFUSED and len(answers) < self.world_size:
             waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
             # Never for good: Ctrl-C just before the wait is seen only after it.

@@ -13,6 +13,7 @@ from narrowcast.engines.transformers.files import (
     skeleton,
     vocabulary,
 )
+from narrowcast.engines.transformers.paging import pages
 from narrowcast.engines.transformers.seam import (
     check_shares,
     computing_shares,
@@ -37,6 +38,7 @@ __all__ = [
     "num_features",
     "obstacle",
     "pack",
+    "pages",
     "rotate",
     "save",
     "shares_read",

@@ -1,0 +1,149 @@
+"""A chat, turn by turn: with a server of OpenAI's API, or with a model in this process."""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPException
+from typing import Any, Protocol
+
+import torch
+
+from narrowcast.engines import Dtype, Weights, check_length, context_of, load_engine
+from narrowcast.errors import InvalidInputError, NarrowcastError
+from narrowcast.evaluation.continuations import Said, Sampling, continuations
+from narrowcast.progress import heard_by
+from narrowcast.serving.text import Text
+
+Messages = list[dict[str, str]]
+Say = Callable[[str], object]
+
+UNLIMITED = 4096  # tokens of an answer, of a model without end
+
+
+class Partner(Protocol):
+    """Who answers."""
+
+    def answer(self, messages: Messages, say: Say) -> None:
+        """Say the next message, bit by bit; NarrowcastError where that is not possible."""
+        ...
+
+
+class Remote:
+    """The first model of the server at `url`, with or without its /v1; InvalidInputError where there is none."""
+
+    def __init__(self, url: str, *, api_key: str | None, sampling: Sampling) -> None:
+        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        with self._asked("/models") as lines:
+            found = json.loads("".join(lines))
+        self._settings = {"model": found["data"][0]["id"], "temperature": sampling.temperature, "seed": sampling.seed}
+
+    def answer(self, messages: Messages, say: Say) -> None:
+        with self._asked("/chat/completions", {**self._settings, "messages": messages, "stream": True}) as lines:
+            for line in lines:
+                name, _, data = line.strip().partition(": ")
+                if name != "data" or data == "[DONE]":
+                    continue
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise NarrowcastError(chunk["error"]["message"])
+                for choice in chunk["choices"]:
+                    say(choice["delta"].get("content") or "")
+
+    @contextmanager
+    def _asked(self, path: str, body: dict[str, Any] | None = None) -> Iterator[Iterator[str]]:
+        """The lines of an answer; who stops reading them hangs up."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self._url + path, data, self._headers)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                yield (line.decode() for line in answer)
+        except urllib.error.HTTPError as error:
+            raise NarrowcastError(f"{self._url}: {_message(error)}") from error
+        except (OSError, ValueError, HTTPException) as error:
+            reason = getattr(error, "reason", error)
+            raise InvalidInputError(
+                self._url, expected="a server of OpenAI's API", found=reason, remedy="Start narrowcast serve, say."
+            ) from error
+
+
+class Local:
+    """A model of a folder or hub name, whole, in this process. InvalidInputError for one without a chat template."""
+
+    def __init__(self, path: str, *, dtype: Dtype, weights: Weights, sampling: Sampling) -> None:
+        engine = load_engine()
+        self._tokenizer, self._sampling = engine.load_tokenizer(path), sampling
+        if not self._tokenizer.chat_template:
+            raise InvalidInputError(
+                path, expected="a model with a chat template", found="none", remedy="Continue texts with generate."
+            )
+        self._model = engine.load(path, dtype=dtype, weights=weights)
+
+    def answer(self, messages: Messages, say: Say) -> None:
+        settings = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+        ids: torch.Tensor = self._tokenizer.apply_chat_template(messages, **settings).input_ids
+        check_length("messages and answer", self._model, ids.shape[1] + 1)
+        text = Text(self._tokenizer, ids[0].tolist(), ())
+
+        def hear(said: object) -> None:
+            if isinstance(said, Said):
+                say("".join(map(text.add, said.ids.values())))
+
+        room = (context_of(self._model) or ids.shape[1] + UNLIMITED) - ids.shape[1]
+        try:
+            with heard_by(hear):
+                continuations(self._model, [ids], room, self._sampling)
+        finally:
+            say(text.close())
+
+
+def converse(partner: Partner, read: Callable[[], str], say: Say, *, system: str | None = None) -> None:
+    """Answer what `read` gives until it raises EOFError; KeyboardInterrupt ends an answer, which is kept as it is."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    while (words := _read(read, say)) is not None:
+        if not words.strip():
+            continue
+        messages.append({"role": "user", "content": words})
+        said = _Told(say)
+        try:
+            partner.answer(messages, said.more)
+        except KeyboardInterrupt:
+            pass
+        except NarrowcastError as error:
+            say(f"error: {error}\n")
+            messages.pop()
+            continue
+        say("\n")
+        messages.append({"role": "assistant", "content": said.text})
+
+
+class _Told:
+    """An answer that is told as it grows."""
+
+    def __init__(self, say: Say) -> None:
+        self.text, self._say = "", say
+
+    def more(self, text: str) -> None:
+        self.text += text
+        self._say(text)
+
+
+def _read(read: Callable[[], str], say: Say) -> str | None:
+    while True:
+        try:
+            return read()
+        except KeyboardInterrupt:  # of a line, not of the chat
+            say("\n")
+        except EOFError:
+            return None
+
+
+def _message(error: urllib.error.HTTPError) -> str:
+    try:
+        return str(json.loads(error.read())["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{error.code} {error.reason}"

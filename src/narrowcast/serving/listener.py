@@ -1,0 +1,28 @@
+"""Where a server listens."""
+
+import socket
+
+from narrowcast.errors import InvalidInputError
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at that address, at which nobody is listened to yet."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise InvalidInputError(
+            "--host and --port",
+            expected="a free port at an address of this machine",
+            found=f"{host}:{port} ({error.strerror})",
+            remedy="Choose others.",
+        ) from error
+    return listener
+
+
+def url_of(listener: socket.socket) -> str:
+    """The address of the API there."""
+    host, port, *_ = listener.getsockname()
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"

@@ -1,0 +1,78 @@
+"""Servers of tests: processes of their own, at ports that the system gives."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import httpx2
+from openai import OpenAI
+
+LIMIT_S = 90
+
+
+class Server:
+    """`narrowcast serve` with these arguments, from the beginning of a `with` block to its end."""
+
+    def __init__(self, *arguments: object, launcher: tuple[str, ...] = ("-m", "narrowcast")) -> None:
+        command = [sys.executable, *launcher, "serve", *map(str, arguments), "--port", "0"]
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings
+        )
+
+    def __enter__(self) -> Self:
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        found = re.fullmatch(r"serving (\S+) at (http://\S+/v1); Ctrl-C ends it\n", said)
+        if found is None:
+            self.process.kill()
+            raise AssertionError(said + self.process.communicate()[1])
+        self.model, self.url = found.groups()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+    def client(self, api_key: str = "none") -> OpenAI:
+        return OpenAI(base_url=self.url, api_key=api_key, max_retries=0, timeout=LIMIT_S)
+
+    def get(self, path: str) -> httpx2.Response:
+        return httpx2.get(self.url.removesuffix("/v1") + path, timeout=LIMIT_S)
+
+    def num_running(self) -> int:
+        """Requests with the model, and those before it."""
+        return sum(map(int, re.findall(r"^vllm:num_requests_\w+ (\d+)$", self.get("/metrics").text, re.MULTILINE)))
+
+    def wait_until_idle(self) -> None:
+        deadline = time.monotonic() + 20
+        while self.num_running():
+            assert time.monotonic() < deadline, "nobody asks any more, and places are still taken"
+            time.sleep(0.05)
+
+    def ranks(self) -> list[int]:
+        """The processes that are its ranks, in their order: all that its server of forks has started."""
+        (forking,) = [child for child in children(self.process.pid) if children(child)]
+        return sorted(children(forking))
+
+    def end(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
+        """Send it a signal: its exit status, and what it says of errors."""
+        self.process.send_signal(how)
+        return self.ended()
+
+    def ended(self) -> tuple[int, str]:
+        errors = self.process.communicate(timeout=LIMIT_S)[1]
+        return self.process.returncode, errors
+
+
+def children(pid: int) -> list[int]:
+    """Processes that a process has started."""
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for each in found for child in each.read_text().split()]
