@@ -45,6 +45,15 @@ def test_room_that_is_too_small_for_all_at_once_changes_no_answer() -> None:
     assert likeliest(prompts, 40, pages) == expected
 
 
+def test_weights_in_few_bits_answer_alike() -> None:
+    """Tokens come as int32, with which a few-bit embedding is looked up, too."""
+    model = load_engine().load(MODEL, dtype="float32", weights="int4-group32")
+    prompts = [random_ids(1, length, seed=length)[0].tolist() for length in (3, 11)]
+    expected = [continuations(model, [torch.tensor([ids])], 10)[0] for ids in prompts]
+    pages = load_engine().pages(model, num_tokens=128, max_requests=4, max_batch_tokens=16)
+    assert likeliest(prompts, 10, pages) == expected
+
+
 def answers(folder: Path, tp_size: int, prompts: list[list[int]]) -> tuple[list[list[int]], Tensor]:
     engine = load_engine()
     model = engine.load(folder, split=Split(tp_size=tp_size))

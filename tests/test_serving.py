@@ -382,6 +382,20 @@ def test_a_signal_lets_answers_be_finished(how: signal.Signals) -> None:
     assert outcome[0].usage.completion_tokens == 100
 
 
+def test_ranks_of_torchrun_finish_their_answers_too() -> None:
+    """Its own status is that of a signal."""
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "narrowcast"
+    with Server(MODEL, "-tp", 2, launcher=torchrun) as server, server.client() as client:
+        settings = {"model": "gutenberg-7m", "prompt": "The", "temperature": 0, "max_tokens": 100}
+        thread, outcome = in_background(client, **settings)
+        wait_for(server, 1)
+        server.process.send_signal(signal.SIGTERM)
+        thread.join()
+        assert outcome[0].usage.completion_tokens == 100
+        status, errors = server.ended()
+        assert status == 1 and "got signal: 15" in errors and "narrowcast: error" not in errors
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_plan(tmp_path_factory.mktemp("plans") / "two", "int4-feature")

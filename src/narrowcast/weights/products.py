@@ -78,9 +78,9 @@ def dequantized_bf16(matrix: PackedMatrix, rows: slice = ALL, columns: slice = A
 
 
 def look_up(matrix: PackedMatrix, rows_T: Tensor) -> Tensor:
-    """Rows [T, K] of a matrix by their numbers, FP32."""
+    """Rows [T, K] of a matrix by their numbers, of any integer dtype, FP32."""
     if cpu.native is not None and not kernels.reference_is_forced():
-        rows_T, out_TK = rows_T.contiguous(), torch.empty(len(rows_T), matrix.shape[1])
+        rows_T, out_TK = rows_T.long().contiguous(), torch.empty(len(rows_T), matrix.shape[1])
         cpu.native.look_up_packed(matrix.native, rows_T.data_ptr(), *out_TK.shape, out_TK.data_ptr())
         return out_TK
     distinct, places = rows_T.div(BLOCK_ROWS, rounding_mode="floor").unique(return_inverse=True)

@@ -34,6 +34,7 @@ def application(desk: Desk, model: Model, *, api_key: str | None, metrics: ASGIA
     app = FastAPI(title="narrowcast", openapi_url=None)
     app.add_exception_handler(RefusedError, _refused)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _no_such_route)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _failed)
     app.include_router(_api(desk, model, api_key))
     app.router.routes.append(Route("/metrics", Served(metrics)))
 
@@ -149,6 +150,12 @@ def _keeper(api_key: str) -> Any:
 
 
 async def _refused(_: Request, refusal: RefusedError) -> Response:
+    return JSONResponse(refusal.to_json(), status_code=refusal.status)
+
+
+async def _failed(_: Request, error: Exception) -> Response:
+    """Of what nobody expected; the log has it, too."""
+    refusal = RefusedError(500, f"this request failed: {type(error).__name__}: {error}")
     return JSONResponse(refusal.to_json(), status_code=refusal.status)
 
 
