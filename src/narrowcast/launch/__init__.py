@@ -3,6 +3,6 @@
 from narrowcast.launch.link import Link
 from narrowcast.launch.process import losses_named
 from narrowcast.launch.ranks import Ranks, run
-from narrowcast.launch.torchrun import is_first_rank, under_torchrun
+from narrowcast.launch.torchrun import become_rank, is_first_rank, under_torchrun
 
-__all__ = ["Link", "Ranks", "is_first_rank", "losses_named", "run", "under_torchrun"]
+__all__ = ["Link", "Ranks", "become_rank", "is_first_rank", "losses_named", "run", "under_torchrun"]
