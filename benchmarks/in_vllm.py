@@ -43,6 +43,7 @@ SAYS = "ranks.py"  # as vLLM's log has it
 NO_LINK = "none"
 NUM_NODES = 2
 LIMIT_S = 1800
+KV_CACHE_NBYTES = 1 << 28  # there are four ranks at once in this machine's memory
 TOLD = 3000  # characters of a log
 OF_RANKS = (
     "RANK",
@@ -57,7 +58,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 VERSION = "import importlib.metadata as m; print(m.version('vllm'))"
 
@@ -124,6 +124,7 @@ def serving(setting: Setting, sums: str, ports: Sequence[int], addresses: Sequen
         "--max-model-len": 2 * (setting.prompt + setting.decode),  # vLLM refuses long texts by their letters, too
         "--max-num-batched-tokens": setting.prompt + setting.decode,
         "--max-num-seqs": 1,
+        "--kv-cache-memory-bytes": KV_CACHE_NBYTES,
     }
     command = [setting.python.with_name("vllm"), "serve", setting.model, "--no-enable-prefix-caching"]
     command += ["--enforce-eager"] if setting.eager else []

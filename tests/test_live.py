@@ -21,9 +21,10 @@ CPU = torch.device("cpu")
 
 
 def partials(part: int, site: str) -> list[Tensor]:
-    """Of both ranks, in BF16."""
-    seeded = torch.Generator().manual_seed(part + 100 * SITES.index(site))
-    return list((torch.randn(2, PARTS[part], NUM_FEATURES, generator=seeded) * torch.arange(1, 65)).bfloat16())
+    """Of both ranks, in BF16; one site's values are a hundred times as large as the other's."""
+    place = SITES.index(site)
+    seeded, sizes_E = torch.Generator().manual_seed(part + 100 * place), torch.arange(1, 65) / 100**place
+    return list((torch.randn(2, PARTS[part], NUM_FEATURES, generator=seeded) * sizes_E).bfloat16())
 
 
 def seen_in(pieces: Sequence[int]) -> Ranges:
@@ -44,6 +45,7 @@ def test_requests_count_alike_whatever_their_parts() -> None:
     assert not torch.equal(whole.low, seen_in([WINDOW, 2 * WINDOW]).low), "a check that can fail"
 
 
+@torch.inference_mode()
 def serve(codec: str) -> tuple[list[Tensor], bytes | None]:
     """The sums of both sites as a rank gets them, and the plan that it made."""
     plans: list[Plan | InvalidInputError] = []

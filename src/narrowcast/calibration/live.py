@@ -24,6 +24,7 @@ from narrowcast.transport import Transport
 DEFAULT_LIVE_CODEC = AllocatedRecipe(bits=4.0)
 MISSING = "depth feedback and the own part exact, what an error costs by site, expected errors, KL divergence"
 NOT_TRIED = "live traffic does not say which sums go into the stream: narrowcast calibrate tries that"
+TINY = torch.finfo(torch.float32).tiny  # of a sum that is always zero
 WINDOW = 256  # tokens whose ranges are averaged as those of a sequence: requests come in parts, down to single tokens
 
 
@@ -105,7 +106,8 @@ class LiveCommunicator(GatheringCommunicator):
 
     def _end(self) -> None:
         try:
-            found: Plan | InvalidInputError = self._plan()
+            with torch.inference_mode():  # in which an engine may have run what was seen
+                found: Plan | InvalidInputError = self._plan()
         except InvalidInputError as error:
             found = error
         self._on_plan(found)
@@ -129,17 +131,17 @@ class LiveCommunicator(GatheringCommunicator):
         asked, ranges = self._recipe, self._ranges.ranges(self._planned)
         if isinstance(asked, FittedRecipe):
             algorithm, bits = asked.algorithm_among(self.tp_size), asked.bits or asked.default_bits
-            codecs: Mapping[str, Sequence[Codec]] = fit(self._evenly(), asked, bits=bits, algorithm=algorithm)
+            codecs: Mapping[str, Sequence[Codec]] = fit(self._moments_alike(), asked, bits=bits, algorithm=algorithm)
         else:
             codecs = {site: tuple(asked.codec(seen) for seen in ranges[site]) for site in self._planned}
         for site in self._planned:
             yield site, Site(kind="sum", codecs=tuple(codecs[site]), error={})
 
-    def _evenly(self) -> dict[str, Moments]:
-        """The moments, an error in each feature of each sum costing the same."""
+    def _moments_alike(self) -> dict[str, Moments]:
+        """The moments, an error costing as much as it is large beside its sum: what trying finds is not known here."""
         means = self._moments.means()
         return {
-            site: Moments(partial=partial, total=total, fisher=torch.ones(total.shape[-1]))
+            site: Moments(partial=partial, total=total, fisher=1 / total.mean().clamp(min=TINY).expand(total.shape[-1]))
             for site, (partial, total) in ((site, means[site]) for site in self._planned)
         }
 
