@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,9 @@ def main(asked: dict[str, Any], out: Path) -> None:
     options = {"temperature": 0, "prompt_logprobs": 0, "logprobs": 0, "ignore_eos": True, "detokenize": False}
     sampling = [SamplingParams(max_tokens=9 - 2 * place, **options) for place in range(len(asked["prompts"]))]
     answers = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], sampling)
+    deadline = time.monotonic() + asked.get("awaits_s", 0)
+    while time.monotonic() < deadline and not Path(asked["awaits"]).exists():  # a plan that the first rank writes
+        time.sleep(0.1)
     reports = llm.collective_rpc("narrowcast_report") if asked["served"] else []
     if asked.get("record"):
         llm.collective_rpc(save, args=(str(out),))

@@ -33,6 +33,12 @@ def test_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             "found plan a and codec int8-group128. Set NARROWCAST_PLAN",
         ),
         ({"plans": "a"}, "additional_config, narrowcast: expected"),
+        ({"codec": "fp8", "tune": True}, "found codec fp8 and tune True"),
+        ({"calibrate": "new", "plan": "a"}, "found calibrate new and plan a"),
+        (
+            {"calibrate": "new", "calibrate_tokens": 0},
+            "NARROWCAST_CALIBRATE_TOKENS: expected a number of tokens, found 0",
+        ),
         ("a", "additional_config, narrowcast: expected"),
     ],
 )

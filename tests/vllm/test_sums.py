@@ -1,7 +1,6 @@
 """vLLM on two ranks sends what a plan says, as the simulation has it: bits, bytes, answers; eager and compiled."""
 
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,7 @@ from narrowcast.plan import Plan
 from narrowcast.runtime.counters import Report
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
-from running import MODEL, Run, differences, run, simulated
-
-EMBEDDING = "model.embed_tokens"
-
-# Products in FP32 that are summed in another order put log-probabilities some 1e-6 apart. Where that makes a coded
-# value one level more, the token, and those that attend to it, are apart by a part of what coding costs.
-ROUNDING = 1e-4
+from running import EMBEDDING, MODEL, ROUNDING, Run, differences, run, share_alike, simulated
 
 
 @pytest.fixture(scope="module")
@@ -66,10 +59,6 @@ def test_every_sum_travels_and_comes_out_as_simulated(served: Run, folder: Path)
     counted = {name: site.counting([each.sites[name] for each in reports]) for name, site in reports[0].sites.items()}
     assert counted == simulator.sites.report().sites
     assert reports[0].bits_per_value == pytest.approx((15 * 4.1875 + 8.25) / 16)
-
-
-def share_alike(differences: Sequence[float]) -> float:
-    return sum(each < ROUNDING for each in differences) / len(differences)
 
 
 def test_answers_are_those_of_the_simulation(served: Run, folder: Path) -> None:

@@ -4,9 +4,24 @@ import logging
 from typing import Any
 
 from narrowcast.engines.vllm.settings import LOGGER, Settings
+from narrowcast.engines.vllm.tools import Tools
 from narrowcast.errors import NarrowcastError
 
 logger = logging.getLogger(LOGGER)
+
+
+def register(tools: Tools) -> None:
+    """Have each worker do what the settings name, with these tools; without settings, nothing changes.
+
+    Raises as `Settings.of` does where they are such that nothing could be started.
+    """
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    Settings.of({})
+    # Wrappers hand on to their workers whatever they do not define, of all kinds of executors and devices.
+    WorkerWrapperBase.narrowcast_tools = tools
+    for method in METHODS:
+        setattr(WorkerWrapperBase, method.__name__, method)
 
 
 def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -18,13 +33,13 @@ def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
     if settings is None:
         return self.worker.load_model(*args, **kwargs)
     if settings.plan is None and self.vllm_config.parallel_config.tensor_parallel_size == 1:
-        logger.info("codec %s has nothing to do: there is one tensor-parallel rank", settings.name)
+        logger.info("%s has nothing to do: there is one tensor-parallel rank", settings.name)
         return self.worker.load_model(*args, **kwargs)
     from narrowcast.engines.vllm import layers
     from narrowcast.engines.vllm.ranks import Ranks
 
     try:
-        ranks = Ranks(settings, self.vllm_config, self.worker.device)
+        ranks = Ranks(settings, self.narrowcast_tools, self.vllm_config, self.worker.device)
         layers.register()
         loaded = self.worker.load_model(*args, **kwargs)
         self.narrowcast_wires = ranks.take_over(self.worker.get_model())

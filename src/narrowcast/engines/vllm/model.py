@@ -9,7 +9,7 @@ from torch import nn
 from narrowcast.engines.forwards import Forwards
 from narrowcast.engines.identity import EMBEDDING, NUM_SAMPLES, digest, sample_places
 from narrowcast.engines.vllm import layers
-from narrowcast.errors import PlanMismatchError
+from narrowcast.errors import InvalidInputError, PlanMismatchError
 from narrowcast.plan import Plan
 from narrowcast.plan.split import SUMS, Split
 from narrowcast.runtime.wires import Wires
@@ -46,6 +46,45 @@ class LoadedModel:
         if last == "experts" and name not in self.sums:  # Transformers' name; checkpoints of Mixtral have another
             return next((each for each, layer in self.sums.items() if _is_in(block, each, layer)), name)
         return name
+
+    def row_parallel(self) -> list[str]:
+        """All row-parallel layers; InvalidInputError if there are none."""
+        found = [name for name, layer in self.sums.items() if layers.is_row_parallel(layer)]
+        if not found:
+            raise InvalidInputError(
+                type(self.model).__name__,
+                expected="a model with row-parallel layers of vLLM's",
+                found="none",
+                remedy="This model is not supported yet.",
+            )
+        return found
+
+    def in_plans(self) -> dict[str, str]:
+        """All sums but the embedding's, by names under which a plan can know them: the checkpoint's, or vLLM's."""
+        sums = [name for name, layer in self.sums.items() if not layers.is_embedding(layer)]
+        return {self._planned(name): name for name in sums}
+
+    def _planned(self, name: str) -> str:
+        before: list[str]
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        prefixes = {} if mapper is None else mapper.orig_to_new_prefix
+        before = [old + name.removeprefix(new) for old, new in prefixes.items() if new and name.startswith(new)]
+        for each in (*before, name):
+            if self.name(each) == name:
+                return each
+        raise InvalidInputError(
+            type(self.model).__name__,
+            expected="names that follow from the checkpoint's",
+            found=name,
+            remedy="This model cannot be calibrated in vLLM yet.",
+        )
+
+    def known_samples(self, names: Mapping[str, str]) -> dict[str, list[str | None]]:
+        """Digests by the plan's names, those that a rank may know: not of experts, nor of weights in few bits."""
+        known = [
+            planned for planned, name in names.items() if getattr(layers.unwrapped(self.sums[name]), "samples", {})
+        ]
+        return {planned: self._samples(planned) for planned in (*known, EMBEDDING)}
 
     def samples(self, plan: Plan) -> dict[str, list[str | None]]:
         """Digests by the plan's names, those that this rank knows of the plan's."""

@@ -1,8 +1,11 @@
 """The tensor-parallel ranks of vLLM: meeting them, checking that a plan fits, taking the model over."""
 
+import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -11,18 +14,20 @@ from vllm.distributed import get_tp_group
 
 from narrowcast.engines.agreement import agreed
 from narrowcast.engines.identity import NUM_SAMPLES, config_fields
-from narrowcast.engines.vllm import layers
 from narrowcast.engines.vllm.model import LoadedModel, split_of
-from narrowcast.engines.vllm.settings import CODEC, KEY, LOGGER, PLAN, Settings
+from narrowcast.engines.vllm.settings import CALIBRATE, CODEC, KEY, LOGGER, PLAN, TUNE, Settings
+from narrowcast.engines.vllm.tools import Tools, Watched
 from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError, PlanMismatchError
-from narrowcast.plan import ModelFingerprint
-from narrowcast.plan.summary import feedback_in_words
+from narrowcast.files import check_writable
+from narrowcast.plan import ModelFingerprint, Plan
+from narrowcast.plan.summary import feedback_in_words, numbered
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.sites import Sites
 from narrowcast.transport import DEFAULT_TIMEOUT_S, TorchDistributedTransport, connect_group
 
 logger = logging.getLogger(LOGGER)
 
+PROMPT_TOKENS = 512  # of the prompt that the log tells of
 STARTING_S = 3600.0  # for which ranks that compile wait for each other; one that dies is noticed at once
 
 T = TypeVar("T")
@@ -32,14 +37,15 @@ Samples = Mapping[str, Sequence[str | None]]
 class Ranks:
     """The tensor-parallel ranks, connected and asked for the same. What one of them refuses, all refuse."""
 
-    def __init__(self, settings: Settings, vllm_config: Any, device: torch.device) -> None:
-        self._settings, self._vllm_config, self._device = settings, vllm_config, device
+    def __init__(self, settings: Settings, tools: Tools, vllm_config: Any, device: torch.device) -> None:
+        self._settings, self._tools, self._vllm_config, self._device = settings, tools, vllm_config, device
+        self._begin: Callable[[], None] = lambda: None
         # Our mesh takes the way to MASTER_ADDR, as torchrun sets it, where GLOO_SOCKET_IFNAME says nothing.
         os.environ.setdefault("MASTER_ADDR", vllm_config.parallel_config.master_addr)
         group = get_tp_group()
         self._all = TorchDistributedTransport(group.cpu_group)
         try:
-            self._agree(lambda: self._check({}))
+            self._agree(self._check_start)
         except PeerLostError as error:
             raise InvalidInputError(
                 f"rank {', '.join(map(str, error.ranks))}",
@@ -54,20 +60,36 @@ class Ranks:
         self._all.meet("loading the model")
         loaded, plan = LoadedModel.of(model), self._settings.plan
         self._agree(lambda: self._check({} if plan is None else loaded.samples(plan)))
-        names = self._agree(lambda: _every(loaded) if plan is None else loaded.served(plan))
-        wires = Communicator(self._sites(names), tp=self._tp, pp=None)
+        names = self._agree(lambda: self._names(loaded))
+        compiled_for = self._settings.fingerprint  # of the plan as it was given: what is compiled asks for decisions
+        self._tune()
+        wires = self._wires(names, loaded)
         loaded.take_over(names, wires)
         self._tp.timeout_s = STARTING_S
         # Part of the key of vLLM's cache: what was compiled for other sums, or for none, is not for these.
-        compiled_for = {f"{KEY} serves": [self._settings.fingerprint, wires.handle]}
-        self._vllm_config.additional_config = {**self._vllm_config.additional_config, **compiled_for}
+        key = {f"{KEY} serves": [compiled_for, wires.handle]}
+        self._vllm_config.additional_config = {**self._vllm_config.additional_config, **key}
         if self._tp.rank == 0:
             self._tell(names)
         return wires
 
     def started(self) -> None:
-        """From now on a rank that others wait for is lost after a minute."""
+        """From now on a rank that others wait for is lost after a minute, and what travels is what was asked for."""
         self._tp.timeout_s = DEFAULT_TIMEOUT_S
+        self._begin()
+
+    def _check_start(self) -> None:
+        self._check({})
+        calibrating = self._settings.calibrating
+        if calibrating is None:
+            return
+        self._tools.recipe(calibrating.codec)
+        if (split := split_of(self._vllm_config)).pp_size > 1:
+            raise InvalidInputError(
+                CALIBRATE, expected="tensor-parallel ranks alone", found=str(split), remedy="Leave the pipeline out."
+            )
+        if self._all.rank == 0:  # which writes it
+            check_writable(calibrating.path, overwrite=False)
 
     def _check(self, samples: Samples) -> None:
         """PlanMismatchError unless the plan is for this model, as far as its samples are known, and split so."""
@@ -90,6 +112,7 @@ class Ranks:
         """The result of `check` on this rank; raises on all ranks what it raises on any."""
         plan, codec = self._settings.plan, self._settings.codec
         mine = {"plan": "none" if plan is None else plan.fingerprint, "codec": "none" if codec is None else str(codec)}
+        mine["calibration"] = str(self._settings.calibrating or "none")
         try:
             result, refusal = check(), None
         except NarrowcastError as error:
@@ -98,6 +121,57 @@ class Ranks:
         if refusal is not None:
             raise refusal
         return result
+
+    def _tune(self) -> None:
+        """Decide for the links between these ranks, if that is asked for: in the settings' plan."""
+        plan = self._settings.plan
+        if plan is None or not self._settings.tune:
+            return
+        decisions = self._tools.tune(plan, self._tp, self._vllm_config.model_config.dtype)
+        self._settings = replace(self._settings, plan=replace(plan, decisions=decisions))
+
+    def _names(self, loaded: LoadedModel) -> dict[str, str]:
+        """vLLM's names of the sums to serve, by a plan's."""
+        if self._settings.plan is not None:
+            return loaded.served(self._settings.plan)
+        every = loaded.row_parallel()
+        return loaded.in_plans() if self._settings.calibrating is not None else {name: name for name in every}
+
+    def _wires(self, names: Mapping[str, str], loaded: LoadedModel) -> Communicator:
+        calibrating = self._settings.calibrating
+        if calibrating is None:
+            return Communicator(self._sites(names), tp=self._tp, pp=None)
+        watched = Watched(
+            sites=list(names),
+            model=self._fingerprint(names, loaded),
+            split=split_of(self._vllm_config),
+            ranks=self._tp,
+            device=self._device,
+        )
+        recipe = self._tools.recipe(calibrating.codec)
+        wires, self._begin = self._tools.calibrate(recipe, calibrating.num_tokens, watched, self._write)
+        return wires
+
+    def _fingerprint(self, names: Mapping[str, str], loaded: LoadedModel) -> ModelFingerprint:
+        """That of the model, of the samples that the ranks know together."""
+        texts = self._all.share(json.dumps(loaded.known_samples(names)), "sharing samples")
+        config = config_fields(self._vllm_config.model_config.hf_text_config)
+        return reduce(
+            ModelFingerprint.merged, (ModelFingerprint(config=config, samples=json.loads(text)) for text in texts)
+        )
+
+    def _write(self, plan: Plan | InvalidInputError) -> None:
+        calibrating = self._settings.calibrating
+        assert calibrating is not None, "only who calibrates gets a plan"
+        try:
+            if isinstance(plan, InvalidInputError):
+                raise plan
+            plan.save(calibrating.path)
+        except InvalidInputError as error:
+            logger.error("no plan was made: %s", error)
+            return
+        logger.info("plan %s written to %s, for %s=%s", plan.fingerprint[:12], calibrating.path, PLAN, calibrating.path)
+        logger.info("missing in it is %s: narrowcast calibrate finds them", plan.calibration["missing"])
 
     def _sites(self, names: Mapping[str, str]) -> Sites:
         plan, codec = self._settings.plan, self._settings.codec
@@ -108,25 +182,25 @@ class Ranks:
         return Sites(codecs, plan.groups, "auto", self._device, chains=plan.feedback, decisions=plan.decisions)
 
     def _tell(self, names: Mapping[str, str]) -> None:
-        plan, name = self._settings.plan, self._settings.name
+        plan, name, calibrating = self._settings.plan, self._settings.name, self._settings.calibrating
+        if calibrating is not None:
+            logger.info("calibrating %s at %d sums, which are exact; then %s is written", calibrating, len(names), name)
+            return
         what = f"codec {name}" if plan is None else f"plan {plan.fingerprint[:12]}, {name},"
         logger.info("%s at %d sums, over %s", what, len(names), self._tp.name)
         if plan is None:
             logger.info("without a plan nobody knows what that costs: narrowcast calibrate finds out, and feeds back")
             return
         logger.info("%s", "; ".join(feedback_in_words(plan)))
+        logger.info("%s", _decided(plan))
         if own := [name for name in plan.sites if name not in names]:
             logger.info("vLLM's own, exact, are %d of the plan's sites, such as %s", len(own), own[0])
 
 
-def _every(loaded: LoadedModel) -> dict[str, str]:
-    """All row-parallel layers, by vLLM's name; InvalidInputError if there are none."""
-    names = {name: name for name, layer in loaded.sums.items() if layers.is_row_parallel(layer)}
-    if not names:
-        raise InvalidInputError(
-            type(loaded.model).__name__,
-            expected="a model with row-parallel layers of vLLM's",
-            found="none",
-            remedy="This model is not supported yet.",
-        )
-    return names
+def _decided(plan: Plan) -> str:
+    """The way of the plan's sums, of one token and of a prompt."""
+    num_features = int(plan.model.config["hidden_size"])
+    ways = {tokens: plan.decisions.choice(tokens, num_features, coded=True) for tokens in (1, PROMPT_TOKENS)}
+    if None in ways.values():
+        return f"not tuned: all sums are coded, also where that is slower; {TUNE}=1 measures it here"
+    return "tuned: " + ", ".join(f"sums of {numbered(tokens, 'token')} {way}" for tokens, way in ways.items())
