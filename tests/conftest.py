@@ -19,7 +19,7 @@ MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 SHARED = Path(__file__).parents[2] / "shared"
 
 # Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
-STARTING_PROCESSES = "bench", "cli", "failure", "handshake", "launch", "tcp", "wire_bytes"
+STARTING_PROCESSES = "bench", "cli", "failure", "handshake", "launch", "preflight", "tcp", "wire_bytes"
 
 torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores
 

@@ -2,6 +2,6 @@
 
 from narrowcast.launch.link import Link
 from narrowcast.launch.ranks import Ranks, run
-from narrowcast.launch.torchrun import is_first_rank, under_torchrun
+from narrowcast.launch.torchrun import become_rank, is_first_rank, under_torchrun
 
-__all__ = ["Link", "Ranks", "is_first_rank", "run", "under_torchrun"]
+__all__ = ["Link", "Ranks", "become_rank", "is_first_rank", "run", "under_torchrun"]

@@ -77,6 +77,11 @@ class Place:
             emulation.join(self.link, self.rank, self.wire)
 
 
+def share_of_cores() -> int:
+    """The threads that a rank computes with, unless told otherwise: its share of this machine's cores."""
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def as_rank(function: Callable[[*Ts], T], timeout_s: float, *args: *Ts) -> T:
     """Run `function` on this rank of torchrun's, which meets the others within `timeout_s`; returns its result."""
     end_with_parent()
@@ -112,8 +117,7 @@ def _joined(timeout_s: float, store: Store | None = None, num_threads: int | Non
     """The group of all ranks as the default one, and a share of the machine's threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches whoever started the ranks, who ends them
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(num_threads or max(1, share))
+    torch.set_num_threads(num_threads or share_of_cores())
     connect(timeout_s=timeout_s, store=store)
     try:
         yield

@@ -1,14 +1,26 @@
 """Ranks that torchrun has started: this process is one of them."""
 
 import os
+from collections.abc import Sequence
 
 from narrowcast.errors import InvalidInputError
 from narrowcast.launch.link import Link
+
+DEFAULT_PORT = "29500"
 
 
 def under_torchrun() -> bool:
     """True where torchrun, or something like it, started this process as a rank."""
     return {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def become_rank(rank: int, hosts: Sequence[str]) -> None:
+    """Make this process that rank, one on each of the hosts, as torchrun would; rank 0's holds the store.
+
+    MASTER_PORT is that of the store, by default torchrun's.
+    """
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(len(hosts)), MASTER_ADDR=hosts[0])
+    os.environ.setdefault("MASTER_PORT", DEFAULT_PORT)
 
 
 def is_first_rank() -> bool:

@@ -16,8 +16,9 @@ from narrowcast.errors import InvalidInputError
 LOOPBACK = "127.0.0.1"
 GLOO_INTERFACE = "GLOO_SOCKET_IFNAME"
 REMEDY = f"Set {GLOO_INTERFACE} to the network interface between the hosts, where no firewall parts the ranks."
-_SIOCGIFCONF = 0x8912  # linux/sockios.h
+_SIOCGIFCONF, _SIOCGIFMTU = 0x8912, 0x8921  # linux/sockios.h
 _IFREQ = struct.Struct("16s4x4s16x")  # of an interface with an IPv4 address: netdevice(7)
+_IFREQ_INT = struct.Struct("16si20x")
 _IF_INET6 = Path("/proc/net/if_inet6")
 
 
@@ -65,8 +66,12 @@ class Card:
 
         MASTER_ADDR often leads to loopback on the very host that it names.
         """
-        elsewhere = [each.address for each in cards if each.network != self.network and not _loops(each.address)]
-        return elsewhere[0] if elsewhere and _loops(self.address) and not self.given else self.address
+        elsewhere = [each.address for each in cards if each.network != self.network and not loops(each.address)]
+        return elsewhere[0] if elsewhere and loops(self.address) and not self.given else self.address
+
+    def binds(self, cards: Sequence["Card"]) -> str:
+        """The address that this rank, whose card it is, listens on among ranks of `cards`."""
+        return self.address if self.given else address_towards(self.leads_to(cards))
 
 
 def own_address(interface: str | None) -> str:
@@ -76,7 +81,7 @@ def own_address(interface: str | None) -> str:
     """
     if not interface:
         given = [_address_of(name) for name in os.environ.get(GLOO_INTERFACE, "").split(",") if name]
-        return given[0] if given else _address_towards(os.environ.get("MASTER_ADDR", LOOPBACK))
+        return given[0] if given else address_towards(os.environ.get("MASTER_ADDR", LOOPBACK))
     try:
         address = ipaddress.ip_address(interface)
     except ValueError:
@@ -96,8 +101,7 @@ def lead_gloo(cards: Sequence[Card], rank: int) -> None:
     reached = [card.leads_to(cards) for card in cards]
     check_reachable("process group", reached, [card.network for card in cards])
     if not cards[rank].given:
-        own = _address_towards(reached[rank])
-        os.environ[GLOO_INTERFACE] = next((name for name, address in _addresses() if address == own), "")
+        os.environ[GLOO_INTERFACE] = interface_of(cards[rank].binds(cards))
 
 
 def unconnected() -> InvalidInputError:
@@ -125,7 +129,7 @@ def check_refusals(subject: str, refusals: Sequence[str | None]) -> None:
 def check_reachable(subject: str, addresses: Sequence[str], networks: Sequence[str]) -> None:
     """InvalidInputError if a rank listens on loopback while another one is on another host."""
     for rank, address in enumerate(addresses):
-        if _loops(address) and len(set(networks)) > 1:
+        if loops(address) and len(set(networks)) > 1:
             raise InvalidInputError(
                 subject,
                 expected="addresses that the ranks of all hosts reach",
@@ -152,11 +156,25 @@ def family_of(address: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
-def _loops(address: str) -> bool:
+def interface_of(address: str) -> str:
+    """The interface of this host that has the address; "" for none."""
+    return next((name for name, each in _addresses() if each == address), "")
+
+
+def mtu_of(interface: str) -> int:
+    """Bytes of the largest packet that an interface of this host sends."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        found = fcntl.ioctl(probe, _SIOCGIFMTU, _IFREQ_INT.pack(interface.encode(), 0))
+    return int(_IFREQ_INT.unpack(found)[1])
+
+
+def loops(address: str) -> bool:
+    """True for one that leads nowhere but to the host itself."""
     return ipaddress.ip_address(address).is_loopback
 
 
-def _address_towards(host: str) -> str:
+def address_towards(host: str) -> str:
+    """The address of this host on the way to another one; loopback where none leads there."""
     with contextlib.suppress(OSError):  # a name that leads nowhere
         for family, kind, _, _, target in socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM):
             with contextlib.suppress(OSError), socket.socket(family, kind) as probe:

@@ -47,6 +47,11 @@ class Credentials:
     mesh: bytes
     rank: int
 
+    @classmethod
+    def of(cls, drawn: Mapping[str, str], rank: int) -> "Credentials":
+        """Those of a rank of the mesh for which one of its ranks has drawn this."""
+        return cls(secret=bytes.fromhex(drawn["secret"]), mesh=bytes.fromhex(drawn["mesh"]), rank=rank)
+
     def proof(self, role: bytes, dialling: int, accepting: int, nonces: tuple[bytes, bytes]) -> bytes:
         """The proof of the end with that role; `nonces`: of the dialling end, of the accepting end."""
         return hmac.digest(self.secret, _PROVEN.pack(role, self.mesh, dialling, accepting, *nonces), "sha256")
@@ -75,6 +80,11 @@ class Credentials:
         if not hmac.compare_digest((yield len(expected)), expected):
             raise StrangerError
         return peer
+
+
+def drawn() -> dict[str, str]:
+    """A new mesh, as text that its ranks share, and nobody else."""
+    return {"secret": secrets.token_hex(32), "mesh": secrets.token_hex(16)}
 
 
 @dataclass(eq=False)

@@ -5,8 +5,8 @@ Its data path is compiled (csrc/mesh/mesh.h); who may join it is decided here an
 
 import json
 import os
-import secrets
-from collections.abc import Sequence
+import socket
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,7 +17,7 @@ from narrowcast.errors import InvalidInputError, NarrowcastError
 from narrowcast.transport.address import REMEDY, Host, check_reachable, check_refusals, listen, own_address
 from narrowcast.transport.base import CARD_NBYTES, Buffers
 from narrowcast.transport.group import GroupTransport, hang_ups
-from narrowcast.transport.handshake import Credentials, Meeting
+from narrowcast.transport.handshake import Credentials, Meeting, drawn
 from narrowcast.transport.waiting import LINGER_S
 
 try:
@@ -77,9 +77,7 @@ class TcpTransport(GroupTransport):
             cards = [json.loads(text) for text in self.share(json.dumps(mine), _CONNECTING)]
             _check(cards)
             assert listener is not None, "without one there was a refusal"
-            credentials = Credentials(
-                secret=bytes.fromhex(cards[0]["secret"]), mesh=bytes.fromhex(cards[0]["mesh"]), rank=self.rank
-            )
+            credentials = Credentials.of(cards[0], self.rank)
             addresses = {peer: (card["address"], card["port"]) for peer, card in enumerate(cards)}
             meeting = Meeting(credentials, listener, addresses)
             meeting.meet(self.timeout_s)
@@ -87,15 +85,14 @@ class TcpTransport(GroupTransport):
         finally:
             if listener is not None:
                 listener.close()
-        fds = [meeting.met[peer].detach() if peer in meeting.met else -1 for peer in range(self.world_size)]
-        return _native.Mesh(fds, spin=_has_cores_to_spare([card["machine"] for card in cards]))
+        return mesh_of(meeting.met, [card["machine"] for card in cards])
 
     def _card(self) -> dict[str, Any]:
         """The card that the others need of this rank; the secret is rank 0's."""
         host = Host.this()
         card: dict[str, Any] = {"refusal": None, "network": host.network, "machine": host.machine}
         if self.rank == 0:
-            card |= {"secret": secrets.token_hex(32), "mesh": secrets.token_hex(16)}
+            card |= drawn()
         return card
 
     def _agree_to_start(self, meeting: Meeting, addresses: Sequence[str]) -> None:
@@ -166,7 +163,13 @@ def _check(cards: list[dict[str, Any]]) -> None:
     check_reachable("TCP transport", [card["address"] for card in cards], [card["network"] for card in cards])
 
 
-def _has_cores_to_spare(machines: list[str]) -> bool:
+def mesh_of(met: Mapping[int, socket.socket], machines: Sequence[str]) -> "_native.Mesh":
+    """The mesh of ranks on these machines whose connections, by peer, it takes over; with others there is none."""
+    fds = [met[peer].detach() if peer in met else -1 for peer in range(len(machines))]
+    return _native.Mesh(fds, spin=_has_cores_to_spare(machines))
+
+
+def _has_cores_to_spare(machines: Sequence[str]) -> bool:
     """True if the ranks on this machine may spin: each has a core of its own."""
     here = max(machines.count(Host.this().machine), int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return here <= len(os.sched_getaffinity(0))

@@ -117,8 +117,7 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S, store: Store | None = None)
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store = store or _store_of_torchrun(rank, timeout_s)
-    attempt = PrefixStore(f"narrowcast/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    attempt = meeting_place(rank, timeout_s, store)
 
     def call(name: str, text: str, timeout_s: float) -> list[str]:
         called = PrefixStore(name, attempt)
@@ -147,6 +146,12 @@ def connect(*, timeout_s: float = DEFAULT_TIMEOUT_S, store: Store | None = None)
     patience_of[dist.distributed_c10d._get_default_group()] = timeout_s
     # The engine's own waits, while ranks load a large model at different speeds, are not ours to cut short.
     _set_pg_timeout(ENGINE_TIMEOUT)
+
+
+def meeting_place(rank: int, timeout_s: float, store: Store | None = None) -> Store:
+    """The part for this attempt of a store, by default of that at MASTER_ADDR; raises as `connect` does."""
+    store = store or _store_of_torchrun(rank, timeout_s)
+    return PrefixStore(f"narrowcast/attempt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def hurry_engine() -> None:
