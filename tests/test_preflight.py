@@ -64,19 +64,20 @@ def said(*doctors: Doctor, link: str | None = None, hosts: Sequence[str] = ELSEW
     """What the doctors that come say: processes on this host, or each on a host of its own, joined by `link`."""
     names = hosts[: len(doctors)] if link else ["127.0.0.1"] * len(doctors)
     asked = "--hosts", ",".join(names), "--timeout", timeout_s
-    found = run(of_this_rank, len(doctors), doctors, asked, free_port(), link=Link.parse(link) if link else None)
+    found = run(of_this_rank, len(doctors), doctors, asked, link=Link.parse(link) if link else None)
     return [each for each in found if each is not None]
 
 
-def of_this_rank(doctors: Sequence[Doctor], asked: Sequence[object], port: int) -> Said | None:
-    rank = dist.get_rank()
+def of_this_rank(doctors: Sequence[Doctor], asked: Sequence[object]) -> Said | None:
+    rank, ports = dist.get_rank(), [free_port()]
     doctor = doctors[rank]
+    dist.broadcast_object_list(ports)
     if not doctor.comes:
         return None
     if os.environ.pop("GLOO_SOCKET_IFNAME") == emulation.DEVICE:
         assert ctypes.CDLL(None).unshare(CLONE_NEWUTS) == 0
         socket.sethostname(doctor.environment.get("HOST", f"node-{rank}"))
-    os.environ.update({"MASTER_PORT": f"{port}", **doctor.environment})
+    os.environ.update({"MASTER_PORT": f"{ports[0]}", **doctor.environment})
     subprocess.run(["sh", "-ec", doctor.shell], check=True)
     exec(doctor.python, {})
     with tempfile.TemporaryDirectory() as folder:
@@ -164,7 +165,7 @@ def test_a_name_or_an_interface_that_leads_nowhere_is_named(
     emulator: None, environment: dict[str, str], message: str
 ) -> None:
     for each in said(Doctor(), Doctor(environment=environment), link=LINK):
-        assert each.status == 1 and each.problems[0].startswith(message), each
+        assert each.status == 1 and "".join(each.problems[:1]).startswith(message), each
 
 
 def test_a_name_of_rank_0_that_leads_to_loopback_elsewhere_is_named(emulator: None) -> None:

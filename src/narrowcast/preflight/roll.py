@@ -64,7 +64,7 @@ class Roll:
 
     def close(self) -> None:
         """Return when rank 0 is done, and rank 0 when the others know: with it goes the store."""
-        with contextlib.suppress(NarrowcastError):
+        with contextlib.suppress(NarrowcastError), _lost_with_rank_0("ending"):
             self.call("ending", None)
             self._ask(lambda: self._store.set(f"ended/{self.rank}", ""), "ending")
             if self.rank == 0:
