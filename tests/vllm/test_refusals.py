@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from narrowcast.engines.vllm.settings import Settings
 from narrowcast.errors import InvalidInputError, PlanFormatError
-from running import ENVIRONMENT, LIMIT_S, MODEL, started
+from running import ENVIRONMENT, LIMIT_S, MODEL, free_port, started
 
 # --- What is asked for: no vLLM needed --------------------------------------------------------------------------------
 
@@ -71,12 +70,6 @@ def test_a_plan_that_does_not_fit(folder: Path, asked: dict[str, object], plan: 
     assert code != 0
     assert expected in run.log
     assert not run.out.exists()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ vLLM starts the ranks and loads the model, so nothing is attached by hand: `regi
 `vllm.general_plugins`, which vLLM calls in each of its processes.
 """
 
+from narrowcast.engines.vllm.ending import exit_with_status
 from narrowcast.engines.vllm.hooks import METHODS
 from narrowcast.engines.vllm.settings import Settings
 
@@ -20,6 +21,7 @@ def register() -> None:
     # Wrappers hand on to their workers whatever they do not define, of all kinds of executors and devices.
     for method in METHODS:
         setattr(WorkerWrapperBase, method.__name__, method)
+    exit_with_status()
 
 
 __all__ = ["register"]

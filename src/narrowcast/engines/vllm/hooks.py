@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from narrowcast.engines.vllm.ending import end_with_the_others
 from narrowcast.engines.vllm.settings import LOGGER, Settings
 from narrowcast.errors import NarrowcastError
 
@@ -31,6 +32,7 @@ def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
     except NarrowcastError as error:
         logger.error("%s", error)
         raise
+    end_with_the_others(self.worker)
     self.narrowcast_ranks = ranks
     return loaded
 

@@ -2,13 +2,14 @@
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from vllm.distributed import get_tp_group
 
+from narrowcast.codecs import Codec
 from narrowcast.engines.agreement import agreed
 from narrowcast.engines.identity import NUM_SAMPLES, config_fields
 from narrowcast.engines.vllm import layers
@@ -108,15 +109,30 @@ class Ranks:
         return Sites(codecs, plan.groups, "auto", self._device, chains=plan.feedback, decisions=plan.decisions)
 
     def _tell(self, names: Mapping[str, str]) -> None:
-        plan, name = self._settings.plan, self._settings.name
+        plan, codec, name = self._settings.plan, self._settings.codec, self._settings.name
         what = f"codec {name}" if plan is None else f"plan {plan.fingerprint[:12]}, {name},"
         logger.info("%s at %d sums, over %s", what, len(names), self._tp.name)
         if plan is None:
-            logger.info("without a plan nobody knows what that costs: narrowcast calibrate finds out, and feeds back")
+            assert codec is not None, "settings have one of the two"
+            config = self._vllm_config.model_config
+            for line in _without_plan(codec, config.get_hidden_size(), config.dtype):
+                logger.info("%s", line)
             return
-        logger.info("%s", "; ".join(feedback_in_words(plan)))
+        for line in feedback_in_words(plan):
+            logger.info("%s", line)
         if own := [name for name in plan.sites if name not in names]:
             logger.info("vLLM's own, exact, are %d of the plan's sites, such as %s", len(own), own[0])
+
+
+def _without_plan(codec: Codec, num_features: int, dtype: torch.dtype) -> Iterator[str]:
+    """What can be said of a codec alone: bytes, that answers were not compared, and why losses are lost for good."""
+    bits = 8 * codec.row_nbytes(num_features) / num_features
+    whole = 8 * dtype.itemsize
+    yield f"verdict: {bits:.4g} bits a value in place of {whole}, but what answers lose by that nobody has measured"
+    yield (
+        "depth feedback and the own part exact are off, as there is no plan: which sums go into the residual stream as "
+        "they are, and what reads it, narrowcast calibrate finds out by trying"
+    )
 
 
 def _every(loaded: LoadedModel) -> dict[str, str]:
