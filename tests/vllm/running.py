@@ -62,7 +62,7 @@ class Run:
 def started(folder: Path, name: str, asked: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[int, Run]:
     """The exit code of serving.py, asked for that, and what it left."""
     out = folder / f"{name}.json"
-    (folder / f"{name}.asked").write_text(json.dumps({"prompts": PROMPTS, **asked}))
+    (folder / f"{name}.asked").write_text(json.dumps({"rounds": [PROMPTS], **asked}))
     command: Sequence[Any] = [sys.executable, HERE / "serving.py", folder / f"{name}.asked", out]
     cache = {"VLLM_CACHE_ROOT": str(folder / "cache")}  # one for all runs
     done = subprocess.run(
@@ -183,8 +183,12 @@ def differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
 
 def simulated(served: Run, folder: Path, plan: str = "int4.plan", model: str = MODEL) -> dict[str, list[float]]:
     """Log-probabilities of what was served, by our Transformers engine."""
-    answered = zip(PROMPTS, served.answers["tokens"], strict=True)
+    answered = zip(served.answers["prompts"], served.answers["tokens"], strict=True)
     (folder / "sequences.json").write_text(json.dumps([prompt + tokens for prompt, tokens in answered]))
     ordinary("simulate", folder, model, str(folder / plan))
     found: dict[str, Any] = json.loads((folder / "simulated.json").read_text())
-    return {name: [score for each in scores for score in each] for name, scores in found.items()}
+    lengths = [len(each) for each in served.answers["scores"]]  # of answers alone, or of prompts, too
+    return {
+        name: [score for each, length in zip(scores, lengths, strict=True) for score in each[-length:]]
+        for name, scores in found.items()
+    }

@@ -76,16 +76,16 @@ class Ranks:
         if plan is None:
             return
         plan.check_real()
+        if (num_stages := self._vllm_config.parallel_config.pipeline_parallel_size) > 1:
+            raise PlanMismatchError(
+                "plan",
+                expected="one stage in vLLM, as a plan's feedback goes through all layers",
+                found=f"pipeline_parallel_size {num_stages}",
+                remedy=f"Leave the pipeline out, or set {CODEC} in place of the plan.",
+            )
         every: dict[str, Sequence[str | None]] = dict.fromkeys(plan.model.samples, [None] * NUM_SAMPLES)
         found = ModelFingerprint(config=config_fields(config), samples={**every, **samples})
         plan.check(found, split_of(self._vllm_config))
-        if plan.split.pp_size > 1:
-            raise PlanMismatchError(
-                "plan",
-                expected="one for tensor-parallel ranks alone, in vLLM",
-                found=str(plan.split),
-                remedy="Serve it with Transformers, or one codec with vLLM.",
-            )
 
     def _agree(self, check: Callable[[], T]) -> T:
         """The result of `check` on this rank; raises on all ranks what it raises on any."""
@@ -136,8 +136,8 @@ def _without_plan(codec: Codec, num_features: int, dtype: torch.dtype) -> Iterat
 
 
 def _every(loaded: LoadedModel) -> dict[str, str]:
-    """All row-parallel layers, by vLLM's name; InvalidInputError if there are none."""
-    names = {name: name for name, layer in loaded.sums.items() if layers.is_row_parallel(layer)}
+    """All row-parallel layers and mixtures of experts, by vLLM's name; InvalidInputError if there are none."""
+    names = {name: name for name, layer in loaded.sums.items() if not layers.is_embedding(layer)}
     if not names:
         raise InvalidInputError(
             type(loaded.model).__name__,
