@@ -183,7 +183,7 @@ def adapter(folder: Path) -> None:
             down = torch.randn(rank, num_columns, generator=generator) * num_columns**-0.5
             up = torch.randn(num_rows, rank, generator=generator) * 0.02
             parts |= {f"{key}.lora_A.weight": down, f"{key}.lora_B.weight": up}
-            weights[name] = (weight_NK.float() + alpha / rank * up @ down).to(weight_NK.dtype)
+            weights[name] = weight_NK.float() + alpha / rank * up @ down
     save_file(weights, folder / "merged" / "model.safetensors", {"format": "pt"})
     (folder / "adapter").mkdir()
     save_file(parts, folder / "adapter" / "adapter_model.safetensors", {"format": "pt"})

@@ -65,9 +65,10 @@ def started(folder: Path, name: str, asked: Mapping[str, Any], environment: Mapp
     (folder / f"{name}.asked").write_text(json.dumps({"rounds": [PROMPTS], **asked}))
     command: Sequence[Any] = [sys.executable, HERE / "serving.py", folder / f"{name}.asked", out]
     cache = {"VLLM_CACHE_ROOT": str(folder / "cache")}  # one for all runs
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(["0|1"] * asked.get("options", {}).get("pipeline_parallel_size", 1))}
     done = subprocess.run(
         command,
-        env=os.environ | ENVIRONMENT | cache | dict(environment),
+        env=os.environ | ENVIRONMENT | cache | cores | dict(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -56,6 +56,11 @@ def test_the_environment_and_the_configuration_are_not_mixed(monkeypatch: pytest
         ({}, "missing.plan", "expected a plan file, found no such file"),
         ({"tp_size": 1}, "int4.plan", "plan: expected tp_size 2, for which it was calibrated, found tp_size 1"),
         (
+            {"options": {"pipeline_parallel_size": 2}},
+            "int4.plan",
+            "as a plan's feedback goes through all layers, found pipeline_parallel_size 2. Leave the pipeline out",
+        ),
+        (
             {"model": "other"},
             "int4.plan",
             "expected the weights that the plan was calibrated on in model.layers.3.self_attn.o_proj, found others",

@@ -34,8 +34,9 @@ def test_what_is_cached_or_guessed_is_what_would_be_computed(folder: Path) -> No
     together, alone = (served.answers["tokens"][place : place + 4] for place in (0, 4))
     assert together == alone
     assert served.answers["cached"][4:] == [96] * 4
-    close, exact = (differences(served.scores, simulated(served, folder)[name]) for name in ("planned", "exact"))
-    assert statistics.mean(close) < statistics.mean(exact) / 4
+    expected = simulated(served, folder)
+    close, exact = (differences(served.scores, expected[name]) for name in ("planned", "exact"))
+    assert statistics.mean(close) < statistics.mean(exact) / 2, "values one level apart add up over so many tokens"
 
 
 def test_an_adapter_is_added_before_sums_travel(folder: Path) -> None:
@@ -70,9 +71,9 @@ def test_weights_in_four_bits(folder: Path) -> None:
 
 
 def test_stages_of_a_pipeline_send_with_one_codec(folder: Path) -> None:
-    options = {"pipeline_parallel_size": 2}
-    asked = {"model": MODEL, "eager": True, "served": True, "options": options}
-    served = run(folder, "pipeline", asked, VLLM_CPU_OMP_THREADS_BIND="0|1|0|1", **CODEC)
+    """Compiled: on the CPU vLLM has no pipelines without."""
+    asked = {"model": MODEL, "eager": False, "served": True, "options": {"pipeline_parallel_size": 2}}
+    served = run(folder, "pipeline", asked, **CODEC)
     sites = [{name for name, site in each["sites"].items() if site["coded"]} for each in served.answers["reports"]]
     assert sites[0] == sites[1] and sites[2] == sites[3]
     assert len(sites[0]) == len(sites[2]) == 8 and not sites[0] & sites[2]

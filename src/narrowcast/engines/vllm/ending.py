@@ -48,10 +48,19 @@ def exit_with_status() -> None:
 def _server(serve: Any) -> Any:
     @functools.wraps(serve)
     async def serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = app.state.engine_client
-        served = engine is not None and Settings.of(engine.vllm_config.additional_config) is not None
+        engine, told = app.state.engine_client, []  # when the server is told to end, it ends the engine
+        if engine is None or Settings.of(engine.vllm_config.additional_config) is None:
+            return await serve(app, *args, **kwargs)
+        shutdown = engine.shutdown
+
+        @functools.wraps(shutdown)
+        def end(*args: Any, **kwargs: Any) -> None:
+            told.append(True)
+            shutdown(*args, **kwargs)
+
+        engine.shutdown = end
         closing = await serve(app, *args, **kwargs)
-        if not (served and engine.engine_core.resources.engine_dead):
+        if told or not engine.errored:
             return closing
         await closing
         raise SystemExit(1)
