@@ -9,6 +9,7 @@ from narrowcast.engines.vllm.settings import LOGGER, Settings
 from narrowcast.errors import PeerLostError
 
 SERVER = "vllm.entrypoints.launchers.api_server.entry"  # whose serve_http returns when the engine is dead
+OURS = "narrowcast"  # an attribute of what was replaced already
 
 logger = logging.getLogger(LOGGER)
 
@@ -41,8 +42,10 @@ def exit_with_status() -> None:
     entry = sys.modules.get(SERVER)  # loaded by those processes alone that may serve
     for owner, name, make in ((entry, "serve_http", _server), (MultiprocExecutor, "start_worker_monitor", _headless)):
         whole = getattr(owner, name, None)
-        if whole is not None and not hasattr(whole, "__wrapped__"):
-            setattr(owner, name, make(whole))
+        if whole is not None and not hasattr(whole, OURS):
+            ours = make(whole)
+            setattr(ours, OURS, True)
+            setattr(owner, name, ours)
 
 
 def _server(serve: Any) -> Any:

@@ -125,7 +125,7 @@ class Ranks:
 
 
 def _without_plan(codec: Codec, num_features: int, dtype: torch.dtype) -> Iterator[str]:
-    """What can be said of a codec alone: bytes, that answers were not compared, and why losses are lost for good."""
+    """Sentences on a codec alone: its bytes, that answers were not compared, and why what is lost stays lost."""
     bits = 8 * codec.row_nbytes(num_features) / num_features
     whole = 8 * dtype.itemsize
     yield f"verdict: {bits:.4g} bits a value in place of {whole}, but what answers lose by that nobody has measured"
