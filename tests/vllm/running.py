@@ -2,9 +2,15 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,12 +68,13 @@ class Run:
 def started(folder: Path, name: str, asked: Mapping[str, Any], environment: Mapping[str, str]) -> tuple[int, Run]:
     """The exit code of serving.py, asked for that, and what it left."""
     out = folder / f"{name}.json"
-    (folder / f"{name}.asked").write_text(json.dumps({"prompts": PROMPTS, **asked}))
+    (folder / f"{name}.asked").write_text(json.dumps({"rounds": [PROMPTS], **asked}))
     command: Sequence[Any] = [sys.executable, HERE / "serving.py", folder / f"{name}.asked", out]
     cache = {"VLLM_CACHE_ROOT": str(folder / "cache")}  # one for all runs
+    cores = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(["0|1"] * asked.get("options", {}).get("pipeline_parallel_size", 1))}
     done = subprocess.run(
         command,
-        env=os.environ | ENVIRONMENT | cache | dict(environment),
+        env=os.environ | ENVIRONMENT | cache | cores | dict(environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -84,6 +91,98 @@ def run(folder: Path, name: str, asked: Mapping[str, Any], **environment: str) -
     return found
 
 
+@dataclass(frozen=True)
+class Server:
+    """`vllm serve` on two ranks, up."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log_path: Path
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def processes(self) -> dict[int, str]:
+        """What vLLM calls its processes, by id, of those that run."""
+        return running(self.process.pid)
+
+    def worker(self, rank: int) -> int:
+        """The process of a rank."""
+        return next(each for each, title in self.processes().items() if f"Worker_TP{rank}" in title)
+
+    def complete(self, prompt: str, num_tokens: int) -> tuple[int, str]:
+        """Status and body of the API's answer."""
+        asked = {"model": "model", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+        headers = {"content-type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(asked).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+@contextmanager
+def serving(folder: Path, *options: str, **environment: str) -> Iterator[Server]:
+    """A server with the bundled model; nothing of it is left afterwards."""
+    port, log_path = free_port(), folder / "server.log"
+    command = ["serve", MODEL, "--tensor-parallel-size", "2", "--dtype", "float32", "--max-model-len", "512"]
+    command += ["--enforce-eager", "--served-model-name", "model", "--port", str(port), *options]
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            [Path(sys.executable).with_name("vllm"), *command],
+            env=os.environ | ENVIRONMENT | environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        while not answers(f"{url}/health"):
+            assert process.poll() is None, log_path.read_text()[-4000:]
+            time.sleep(0.3)
+        yield Server(url, process, log_path)
+    finally:
+        process.terminate()
+        if not ended(process.pid):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def running(session: int) -> dict[int, str]:
+    """Command lines by process, of those of a session that run."""
+    found = {}
+    for each in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.getsid(int(each.name)) == session and (title := (each / "cmdline").read_text()):
+                found[int(each.name)] = title
+    return found
+
+
+def ended(session: int, within_s: float = 20) -> bool:
+    """True once no process of a session runs."""
+    until = time.monotonic() + within_s
+    while running(session) and time.monotonic() < until:
+        time.sleep(0.1)
+    return not running(session)
+
+
+def answers(url: str) -> bool:
+    """True if somebody does."""
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def differences(left: Sequence[float], right: Sequence[float]) -> list[float]:
     """Between log-probabilities."""
     return [abs(mine - theirs) for mine, theirs in zip(left, right, strict=True)]
@@ -96,8 +195,12 @@ def share_alike(differences: Sequence[float]) -> float:
 
 def simulated(served: Run, folder: Path, plan: str = "int4.plan", model: str = MODEL) -> dict[str, list[float]]:
     """Log-probabilities of what was served, by our Transformers engine."""
-    answered = zip(PROMPTS, served.answers["tokens"], strict=True)
+    answered = zip(served.answers["prompts"], served.answers["tokens"], strict=True)
     (folder / "sequences.json").write_text(json.dumps([prompt + tokens for prompt, tokens in answered]))
     ordinary("simulate", folder, model, str(folder / plan))
     found: dict[str, Any] = json.loads((folder / "simulated.json").read_text())
-    return {name: [score for each in scores for score in each] for name, scores in found.items()}
+    lengths = [len(each) for each in served.answers["scores"]]  # of answers alone, or of prompts, too
+    return {
+        name: [score for each, length in zip(scores, lengths, strict=True) for score in each[-length:]]
+        for name, scores in found.items()
+    }

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 
 from narrowcast.engines.vllm.settings import Settings
 from narrowcast.errors import InvalidInputError, PlanFormatError
-from running import ENVIRONMENT, LIMIT_S, MODEL, started
+from running import ENVIRONMENT, LIMIT_S, MODEL, free_port, started
 
 # --- What is asked for: no vLLM needed --------------------------------------------------------------------------------
 
@@ -63,6 +62,11 @@ def test_the_environment_and_the_configuration_are_not_mixed(monkeypatch: pytest
         ({}, "missing.plan", "expected a plan file, found no such file"),
         ({"tp_size": 1}, "int4.plan", "plan: expected tp_size 2, for which it was calibrated, found tp_size 1"),
         (
+            {"options": {"pipeline_parallel_size": 2}},
+            "int4.plan",
+            "as a plan's feedback goes through all layers, found pipeline_parallel_size 2. Leave the pipeline out",
+        ),
+        (
             {"model": "other"},
             "int4.plan",
             "expected the weights that the plan was calibrated on in model.layers.3.self_attn.o_proj, found others",
@@ -77,12 +81,6 @@ def test_a_plan_that_does_not_fit(folder: Path, asked: dict[str, object], plan: 
     assert code != 0
     assert expected in run.log
     assert not run.out.exists()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.parametrize(

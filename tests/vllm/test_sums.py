@@ -4,14 +4,11 @@ import statistics
 from pathlib import Path
 
 import pytest
-import torch
-from torch import Tensor
 
 from narrowcast.plan import Plan
 from narrowcast.runtime.counters import Report
-from narrowcast.runtime.simulator import Simulator
-from narrowcast.runtime.sites import Sites
 from running import EMBEDDING, MODEL, ROUNDING, Run, differences, run, share_alike, simulated
+from sums import as_simulated
 
 
 @pytest.fixture(scope="module")
@@ -38,23 +35,12 @@ def served(request: pytest.FixtureRequest) -> Run:
     return found
 
 
-def recorded(served: Run) -> list[list[tuple[str, Tensor, Tensor]]]:
-    """Site, what was put in and what came out, of each sum, by rank."""
-    return [torch.load(f"{served.out}.{rank}") for rank in range(2)]
-
-
 def test_every_sum_travels_and_comes_out_as_simulated(served: Run, folder: Path) -> None:
     """The same bits on both ranks, of what they put in; feedback begins anew with every forward; the same bytes."""
     plan = Plan.load(folder / "int4.plan")
-    codecs = {name: site.codecs for name, site in plan.sites.items()}
-    simulator = Simulator(Sites(codecs, (), "auto", torch.device("cpu"), chains=plan.feedback), 2)
-    first, second = recorded(served)
+    first, simulator = as_simulated(served, plan)
     assert {site for site, *_ in first} == {EMBEDDING, *plan.sites}
     assert {len(given) for _, given, _ in first} >= {1, 3, 32}, "a decoded token, three at once, a chunk of a prompt"
-    for (site, given, total), (other_site, other, other_total) in zip(first, second, strict=True):
-        assert site == other_site
-        expected = simulator.sum([given, other], site, simulator.residue(site, *given.shape, given.device))
-        assert torch.equal(total, expected) and torch.equal(other_total, expected), site
     reports = [Report.from_json(each) for each in served.answers["reports"]]
     counted = {name: site.counting([each.sites[name] for each in reports]) for name, site in reports[0].sites.items()}
     assert counted == simulator.sites.report().sites

@@ -3,6 +3,7 @@
 import logging
 from typing import Any
 
+from narrowcast.engines.vllm.ending import end_with_the_others, exit_with_status
 from narrowcast.engines.vllm.settings import LOGGER, Settings
 from narrowcast.engines.vllm.tools import Tools
 from narrowcast.errors import NarrowcastError
@@ -22,6 +23,7 @@ def register(tools: Tools) -> None:
     WorkerWrapperBase.narrowcast_tools = tools
     for method in METHODS:
         setattr(WorkerWrapperBase, method.__name__, method)
+    exit_with_status()
 
 
 def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -46,6 +48,7 @@ def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
     except NarrowcastError as error:
         logger.error("%s", error)
         raise
+    end_with_the_others(self.worker)
     self.narrowcast_ranks = ranks
     return loaded
 

@@ -95,11 +95,6 @@ def _sums_alone(experts: Any) -> bool:
     return is_split and not config.skip_final_all_reduce and experts.shared_experts is None
 
 
-def is_row_parallel(module: nn.Module) -> bool:
-    """True for a row-parallel layer, wrapped or not."""
-    return isinstance(unwrapped(module), SummedLinear)
-
-
 def is_experts(module: nn.Module) -> bool:
     """True for the experts of a mixture, wrapped or not."""
     return isinstance(unwrapped(module), MoERunner)

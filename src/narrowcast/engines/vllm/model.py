@@ -47,9 +47,9 @@ class LoadedModel:
             return next((each for each, layer in self.sums.items() if _is_in(block, each, layer)), name)
         return name
 
-    def row_parallel(self) -> list[str]:
-        """All row-parallel layers; InvalidInputError if there are none."""
-        found = [name for name, layer in self.sums.items() if layers.is_row_parallel(layer)]
+    def coded_alone(self) -> list[str]:
+        """All row-parallel layers and mixtures of experts; InvalidInputError if there are none."""
+        found = [name for name, layer in self.sums.items() if not layers.is_embedding(layer)]
         if not found:
             raise InvalidInputError(
                 type(self.model).__name__,

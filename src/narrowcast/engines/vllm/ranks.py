@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeVar
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from vllm.distributed import get_tp_group
 
+from narrowcast.codecs import Codec
 from narrowcast.engines.agreement import agreed
 from narrowcast.engines.identity import NUM_SAMPLES, config_fields
 from narrowcast.engines.vllm.model import LoadedModel, split_of
@@ -97,16 +98,16 @@ class Ranks:
         if plan is None:
             return
         plan.check_real()
+        if (num_stages := self._vllm_config.parallel_config.pipeline_parallel_size) > 1:
+            raise PlanMismatchError(
+                "plan",
+                expected="one stage in vLLM, as a plan's feedback goes through all layers",
+                found=f"pipeline_parallel_size {num_stages}",
+                remedy=f"Leave the pipeline out, or set {CODEC} in place of the plan.",
+            )
         every: dict[str, Sequence[str | None]] = dict.fromkeys(plan.model.samples, [None] * NUM_SAMPLES)
         found = ModelFingerprint(config=config_fields(config), samples={**every, **samples})
         plan.check(found, split_of(self._vllm_config))
-        if plan.split.pp_size > 1:
-            raise PlanMismatchError(
-                "plan",
-                expected="one for tensor-parallel ranks alone, in vLLM",
-                found=str(plan.split),
-                remedy="Serve it with Transformers, or one codec with vLLM.",
-            )
 
     def _agree(self, check: Callable[[], T]) -> T:
         """The result of `check` on this rank; raises on all ranks what it raises on any."""
@@ -134,7 +135,7 @@ class Ranks:
         """vLLM's names of the sums to serve, by a plan's."""
         if self._settings.plan is not None:
             return loaded.served(self._settings.plan)
-        every = loaded.row_parallel()
+        every = loaded.coded_alone()
         return loaded.in_plans() if self._settings.calibrating is not None else {name: name for name in every}
 
     def _wires(self, names: Mapping[str, str], loaded: LoadedModel) -> Communicator:
@@ -182,16 +183,21 @@ class Ranks:
         return Sites(codecs, plan.groups, "auto", self._device, chains=plan.feedback, decisions=plan.decisions)
 
     def _tell(self, names: Mapping[str, str]) -> None:
-        plan, name, calibrating = self._settings.plan, self._settings.name, self._settings.calibrating
+        plan, codec, name = self._settings.plan, self._settings.codec, self._settings.name
+        calibrating = self._settings.calibrating
         if calibrating is not None:
             logger.info("calibrating %s at %d sums, which are exact; then %s is written", calibrating, len(names), name)
             return
         what = f"codec {name}" if plan is None else f"plan {plan.fingerprint[:12]}, {name},"
         logger.info("%s at %d sums, over %s", what, len(names), self._tp.name)
         if plan is None:
-            logger.info("without a plan nobody knows what that costs: narrowcast calibrate finds out, and feeds back")
+            assert codec is not None, "settings have one of the two"
+            config = self._vllm_config.model_config
+            for line in _without_plan(codec, config.get_hidden_size(), config.dtype):
+                logger.info("%s", line)
             return
-        logger.info("%s", "; ".join(feedback_in_words(plan)))
+        for line in feedback_in_words(plan):
+            logger.info("%s", line)
         logger.info("%s", _decided(plan))
         if own := [name for name in plan.sites if name not in names]:
             logger.info("vLLM's own, exact, are %d of the plan's sites, such as %s", len(own), own[0])
@@ -204,3 +210,14 @@ def _decided(plan: Plan) -> str:
     if None in ways.values():
         return f"not tuned: all sums are coded, also where that is slower; {TUNE}=1 measures it here"
     return "tuned: " + ", ".join(f"sums of {numbered(tokens, 'token')} {way}" for tokens, way in ways.items())
+
+
+def _without_plan(codec: Codec, num_features: int, dtype: torch.dtype) -> Iterator[str]:
+    """Sentences on a codec alone: its bytes, that answers were not compared, and why what is lost stays lost."""
+    bits = 8 * codec.row_nbytes(num_features) / num_features
+    whole = 8 * dtype.itemsize
+    yield f"verdict: {bits:.4g} bits a value in place of {whole}, but what answers lose by that nobody has measured"
+    yield (
+        "depth feedback and the own part exact are off, as there is no plan: which sums go into the residual stream as "
+        "they are, and what reads it, narrowcast calibrate finds out by trying"
+    )
