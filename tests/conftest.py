@@ -1,5 +1,6 @@
 """Fixtures: rank processes, small models, the bundled model's text."""
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +18,9 @@ from ranks import Ranks
 
 MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 SHARED = Path(__file__).parents[2] / "shared"
+
+# make test-vllm runs these, in an environment of its own; two files called conftest would stand for each other here.
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm"]
 
 # Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
 STARTING_PROCESSES = "bench", "cli", "failure", "handshake", "launch", "preflight", "serving", "tcp", "wire_bytes"
