@@ -20,7 +20,7 @@ test-slow: .venv/ready
 	.venv/bin/pytest -m slow --numprocesses 2 --dist loadgroup $(ARGS)
 
 test-vllm: .venv/ready .venv-vllm/ready
-	.venv-vllm/bin/pytest tests/vllm $(ARGS)
+	.venv-vllm/bin/pytest tests/in_vllm $(ARGS)
 
 lint: .venv/ready
 	.venv/bin/ruff check

@@ -20,7 +20,7 @@ MODEL = Path(__file__).parents[1] / "models" / "gutenberg-7m"
 SHARED = Path(__file__).parents[2] / "shared"
 
 # make test-vllm runs these, in an environment of its own; two files called conftest would stand for each other here.
-collect_ignore = [] if importlib.util.find_spec("vllm") else ["vllm"]
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["in_vllm"]
 
 # Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
 STARTING_PROCESSES = "bench", "cli", "failure", "handshake", "launch", "preflight", "serving", "tcp", "wire_bytes"

@@ -34,9 +34,8 @@ def main(asked: dict[str, Any], out: Path) -> None:
 
     `rounds`: prompts that are asked for at once. Scores of prompts, which vLLM caches nothing of, may be left out.
     """
-    from vllm.lora.request import LoRARequest
-
     from vllm import LLM, SamplingParams
+    from vllm.lora.request import LoRARequest
 
     defaults = {
         "tensor_parallel_size": asked.get("tp_size", 2),
