@@ -33,7 +33,7 @@ from narrowcast import NarrowcastError, Plan
 from narrowcast.calibration import Observations, observe
 from narrowcast.engines import load_engine
 from narrowcast.plan.split import KINDS, Split
-from narrowcast.runtime.counters import Report
+from narrowcast.runtime.reports import Report
 from ranks import Ranks
 
 CODECS = [

@@ -21,7 +21,7 @@ from narrowcast import InvalidInputError, Plan
 from narrowcast.engines import load_engine
 from narrowcast.errors import PlanMismatchError
 from narrowcast.plan.split import Split
-from narrowcast.runtime.counters import Report
+from narrowcast.runtime.reports import Report
 from ranks import Ranks
 
 Pools = Callable[[int], Ranks]

@@ -16,7 +16,7 @@ from formats import FORMATS
 from models import calibrated
 from narrowcast.codecs import PRESETS, CastCodec, Codec, recipe
 from narrowcast.collectives import ALGORITHMS, Hops, Pending, choose, simulate
-from narrowcast.collectives.base import Traffic
+from narrowcast.collectives.base import Sent
 from narrowcast.collectives.two_shot import shares
 from narrowcast.errors import InvalidInputError
 from ranks import Ranks
@@ -280,7 +280,7 @@ def test_auto_sends_the_fewest_bytes(world_size: int, num_tokens: int, num_featu
     codecs = Hops(calibrated(preset, torch.ones(world_size, 1, num_features)))
 
     def total(name: str) -> int | None:
-        sent: Sequence[Traffic | None] = [
+        sent: Sequence[Sent | None] = [
             ALGORITHMS[name].sent(codecs, num_tokens, num_features, rank, world_size) for rank in range(world_size)
         ]
         return None if None in sent else sum(each.nbytes for each in sent if each is not None)

@@ -27,7 +27,7 @@ from narrowcast.plan import ModelFingerprint, Site
 from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.plan.split import Split
 from narrowcast.runtime.communicator import Communicator
-from narrowcast.runtime.counters import Report
+from narrowcast.runtime.reports import Report
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites, plain
 from narrowcast.transport import TcpTransport, TorchDistributedTransport

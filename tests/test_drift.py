@@ -31,7 +31,7 @@ from narrowcast.collectives.pending import Pending
 from narrowcast.engines import load_engine
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
-from narrowcast.runtime.counters import Report, SiteReport
+from narrowcast.runtime.reports import Report, SiteReport
 from narrowcast.scores import compare, log_probs
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks

@@ -28,7 +28,7 @@ from narrowcast.evaluation.continuations import continuations
 from narrowcast.evaluation.ranks import Job, Outcome
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, heard_by
-from narrowcast.runtime.counters import Report
+from narrowcast.runtime.reports import Report
 from narrowcast.scores import Items, Score, compare, log_probs
 from narrowcast.scores.intervals import holm, t_quantile, t_within
 from narrowcast.scores.verdict import in_words

@@ -14,7 +14,7 @@ from models import MORE, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
 from narrowcast.engines import load_engine
 from narrowcast.plan.split import KINDS, Split
-from narrowcast.runtime.counters import Report
+from narrowcast.runtime.reports import Report
 from ranks import Ranks
 
 Pools = Callable[[int], Ranks]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from narrowcast.plan import Plan
-from narrowcast.runtime.counters import Report
+from narrowcast.runtime.reports import Report
 from running import EMBEDDING, MODEL, ROUNDING, Run, differences, run, share_alike, simulated
 from sums import as_simulated
 

@@ -10,6 +10,7 @@ from narrowcast.codecs import Ranges
 from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS, simulate
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Site
+from narrowcast.runtime.sampling import ordinary
 
 EMA_FACTOR = 0.01  # weight of each new sequence (gamma in peers' words; the first sequence initialises)
 
@@ -18,9 +19,6 @@ EMA_FACTOR = 0.01  # weight of each new sequence (gamma in peers' words; the fir
 # The default was measured: docs/calibration.md.
 FirstTokens = Literal["count", "choosing", "skip"]
 
-
-# Times the median power of a site's tokens: those beyond are few, and would hide what becomes of all others.
-ORDINARY = 16.0
 
 Groups = Sequence[Sequence[int]]
 
@@ -51,12 +49,6 @@ class PowerObserver:
         """Sites at which tokens that are not ordinary hold more than half of the power."""
         powers = {site: torch.cat(powers) for site, powers in self._power.items()}
         return [site for site, power_T in powers.items() if power_T[ordinary(power_T)].sum() < power_T.sum() / 2]
-
-
-def ordinary(power_T: Tensor) -> Tensor:
-    """True for tokens of no more than 16 times the median power [T], or for all of them where most have none."""
-    most = ORDINARY * power_T.median()
-    return power_T <= most if most > 0 else torch.ones_like(power_T, dtype=torch.bool)
 
 
 class RangeObserver:

@@ -18,7 +18,7 @@ from narrowcast.launch import is_first_rank
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.progress import Progress, heard_by
-from narrowcast.runtime.counters import Report
+from narrowcast.runtime.reports import Report
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
 KEPT: dict[Replicated, str] = {

@@ -9,6 +9,7 @@ Shapes: T tokens, E features, R ranks, B payload bytes of a token.
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -32,6 +33,28 @@ class Traffic(NamedTuple):
 
     nbytes: int
     num_values: int
+
+
+@dataclass(frozen=True)
+class Sent:
+    """The traffic of one rank in a collective, by hop (`Hops`)."""
+
+    by_hop: tuple[Traffic, ...]
+
+    @cached_property
+    def total(self) -> Traffic:
+        """That of all hops."""
+        return Traffic(sum(each.nbytes for each in self.by_hop), sum(each.num_values for each in self.by_hop))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all hops."""
+        return self.total.nbytes
+
+    @classmethod
+    def once(cls, nbytes: int, num_values: int) -> Self:
+        """What travels once."""
+        return cls((Traffic(nbytes, num_values),))
 
 
 class Begin(NamedTuple):
@@ -94,7 +117,7 @@ class Algorithm:
     `needs_groups`: it must be told the ranks of each node.
     `steps(x_TE, y_TE, hops, rank, world_size, stats)` runs on a rank and fills `y_TE` with the sum, reading nothing
     of `x_TE` once it writes; `twin(partials, hops, stats)` is its specification in one process;
-    `sent(hops, T, E, rank, world_size)` is the traffic of a rank, None where the algorithm cannot run;
+    `sent(hops, T, E, rank, world_size)` is what a rank sends, None where the algorithm cannot run;
     `work(num_values, world_size)` is what `perf.estimate` predicts its time from, None where that is unknown.
     `kernels_only`: between its exchanges, steps do nothing to tensors but by kernels of codecs, so that they can be
     recorded and run again (`one_call`).
@@ -105,7 +128,7 @@ class Algorithm:
     needs_groups: bool = False
     steps: Callable[[Tensor, Tensor, Hops, int, int, Tensor | None], Filling]
     twin: Callable[[Sequence[Tensor], Hops, Tensor | None], Tensor]
-    sent: Callable[[Hops, int, int, int, int], Traffic | None]
+    sent: Callable[[Hops, int, int, int, int], Sent | None]
     work: Callable[[int, int], CodingWork | None] = lambda num_values, world_size: None
     kernels_only: bool = False
 

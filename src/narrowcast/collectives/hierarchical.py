@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from narrowcast.codecs import Codec
-from narrowcast.collectives.base import Algorithm, Exchange, Filling, Hops, Traffic, new_payload
+from narrowcast.collectives.base import Algorithm, Exchange, Filling, Hops, Sent, Traffic, new_payload
 from narrowcast.collectives.two_shot import Share, shares, twin_shares
 
 
@@ -119,18 +119,17 @@ def _twin(partials: Sequence[Tensor], hops: Hops, stats: Tensor | None) -> Tenso
     return y_TE
 
 
-def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:
+def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Sent | None:
     seat = _seat(hops, num_tokens, num_features, rank, world_size)
     if seat is None:
         return None
-    travelling = [_traffic(share.partial, share, 1) for owner, share in seat.owned.items() if owner != rank]
+    partials = [_traffic(share.partial, share, 1) for owner, share in seat.owned.items() if owner != rank]
+    partial, reduced, between = Sent(tuple(partials)).total, Traffic(0, 0), Traffic(0, 0)
     if rank in seat.owned:
         own = seat.owned[rank]
-        travelling += [
-            _traffic(own.codecs[2], own, len(seat.peers) - 1),
-            _traffic(own.reduced, own, len(seat.members) - 1),
-        ]
-    return Traffic(sum(each.nbytes for each in travelling), sum(each.num_values for each in travelling))
+        reduced = _traffic(own.reduced, own, len(seat.members) - 1)
+        between = _traffic(own.codecs[2], own, len(seat.peers) - 1)
+    return Sent((partial, reduced, between))
 
 
 def _traffic(codec: Codec, share: Share, peers: int) -> Traffic:

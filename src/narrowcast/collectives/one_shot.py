@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from narrowcast.collectives.base import Algorithm, CodingWork, Filling, Hops, Traffic, to_all
+from narrowcast.collectives.base import Algorithm, CodingWork, Filling, Hops, Sent, to_all
 
 
 def _steps(x_TE: Tensor, y_TE: Tensor, hops: Hops, rank: int, world_size: int, stats: Tensor | None) -> Filling:
@@ -28,9 +28,9 @@ def _twin(partials: Sequence[Tensor], hops: Hops, stats: Tensor | None) -> Tenso
     return codec.decode_sum(payloads_RTB, dtype=partials[0].dtype, num_features=partials[0].shape[1])
 
 
-def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic:
+def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Sent:
     peers = world_size - 1
-    return Traffic(peers * hops.codecs[0].payload_nbytes(num_tokens, num_features), peers * num_tokens * num_features)
+    return Sent.once(peers * hops.codecs[0].payload_nbytes(num_tokens, num_features), peers * num_tokens * num_features)
 
 
 def _work(num_values: int, world_size: int) -> CodingWork:

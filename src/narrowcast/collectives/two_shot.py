@@ -19,6 +19,7 @@ from narrowcast.collectives.base import (
     Exchange,
     Filling,
     Hops,
+    Sent,
     Traffic,
     new_payload,
     share_of,
@@ -129,14 +130,15 @@ def _twin(partials: Sequence[Tensor], hops: Hops, stats: Tensor | None) -> Tenso
     return y_TE
 
 
-def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Traffic | None:
+def _sent(hops: Hops, num_tokens: int, num_features: int, rank: int, world_size: int) -> Sent | None:
     owners = shares(hops, num_tokens, num_features, world_size)
     if owners is None:
         return None
     own, peers = owners[rank], [owner for peer, owner in enumerate(owners) if peer != rank]
     nbytes = sum(owner.partial.payload_nbytes(*owner.shape) for owner in peers)
-    nbytes += len(peers) * own.reduced.payload_nbytes(*own.shape)
-    return Traffic(nbytes, sum(owner.num_values for owner in peers) + len(peers) * own.num_values)
+    partial = Traffic(nbytes, sum(owner.num_values for owner in peers))
+    reduced = Traffic(len(peers) * own.reduced.payload_nbytes(*own.shape), len(peers) * own.num_values)
+    return Sent((partial, reduced))
 
 
 def _work(num_values: int, world_size: int) -> CodingWork:

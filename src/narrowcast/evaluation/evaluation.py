@@ -11,7 +11,7 @@ from narrowcast.aligned import aligned
 from narrowcast.evaluation.sites import SiteError
 from narrowcast.evaluation.tasks import AnsweredTasks
 from narrowcast.plan import Plan
-from narrowcast.runtime.counters import Report
+from narrowcast.runtime.reports import Report
 from narrowcast.scores import Score, written
 from narrowcast.scores.verdict import in_words
 

@@ -22,8 +22,8 @@ from narrowcast.plan import Plan
 from narrowcast.plan.decisions import Decisions
 from narrowcast.plan.split import Split
 from narrowcast.progress import told
-from narrowcast.runtime.counters import Report
 from narrowcast.runtime.prompts import Chunks
+from narrowcast.runtime.reports import Report
 from narrowcast.scores import Score
 from narrowcast.transport import DEFAULT_TIMEOUT_S, Transport, transports_of
 

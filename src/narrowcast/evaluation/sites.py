@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from narrowcast.evaluation.scoring import scored, standing_by
 from narrowcast.plan import Plan
-from narrowcast.runtime.counters import SiteReport
+from narrowcast.runtime.reports import SiteReport
 from narrowcast.scores import Items
 
 

@@ -17,9 +17,9 @@ from narrowcast.codecs import Codec
 from narrowcast.engines import device_of, engine_of
 from narrowcast.engines.forwards import evaluating
 from narrowcast.plan.split import Split
-from narrowcast.runtime.counters import SiteReport
 from narrowcast.runtime.operators import Operator
 from narrowcast.runtime.products import Product
+from narrowcast.runtime.reports import SiteReport
 from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
 

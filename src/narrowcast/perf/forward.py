@@ -12,7 +12,7 @@ from narrowcast.perf.census import Flow
 from narrowcast.perf.cost import CostModel
 from narrowcast.plan.decisions import Choice
 from narrowcast.plan.split import SUMS, UNCODED, Split
-from narrowcast.runtime.counters import SiteReport
+from narrowcast.runtime.reports import SiteReport
 
 
 class Coded(NamedTuple):

@@ -19,7 +19,7 @@ from narrowcast.collectives import (
     recv_steps,
     send_steps,
 )
-from narrowcast.collectives.base import Deferred, Traffic
+from narrowcast.collectives.base import Deferred, Sent
 from narrowcast.collectives.one_call import OneCall
 from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.planned import PlannedWires, payload
@@ -71,14 +71,14 @@ class Communicator(PlannedWires):
         residue: Tensor | None,
         algorithm: str,
         counters: SiteCounters,
-    ) -> None:
+    ) -> str:
         (partial,) = partials
         if self._small_sums.take(y_TE) and not self._turns.taken and counters.clock is None:
             x_TE, stats = partial.tokens(slice(None)), counters.stats
             call = self._small_sums.add_up(x_TE, y_TE, hops, residue, algorithm, stats)
             if self.recorder is not None:
                 self.recorder.add_up(call, x_TE, y_TE, residue, stats)
-            return
+            return "steps" if call is None else "call"
         tp, turns = counters.transport(self.tp), self._turns
         fed_back = counters.hops(self._fed_back(hops, residue))
         in_chunks = not turns.taken and self.sites.decisions.chunks_pay(y_TE.shape[1], tp.chunk_values or 0)
@@ -87,6 +87,10 @@ class Communicator(PlannedWires):
         turns.begin_sum()
         pending.wait(turns.pass_on if turns.taken else None)
         turns.catch_up()
+        return "steps"
+
+    def _exact_sum(self, given_RNE: Tensor) -> Tensor:
+        return self.tp.native_all_reduce(given_RNE[0])
 
     def _add_up_natively(self, partials: Sequence[Deferred]) -> Tensor:
         (partial,) = partials
@@ -119,9 +123,9 @@ class Communicator(PlannedWires):
     def send(self, x: Tensor, site: str, *, dst: int) -> None:
         """Send `x` [..., E] to pipeline stage `dst`."""
         assert self.pp is not None, "only a pipeline sends from stage to stage"
-        x_TE, counters = x.reshape(-1, x.shape[-1]), self.sites.counters(site)
-        planned, pp = self.sites.hops(site, x.dtype).codecs[0], counters.transport(self.pp)
-        counters.count(len(x_TE), payload(planned, x_TE.shape), x.dtype.itemsize)
+        x_TE, planned = x.reshape(-1, x.shape[-1]), self.sites.hops(site, x.dtype).codecs[0]
+        counters = self.count_once(site, "boundary", x, len(x_TE), payload(planned, x_TE.shape))
+        pp = counters.transport(self.pp)
         codec = counters.codec(self._used(planned, x))
         steps = send_steps(x_TE, codec, dst, pp.rank, pp.world_size, self._stats_of_stage(counters))
         Pending(steps, pp, pair=(pp.rank, dst)).wait()
@@ -129,8 +133,8 @@ class Communicator(PlannedWires):
     def recv(self, shape: Sequence[int], site: str, *, src: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The hidden states that pipeline stage `src` sends: [..., E] of that shape."""
         assert self.pp is not None, "only a pipeline sends from stage to stage"
-        y_TE, counters = _room(shape, dtype, device), self.sites.counters(site)
-        counters.count(len(y_TE), Traffic(0, 0), dtype.itemsize)
+        y_TE = _room(shape, dtype, device)
+        counters = self.count_once(site, "boundary", y_TE, len(y_TE), Sent.once(0, 0))
         codec = counters.codec(self._used(self.sites.hops(site, dtype).codecs[0], y_TE))
         pp = counters.transport(self.pp)
         Pending(recv_steps(y_TE, codec, src, pp.world_size), pp, pair=(src, pp.rank)).wait()
@@ -141,11 +145,10 @@ class Communicator(PlannedWires):
     ) -> Tensor:
         """The tensor that pipeline stage `src` holds, `x` [..., E] of that shape there, at every stage."""
         assert self.pp is not None, "only a pipeline sends from stage to stage"
-        y_TE, counters = _room(shape, dtype, device), self.sites.counters(site)
-        planned, pp = self.sites.hops(site, dtype).codecs[0], counters.transport(self.pp)
-        sent = payload(planned, y_TE.shape)
-        copies = pp.world_size - 1 if pp.rank == src else 0
-        counters.count(len(y_TE), Traffic(copies * sent.nbytes, copies * sent.num_values), dtype.itemsize)
+        y_TE, planned = _room(shape, dtype, device), self.sites.hops(site, dtype).codecs[0]
+        copies = self.pp.world_size - 1 if self.pp.rank == src else 0
+        counters = self.count_once(site, "boundary", y_TE, len(y_TE), payload(planned, y_TE.shape, copies))
+        pp = counters.transport(self.pp)
         codec, x_TE = counters.codec(self._used(planned, y_TE)), None if x is None else x.reshape(y_TE.shape)
         steps = broadcast_steps(x_TE, y_TE, codec, src, pp.rank, pp.world_size, self._stats_of_stage(counters))
         Pending(steps, pp).wait()

@@ -23,6 +23,7 @@ from narrowcast.codecs import Codec
 from narrowcast.collectives import Hops
 from narrowcast.collectives.base import Deferred
 from narrowcast.plan.chains import Chains
+from narrowcast.runtime.sampling import Samples
 
 DTYPE = torch.float32  # of what was lost
 
@@ -104,6 +105,7 @@ class Feedback:
         self.readers = {} if chains.unread else chains.readers
         self._fed = {module for reader in self.readers.values() for module in reader.modules}
         self._num_sources = list(num_sources)
+        self.watched_by: Samples | None = None  # that are to see the next loss which is read
         self._losses = defaultdict[int, Loss](Loss)
         self._loss = self._losses[0]
 
@@ -154,7 +156,10 @@ class Feedback:
         if residue is not None and residue.shape[1:] == (num_tokens, stream.shape[-1]):
             scale, many = self.readers[norm].scale, self._num_sources[0] > 1
             own = [residue[rank if many else 0].view(stream.shape) for rank in ranks]
+            if self.watched_by is not None:
+                self.watched_by.see_stream(own[0], scale, stream)
             loss.inputs = [forward(torch.add(stream, lost, alpha=scale).to(stream.dtype)) for lost in own]
+        self.watched_by = None
 
     def inputs(self, module: str, x: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
         """The inputs from which a module, called with `x`, is to compute each rank's share."""

@@ -3,13 +3,15 @@
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from narrowcast.codecs import CastCodec, Codec
 from narrowcast.collectives import Hops, choose
-from narrowcast.collectives.base import Deferred, Traffic
+from narrowcast.collectives.base import Deferred, Sent
+from narrowcast.collectives.clock import Clock
 from narrowcast.errors import PlanMismatchError
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice
@@ -17,6 +19,8 @@ from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.feedback import Feedback
 from narrowcast.runtime.operators import Operator
 from narrowcast.runtime.products import Product
+from narrowcast.runtime.reports import ONCE, Way
+from narrowcast.runtime.sampling import sampled
 from narrowcast.runtime.schedules import Recorder
 from narrowcast.runtime.sites import Sites, plain
 from narrowcast.runtime.wires import Wires
@@ -85,21 +89,65 @@ class PlannedWires(Wires):
         """The sum [T, E] of `partials`, of the dtype and device of `like`."""
         shape, dtype = (partials[0].num_tokens, partials[0].num_features), like.dtype
         counters = self.sites.counters(site)
-        traffic = self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size)
-        counters.count(shape[0], traffic, dtype.itemsize)
+        sent = self.sites.traffic(site, choice, shape, dtype, self.ranks[0], self.tp_size)
         if self.recorder is not None:
-            self.recorder.count(site, traffic, dtype.itemsize)
+            self.recorder.count(site, choice, sent, dtype.itemsize)
         if choice.form == "native":
             given = partials if residue is None else self.feedback.taken_along(partials, residue)
-            return self._add_up_natively(given)
-        hops, algorithm = self.sites.hops(site, dtype), choice.algorithm
-        if self._count_only or choice.form != "coded":
-            hops = plain(dtype)
-        if self._count_only:
-            algorithm = choose("auto", hops, *shape, self.tp_size)
-        y_TE = like.new_empty(shape)
-        self._add_up(partials, y_TE, hops, residue, algorithm, counters)
+            y_TE, path = self._add_up_natively(given), "native"
+        else:
+            y_TE, path = self._add_up_by(choice, partials, like.new_empty(shape), residue, site, counters)
+        counters.count(shape[0], Way(*choice, path), sent, dtype.itemsize)
         return y_TE
+
+    def _add_up_by(
+        self,
+        choice: Choice,
+        partials: Sequence[Deferred],
+        y_TE: Tensor,
+        residue: Tensor | None,
+        site: str,
+        counters: SiteCounters,
+    ) -> tuple[Tensor, str]:
+        """The sum, in `y_TE`, and the path that it took."""
+        hops, algorithm = self.sites.hops(site, y_TE.dtype), choice.algorithm
+        if self._count_only or choice.form != "coded":
+            hops = plain(y_TE.dtype)
+        if self._count_only:
+            algorithm = choose("auto", hops, y_TE.shape[0], y_TE.shape[1], self.tp_size)
+        elif counters.due and choice.form == "coded":
+            self._sample(partials, y_TE, hops, residue, algorithm, site, counters)
+            return y_TE, "steps"
+        return y_TE, self._add_up(partials, y_TE, hops, residue, algorithm, counters)
+
+    def _sample(
+        self,
+        partials: Sequence[Deferred],
+        y_TE: Tensor,
+        hops: Hops,
+        residue: Tensor | None,
+        algorithm: str,
+        site: str,
+        counters: SiteCounters,
+    ) -> None:
+        """Fill `y_TE` as `_add_up` does, and compare some of its tokens with the exact sum of what was put in."""
+        samples, tokens = counters.samples, sampled(len(y_TE)).to(y_TE.device)
+        values = [partial.tokens(slice(None)) for partial in partials]
+        given_RNE = torch.stack([x_TE[tokens].float() for x_TE in values])
+        if residue is not None:
+            given_RNE[0] += residue[:, tokens].sum(dim=0)
+        exact_NE = self._exact_sum(given_RNE)
+        clock = Clock()
+        timed = replace(counters, clock=clock)
+        self._add_up([Deferred.of(x_TE) for x_TE in values], y_TE, hops, residue, algorithm, timed)
+        seen_RNE = y_TE[tokens].float().unsqueeze(0)
+        if residue is not None and site in self.sites.chains.read and hops.codecs[0].feeds_back:
+            seen_RNE = seen_RNE + residue[: len(self.ranks)][:, tokens]
+            self.feedback.watched_by = samples
+        samples.expected = self.sites.expected_error(site, algorithm)
+        samples.compare(seen_RNE, exact_NE)
+        for part, seconds in clock.seconds.items():
+            samples.seconds[part].add(seconds)
 
     def _fed_back(self, hops: Hops, residue: Tensor | None) -> Hops:
         return hops if residue is None else self.feedback.hops(hops, residue)
@@ -109,20 +157,22 @@ class PlannedWires(Wires):
         flat = [part.flatten(0, -2) for part in parts]
         codec = self.sites.hops(site, x.dtype).codecs[0]
         nbytes = codec.part(start, stop).payload_nbytes(len(flat[0]), stop - start)
-        counters = self._count_copies(site, x, len(flat[0]), Traffic(nbytes, flat[0].numel()), self.tp_size - 1)
+        sent = Sent.once((self.tp_size - 1) * nbytes, (self.tp_size - 1) * flat[0].numel())
+        counters = self.count_once(site, "gather", x, len(flat[0]), sent)
         y_TE = self._gather_features(flat, self._used(codec, x), self.columns(site), counters)
         return y_TE.view(*x.shape[:-1], y_TE.shape[1])
 
     def gather_tokens(self, parts: Sequence[Tensor], site: str, num_tokens: Sequence[int]) -> Tensor:
-        codec, copies = self.sites.hops(site, parts[0].dtype).codecs[0], self.tp_size - 1
-        counters = self._count_copies(site, parts[0], sum(num_tokens), payload(codec, parts[0].shape), copies)
+        codec = self.sites.hops(site, parts[0].dtype).codecs[0]
+        sent = payload(codec, parts[0].shape, self.tp_size - 1)
+        counters = self.count_once(site, "gather", parts[0], sum(num_tokens), sent)
         return self._gather_tokens(parts, self._used(codec, parts[0]), num_tokens, counters)
 
     def all_to_all(self, parts: Sequence[Tensor], site: str, counts: Sequence[Sequence[int]]) -> list[Tensor]:
         x_TE, rank = parts[0], self.ranks[0]
         codec, num_sent = self.sites.hops(site, x_TE.dtype).codecs[0], sum(counts[rank]) - counts[rank][rank]
-        traffic = payload(codec, (num_sent, x_TE.shape[1]))
-        counters = self._count_copies(site, x_TE, 0, traffic, 1)  # pairs of a token and an expert are no tokens
+        sent = payload(codec, (num_sent, x_TE.shape[1]))
+        counters = self.count_once(site, "dispatch", x_TE, 0, sent)  # pairs of a token and an expert are no tokens
         return self._all_to_all(parts, self._used(codec, x_TE), counts, counters)
 
     def _own_columns(self, site: str) -> tuple[int, int]:
@@ -132,11 +182,10 @@ class PlannedWires(Wires):
     def _used(self, planned: Codec, x: Tensor) -> Codec:
         return CastCodec(dtype=x.dtype) if self._count_only else planned
 
-    def _count_copies(self, site: str, x: Tensor, num_tokens: int, traffic: Traffic, copies: int) -> SiteCounters:
-        """The site's counters, with as many copies of what is sent."""
-        counters = self.sites.counters(site)
-        sent = Traffic(copies * traffic.nbytes, copies * traffic.num_values)
-        counters.count(num_tokens, sent, x.dtype.itemsize)
+    def count_once(self, site: str, kind: str, x: Tensor, num_tokens: int, sent: Sent) -> SiteCounters:
+        """The site's counters, with what is sent of values like `x` that are not added up."""
+        counters = self.sites.counters(site, kind)
+        counters.count(num_tokens, Way("coded" if counters.coded else "plain", ONCE, "steps"), sent, x.dtype.itemsize)
         return counters
 
     @abstractmethod
@@ -148,8 +197,14 @@ class PlannedWires(Wires):
         residue: Tensor | None,
         algorithm: str,
         counters: SiteCounters,
-    ) -> None:
-        """Fill `y_TE` with the sum; `residue`, if any, is taken along, and becomes what is lost."""
+    ) -> str:
+        """Fill `y_TE` with the sum, and return the path that it took; a `residue` is taken along, and becomes what is
+        lost.
+        """
+
+    @abstractmethod
+    def _exact_sum(self, given_RNE: Tensor) -> Tensor:
+        """The sum over all ranks of what each of `ranks` gives, in FP32."""
 
     @abstractmethod
     def _add_up_natively(self, partials: Sequence[Deferred]) -> Tensor:
@@ -178,6 +233,6 @@ def _deferred(product: Product, x_TF: Tensor, num_tokens: int) -> Deferred:
     return Deferred(len(x_TF), product.num_features, lambda tokens: product(x_TF[tokens], num_tokens))
 
 
-def payload(codec: Codec, shape: Sequence[int]) -> Traffic:
-    """The traffic of one payload [T, E]."""
-    return Traffic(codec.payload_nbytes(*shape), math.prod(shape))
+def payload(codec: Codec, shape: Sequence[int], copies: int = 1) -> Sent:
+    """The traffic of so many copies of a payload [T, E]."""
+    return Sent.once(copies * codec.payload_nbytes(*shape), copies * math.prod(shape))

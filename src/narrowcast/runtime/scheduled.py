@@ -59,6 +59,12 @@ class Scheduled:
             raise NotRecordableError("no sums")
         self._steps = recorder.steps([x, out, *turns, *lost, *recorder.stats])
 
+    @property
+    def due(self) -> bool:
+        """True where a sum of the layer is to be sampled, which runs by steps."""
+        sites = None if self._wires is None else self._wires.sites
+        return sites is not None and sites.samples and any(sites.counters(each.site).due for each in self._sums)
+
     def run(self, x: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, turns: Sequence[Tensor]) -> Tensor:
         """The layer's hidden states; new tokens go into the last places of `keys` and `values` [B, G, C, D].
 
@@ -80,7 +86,7 @@ class Scheduled:
         stats, tags = [], []
         for each in self._sums:
             counters = wires.sites.counters(each.site)
-            counters.count(self._num_tokens, each.traffic, each.itemsize)
+            counters.count(self._num_tokens, each.way, each.sent, each.itemsize)
             stats.append(counters.stats.data_ptr())
             tags.append(first_tag(transport))
             residue = wires.residue(each.site, self._num_tokens, self._num_features, device)

@@ -21,8 +21,10 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from narrowcast.codecs.kernels import cpu
-from narrowcast.collectives.base import Traffic
+from narrowcast.collectives.base import Sent
 from narrowcast.collectives.one_call import OneCall
+from narrowcast.plan.decisions import Choice
+from narrowcast.runtime.reports import Way
 
 if TYPE_CHECKING:
     from narrowcast import _native
@@ -48,10 +50,11 @@ class NotRecordableError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Summed:
-    """A sum in a schedule: its site, its traffic, of values of `itemsize` bytes, and the call that makes it."""
+    """A sum in a schedule: its site and way, what it sends, values of `itemsize` bytes, and the call that makes it."""
 
     site: str
-    traffic: Traffic
+    way: Way
+    sent: Sent
     itemsize: int
     call: OneCall
 
@@ -68,7 +71,7 @@ class Recorder(TorchDispatchMode):
         self._kept: list[Tensor] = []
         self._zeros: list[Tensor] = []
         self._missed, self._thread = "", threading.get_ident()
-        self._counted: list[tuple[str, Traffic, int]] = []
+        self._counted: list[tuple[str, Way, Sent, int]] = []
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -82,9 +85,9 @@ class Recorder(TorchDispatchMode):
         """Something runs that no schedule can have."""
         self._missed = self._missed or what
 
-    def count(self, site: str, traffic: Traffic, itemsize: int) -> None:
+    def count(self, site: str, choice: Choice, sent: Sent, itemsize: int) -> None:
         """A sum at `site` begins, which sends so much."""
-        self._counted.append((site, traffic, itemsize))
+        self._counted.append((site, Way(*choice, "layer"), sent, itemsize))
 
     def add_up(self, call: OneCall | None, x_TE: Tensor, y_TE: Tensor, residue: Tensor | None, stats: Tensor) -> None:
         """The sum that has begun was made by `call`; None if by steps."""

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from narrowcast.codecs import Codec
 from narrowcast.collectives import Hops, choose, named, simulate
-from narrowcast.collectives.base import Deferred, Traffic
+from narrowcast.collectives.base import Deferred
 from narrowcast.runtime.counters import SiteCounters
 from narrowcast.runtime.planned import PlannedWires, payload
 from narrowcast.runtime.sites import Sites, plain
@@ -27,9 +27,13 @@ class Simulator(PlannedWires, VirtualWires):
         residue: Tensor | None,
         algorithm: str,
         counters: SiteCounters,
-    ) -> None:
+    ) -> str:
         values = [partial.tokens(slice(None)) for partial in partials]
         y_TE.copy_(named(algorithm).twin(values, counters.hops(self._fed_back(hops, residue)), counters.stats))
+        return "steps"
+
+    def _exact_sum(self, given_RNE: Tensor) -> Tensor:
+        return given_RNE.sum(dim=0)
 
     def _add_up_natively(self, partials: Sequence[Deferred]) -> Tensor:
         # A native sum has no twin: the order of its additions is the library's. A plain one stands for it.
@@ -53,10 +57,8 @@ class Simulator(PlannedWires, VirtualWires):
         return simulate.all_to_all(parts, codec=counters.codec(codec), send_counts=counts, stats=counters.stats)
 
     def move(self, x: Tensor, site: str, copies: int) -> Tensor:
-        x_TE, counters = x.reshape(-1, x.shape[-1]), self.sites.counters(site)
-        planned = self.sites.hops(site, x.dtype).codecs[0]
-        sent = payload(planned, x_TE.shape)
-        counters.count(len(x_TE), Traffic(copies * sent.nbytes, copies * sent.num_values), x.dtype.itemsize)
+        x_TE, planned = x.reshape(-1, x.shape[-1]), self.sites.hops(site, x.dtype).codecs[0]
+        counters = self.count_once(site, "boundary", x, len(x_TE), payload(planned, x_TE.shape, copies))
         if self._count_only:
             return x
         codec = counters.codec(planned)

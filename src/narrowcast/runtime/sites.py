@@ -2,17 +2,20 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 
 from narrowcast.codecs import CastCodec, Codec
 from narrowcast.collectives import Hops, choose, named
-from narrowcast.collectives.base import Traffic
+from narrowcast.collectives.base import Sent
 from narrowcast.collectives.clock import Span
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.decisions import Choice, Decisions
-from narrowcast.runtime.counters import Counters, Report, SiteCounters
+from narrowcast.runtime.counters import Counters, SiteCounters
 from narrowcast.runtime.feedback import common_unit
+from narrowcast.runtime.reports import Report
+from narrowcast.runtime.sampling import offset
 
 Codecs = Mapping[str, Sequence[Codec]]
 
@@ -31,7 +34,8 @@ class Sites:
     `algorithm`: that of coded sums; with "auto" the one that `decisions` name, or else the one of fewest bytes.
     `chains`: sites in the order of execution that leave what they lose to the next (`runtime.feedback`).
     `deterministic`: one choice for all sizes, the one that a single token takes, always coded where there are codecs.
-    `timed`: count seconds beside bytes.
+    `timed`: count seconds beside bytes. `sample_every`: of so many calls of a coded site one is sampled, 0 for none;
+    `expected`: the relative errors of its sums by algorithm, beside which it is put. `kinds` of sites.
     """
 
     def __init__(
@@ -45,6 +49,9 @@ class Sites:
         decisions: Decisions = Decisions(),
         deterministic: bool = False,
         timed: bool = False,
+        kinds: Mapping[str, str] = MappingProxyType({}),
+        expected: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
+        sample_every: int = 0,
     ) -> None:
         self.groups = tuple(tuple(group) for group in groups)
         self.chains = chains.among(codecs.keys())
@@ -53,16 +60,35 @@ class Sites:
         self._algorithm, self.deterministic = algorithm, deterministic
         self.decisions = decisions if algorithm == "auto" and not deterministic else Decisions()
         self._algorithms: dict[tuple[str, str, int, int], str] = {}
-        self._traffics: dict[tuple[str, Choice, int, int], Traffic] = {}
+        self._traffics: dict[tuple[str, Choice, int, int], Sent] = {}
+        self._kinds, self._expected, self._every = kinds, expected, sample_every
         self.timed, self._counters = timed, Counters(device, timed=timed)
 
     def hops(self, site: str, dtype: torch.dtype) -> Hops:
         """The codecs by hop for values of a dtype."""
         return self._coded.get(site) or plain(dtype)
 
-    def counters(self, site: str) -> SiteCounters:
-        """The site's counters."""
-        return self._counters.site(site, coded=site in self._coded)
+    def counters(self, site: str, kind: str = "sum") -> SiteCounters:
+        """The site's counters; `kind`, where the plan does not have it."""
+        found = self._counters.sites.get(site)
+        return self._new_counters(site, kind) if found is None else found
+
+    def _new_counters(self, site: str, kind: str) -> SiteCounters:
+        hops, stats = self._coded.get(site), torch.zeros(3, dtype=torch.int64, device=self._counters.device)
+        counters = SiteCounters(hops is not None, stats, kind=self._kinds.get(site, kind))
+        if hops is not None:
+            counters.codecs, counters.every = hops.codecs, self._every
+            counters.ahead = offset(len(self._counters.sites), self._every)
+        return self._counters.add(site, counters)
+
+    @property
+    def samples(self) -> bool:
+        """True where some sums are sampled."""
+        return self._every > 0
+
+    def expected_error(self, site: str, algorithm: str) -> float | None:
+        """The relative RMS error of the site's sums by that algorithm, where the plan knows it."""
+        return self._expected.get(site, {}).get(algorithm)
 
     def report(self) -> Report:
         """All that was counted so far."""
@@ -94,7 +120,7 @@ class Sites:
 
     def traffic(
         self, site: str, choice: Choice, shape: tuple[int, int], dtype: torch.dtype, rank: int, world_size: int
-    ) -> Traffic:
+    ) -> Sent:
         """The traffic of `rank` for a sum of `shape`, tokens and features, that takes that way."""
         key = site, choice, *shape
         traffic = self._traffics.get(key)
@@ -106,12 +132,12 @@ class Sites:
         return traffic
 
 
-def traffic_of(choice: Choice, hops: Hops, shape: tuple[int, int], rank: int, world_size: int) -> Traffic:
+def traffic_of(choice: Choice, hops: Hops, shape: tuple[int, int], rank: int, world_size: int) -> Sent:
     """The traffic of `rank` for a sum of `shape`; a native one counts as the optimum, 2 (R - 1) / R of the values."""
     num_tokens, num_features = shape
     if choice.form == "native":
         num_values = 2 * (world_size - 1) * num_tokens * num_features // world_size
-        return Traffic(hops.codecs[0].row_nbytes(1) * num_values, num_values)
+        return Sent.once(hops.codecs[0].row_nbytes(1) * num_values, num_values)
     traffic = named(choice.algorithm).sent(hops, num_tokens, num_features, rank, world_size)
     assert traffic is not None, "only algorithms that can run are chosen"
     return traffic

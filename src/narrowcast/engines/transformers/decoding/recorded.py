@@ -75,7 +75,7 @@ class RecordedLayer:
         schedule = self._schedules.get(key)
         if schedule is None:
             return self._record(key, layer, x, kwargs)
-        if not schedule.lock.acquire(blocking=False):  # another thread is in it
+        if schedule.due or not schedule.lock.acquire(blocking=False):  # another thread is in it
             return self._whole(layer, x, **kwargs)
         try:
             keys, values = growing.grow(kwargs["past_key_values"].layers[self._index], 1)

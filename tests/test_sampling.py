@@ -1,0 +1,204 @@
+"""Sampled sums: what a site loses, measured as it serves, is what its codecs lose, and sampling changes no bit."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import calibrated
+from narrowcast import InvalidInputError
+from narrowcast.collectives import simulate
+from narrowcast.plan.chains import Chains, Reader
+from narrowcast.runtime.communicator import Communicator
+from narrowcast.runtime.planned import PlannedWires
+from narrowcast.runtime.reports import Report, SiteReport
+from narrowcast.runtime.sampling import (
+    MAX_TOKENS,
+    RATIOS,
+    Histogram,
+    Samples,
+    check_sampling,
+    offset,
+    sampled,
+)
+from narrowcast.runtime.simulator import Simulator
+from narrowcast.runtime.sites import Sites
+from narrowcast.transport import TcpTransport
+from ranks import Ranks
+from transports import needs_mesh
+
+Pools = Callable[[int], Ranks]
+CPU, E, SITES = torch.device("cpu"), 128, ("a", "b")
+
+
+def values(seed: int, num_tokens: int, world_size: int = 2) -> Tensor:
+    return torch.randn(world_size, num_tokens, E, generator=torch.Generator().manual_seed(seed))
+
+
+def sites(every: int, *, fed_back: bool = False, read: bool = False, algorithm: str = "one_shot") -> Sites:
+    codecs = calibrated("int4-feature", values(99, 200))
+    chains = Chains()
+    if fed_back:
+        readers = {"norm": Reader(after="a", modules=("up",), scale=1.0)} if read else {}
+        chains = Chains(chains=(SITES,), readers=readers, unread="" if read else "nobody reads")
+    expected = {site: {"one_shot": 0.1, "two_shot": 0.1} for site in SITES}
+    kinds = dict.fromkeys(SITES, "sum")
+    options = {"chains": chains, "expected": expected, "kinds": kinds, "sample_every": every}
+    return Sites(dict.fromkeys(SITES, codecs), (), algorithm, CPU, **options)  # type: ignore[arg-type]
+
+
+def forward(wires: PlannedWires, given: list[Tensor]) -> list[Tensor]:
+    """The sums of both sites; each rank reads its own view of the stream in between."""
+    found = []
+    for site, x in zip(SITES, given, strict=True):
+        residue = wires.residue(site, x.shape[-2], E, CPU)
+        partials = list(x) if x.dim() == 3 else [x]
+        found.append(wires.sum(partials, site, residue))
+        if wires.feedback.readers and site == "a":
+            wires.keep("norm", found[-1], torch.clone)
+    return found
+
+
+def simulated(found: Sites, num_tokens: int, times: int) -> list[Tensor]:
+    wires = Simulator(found, 2)
+    return [
+        y for time in range(times) for y in forward(wires, [values(time, num_tokens), values(50 + time, num_tokens)])
+    ]
+
+
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_the_error_of_sampled_sums_is_that_of_all_their_tokens(algorithm: str) -> None:
+    found = sites(1, algorithm=algorithm)
+    simulated(found, MAX_TOKENS, 3)
+    samples = found.report().sites["a"].samples
+    assert samples is not None and samples.times == 3 and samples.expected == 0.1
+    noise = power = 0.0
+    for time in range(3):
+        x_RTE = values(time, MAX_TOKENS)
+        coded = simulate.all_reduce(list(x_RTE), codec=calibrated("int4-feature", values(99, 200)), algorithm=algorithm)
+        noise += (coded - x_RTE.sum(0)).square().sum().item()
+        power += x_RTE.sum(0).square().sum().item()
+    assert samples.noise == pytest.approx(noise, rel=1e-5)
+    assert samples.error == pytest.approx((noise / power) ** 0.5, rel=1e-5)
+    assert sum(samples.ratios.counts) == 3
+
+
+def test_what_was_put_in_includes_what_was_lost_before() -> None:
+    """The second sum takes the first one's loss along: beside the sum of partials alone its error would be larger."""
+    found = sites(1, fed_back=True)
+    simulated(found, MAX_TOKENS, 4)
+    alone = sites(1)
+    simulated(alone, MAX_TOKENS, 4)
+    fed, plain = (each.report().sites["b"].samples for each in (found, alone))
+    assert fed is not None and plain is not None
+    assert fed.error == pytest.approx(plain.error, rel=0.1)
+
+
+def test_where_ranks_see_their_own_part_exactly_the_error_is_what_they_see() -> None:
+    """Of two payloads' errors each rank sees one: the error is smaller by the square root of two."""
+    read, unread = sites(1, fed_back=True, read=True), sites(1, fed_back=True)
+    simulated(read, MAX_TOKENS, 8)
+    simulated(unread, MAX_TOKENS, 8)
+    seen, whole = (each.report().sites["a"].samples for each in (read, unread))
+    assert seen is not None and whole is not None and seen.error is not None and whole.error is not None
+    assert seen.error == pytest.approx(whole.error / 2**0.5, rel=0.1)
+    assert sum(seen.residues.counts) == 8 and sum(whole.residues.counts) == 0
+    assert 0.03 < seen.residues.total / 8 < 0.3, "about an error of one payload, over a stream of two"
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_sampling_changes_no_bits_and_no_bytes(every: int) -> None:
+    plain, watched = sites(0, fed_back=True), sites(every, fed_back=True)
+    for expected, found in zip(simulated(plain, 5, 6), simulated(watched, 5, 6), strict=True):
+        assert torch.equal(expected, found)
+    without, with_samples = plain.report(), watched.report()
+    assert without.bits_per_value == with_samples.bits_per_value
+    assert without.sites["a"].samples is None and without.sites["a"].wire_bytes == with_samples.sites["a"].wire_bytes
+
+
+def on_rank(every: int, algorithm: str) -> tuple[list[Tensor], Report]:
+    transport = TcpTransport()
+    found = sites(every, fed_back=True, read=True, algorithm=algorithm)
+    wires = Communicator(found, tp=transport, pp=None)
+    sums = []
+    for time in range(6):
+        for num_tokens in (1, 40):
+            given = [values(seed + time, num_tokens)[transport.rank] for seed in (0, 50)]
+            sums += forward(wires, given)
+    return sums, found.report()
+
+
+@needs_mesh
+@pytest.mark.parametrize("algorithm", ["one_shot", "two_shot"])
+def test_real_ranks_sample_what_the_simulation_does(ranks: Pools, algorithm: str) -> None:
+    plain = [sums for sums, _ in ranks(2).run(on_rank, 0, algorithm)]
+    reports = []
+    for expected, (sums, report) in zip(plain, ranks(2).run(on_rank, 4, algorithm), strict=True):
+        assert all(torch.equal(mine, other) for mine, other in zip(sums, expected, strict=True))
+        reports.append(report)
+    for report in reports:
+        samples = report.sites["a"].samples
+        assert samples is not None and samples.times == 3, "twelve calls, of which each fourth"
+        assert samples.error is not None and 0.01 < samples.error < 0.2
+        assert sum(samples.seconds["waiting"].counts) == 3 and samples.seconds["encode"].total > 0
+        paths = {each.way.path for each in report.sites["a"].passed}
+        assert paths == {"call", "steps"}, "small sums but the sampled ones are made in one call"
+        assert sum(each.times for each in report.sites["a"].passed) == 12
+
+
+def test_values_that_are_not_finite_are_counted_apart() -> None:
+    samples = Samples(expected=0.1)
+    exact = torch.ones(3, E)
+    seen = exact.clone()
+    seen[1, 4] = float("nan")
+    samples.compare(seen[None], exact)
+    assert (samples.times, samples.num_non_finite, samples.error) == (1, 1, None)
+    samples.compare(exact[None] * 1.17, exact)
+    assert samples.error == pytest.approx(0.17, rel=1e-6)
+    assert samples.ratios.counts[RATIOS.index(2.0)] == 1
+
+
+def test_tokens_far_larger_than_others_are_left_out_as_in_calibration() -> None:
+    exact = torch.ones(8, E)
+    exact[0] = 1000
+    seen = exact * 1.01
+    seen[0] *= 2
+    samples = Samples()
+    samples.compare(seen[None], exact)
+    assert samples.error == pytest.approx(0.01, rel=1e-3)
+
+
+def test_sites_are_sampled_one_after_another() -> None:
+    ahead = sorted(offset(index, 1000) for index in range(128))
+    gaps = [after - before for before, after in itertools.pairwise(ahead)]
+    assert min(gaps) >= 3, "no two of 64 layers in one forward"
+    assert sampled(1).tolist() == [0] and sampled(3).tolist() == [0, 1, 2]
+    assert len(sampled(512)) == MAX_TOKENS and sampled(512)[-1] == 511
+
+
+def test_reports_with_samples_travel_as_json() -> None:
+    found = sites(1, fed_back=True, read=True)
+    simulated(found, 5, 3)
+    report = found.report()
+    assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+    site = report.sites["a"]
+    assert SiteReport.from_json(json.loads(json.dumps(asdict(site)))) == site
+    assert site.codecs == ("feature", "feature") and site.kind == "sum"
+
+
+def test_histograms_count_by_the_first_bound_that_is_not_exceeded() -> None:
+    histogram = Histogram((1.0, 2.0))
+    for number in (0.5, 1.0, 1.5, 7.0, float("nan")):
+        histogram.add(number)
+    assert histogram.counts == [2, 1, 2] and histogram.total == 10.0
+    assert (histogram + histogram).counts == [4, 2, 4]
+
+
+@pytest.mark.parametrize("every", [-1, 1.5, True, "often"])
+def test_another_number_of_calls_is_refused(every: object) -> None:
+    with pytest.raises(InvalidInputError, match="sample_every: expected calls of a site"):
+        check_sampling("sample_every", every)  # type: ignore[arg-type]
