@@ -3,7 +3,15 @@
 What is not asked for is not imported either.
 """
 
+import atexit
+import multiprocessing
+import os
+import secrets
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -15,6 +23,8 @@ from narrowcast.plan.decisions import Decisions
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.transport import Transport
 
+FOLDER = "NARROWCAST_METRICS_FOLDER"  # which a process of vLLM's hands on to those that it starts
+
 
 def register() -> None:
     """Have each worker do what the environment or vLLM's `additional_config` names; without either, nothing changes.
@@ -22,7 +32,43 @@ def register() -> None:
     Called again it does nothing more. What cannot be done at all is refused here, before anything is started:
     PlanFormatError or InvalidInputError.
     """
-    vllm.register(vllm.Tools(tune=_tune, recipe=_recipe, calibrate=_calibrate))
+    folder = _folder()
+    vllm.register(
+        vllm.Tools(
+            tune=_tune,
+            recipe=_recipe,
+            calibrate=_calibrate,
+            publish=partial(_publish, folder),
+            show=partial(_show, folder),
+        )
+    )
+
+
+def _folder() -> Path:
+    """Where the ranks of this vLLM leave their figures, if they do: named, and removed, by its first process."""
+    if FOLDER not in os.environ or multiprocessing.parent_process() is None:
+        path = Path(tempfile.gettempdir(), f"narrowcast-{secrets.token_hex(8)}")
+        os.environ[FOLDER] = str(path)
+        atexit.register(shutil.rmtree, path, ignore_errors=True)
+    return Path(os.environ[FOLDER])
+
+
+def _publish(folder: Path, figures: vllm.Figures) -> None:
+    from narrowcast.monitoring import Snapshot, collector_of, processes
+
+    def snapshot() -> Snapshot:
+        about = {"rank": figures.rank, "num_ranks": figures.num_ranks}
+        return Snapshot.of(figures.report(), figures.plan, transport=figures.transport, **about)
+
+    if figures.port is not None:
+        processes.listen(figures.port, collector_of(lambda: [snapshot()]))
+    processes.leave_in(folder, snapshot)
+
+
+def _show(folder: Path) -> None:
+    from narrowcast.monitoring import collector_of, processes
+
+    processes.show(collector_of(lambda: processes.left_in(folder)))
 
 
 def _tune(plan: Plan, ranks: Transport, dtype: torch.dtype) -> Decisions:

@@ -113,12 +113,9 @@ class Server:
 
     def complete(self, prompt: str, num_tokens: int) -> tuple[int, str]:
         """Status and body of the API's answer."""
-        asked = {"model": "model", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
-        headers = {"content-type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(asked).encode(), headers)
+        options = {"model": "model", "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
         try:
-            with urllib.request.urlopen(request, timeout=LIMIT_S) as answer:
-                return answer.status, answer.read().decode()
+            return 200, ask(f"{self.url}/v1/completions", prompt=prompt, **options)
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
 
@@ -166,6 +163,16 @@ def ended(session: int, within_s: float = 20) -> bool:
     while running(session) and time.monotonic() < until:
         time.sleep(0.1)
     return not running(session)
+
+
+def ask(url: str, **request: Any) -> str:
+    """What is answered, to a request in JSON if there is one; raises for a status other than 200."""
+    body = json.dumps(request).encode() if request else None
+    with urllib.request.urlopen(
+        urllib.request.Request(url, body, {"content-type": "application/json"}), timeout=LIMIT_S
+    ) as answer:
+        assert answer.status == 200
+        return str(answer.read().decode())
 
 
 def answers(url: str) -> bool:

@@ -38,6 +38,12 @@ def test_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             {"calibrate": "new", "calibrate_tokens": 0},
             "NARROWCAST_CALIBRATE_TOKENS: expected a number of tokens, found 0",
         ),
+        ({"calibrate": "new", "sample_every": 9}, "found calibrate new and sample_every 9"),
+        ({"codec": "fp8", "sample_every": -1}, "NARROWCAST_SAMPLE_EVERY: expected calls of a site, of which one"),
+        (
+            {"codec": "fp8", "metrics_port": 70000},
+            "NARROWCAST_METRICS_PORT: expected a port from 1 to 65000, found 70000",
+        ),
         ("a", "additional_config, narrowcast: expected"),
     ],
 )
@@ -84,14 +90,21 @@ def test_a_plan_that_does_not_fit(folder: Path, asked: dict[str, object], plan: 
 
 
 @pytest.mark.parametrize(
-    ("theirs", "expected"),
+    ("theirs", "sampling", "expected"),
     [
-        ("group.plan", "plan of rank 1: expected that of rank 0"),
-        ("", "rank 1: expected one that narrowcast serves, as this one, found none in 60 s"),
+        ("group.plan", {}, "plan of rank 1: expected that of rank 0"),
+        (
+            "int4.plan",
+            {"NARROWCAST_SAMPLE_EVERY": "0"},
+            "sample_every of rank 1: expected that of rank 0, 1000, found 0",
+        ),
+        ("", {}, "rank 1: expected one that narrowcast serves, as this one, found none in 60 s"),
     ],
 )
-def test_nodes_that_are_asked_for_different_things(folder: Path, theirs: str, expected: str) -> None:
-    """Two nodes on this host: another plan on one, or none."""
+def test_nodes_that_are_asked_for_different_things(
+    folder: Path, theirs: str, sampling: dict[str, str], expected: str
+) -> None:
+    """Two nodes on this host: another plan on one, or none, or other sums to be sampled."""
     common = f"serve {MODEL} --tensor-parallel-size 2 --nnodes 2 --master-addr 127.0.0.1 --master-port {free_port()}"
     options = [*common.split(), "--dtype", "float32", "--max-model-len", "128", "--enforce-eager"]
     vllm = Path(sys.executable).with_name("vllm")
@@ -104,7 +117,7 @@ def test_nodes_that_are_asked_for_different_things(folder: Path, theirs: str, ex
             nodes.append(
                 subprocess.Popen(
                     [vllm, *options, "--node-rank", str(rank), *own],
-                    env=os.environ | ENVIRONMENT | environment,
+                    env=os.environ | ENVIRONMENT | environment | (sampling if rank else {}),
                     stdout=log,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,

@@ -20,13 +20,14 @@ def plain(folder: Path) -> Run:
 @pytest.fixture(scope="module")
 def compiled(folder: Path, plain: Run) -> Run:
     asked = {"model": MODEL, "eager": False, "served": True, "record": True}
-    return run(folder, "compiled", asked, NARROWCAST_PLAN=str(folder / "int4.plan"))
+    return run(folder, "compiled", asked, NARROWCAST_PLAN=str(folder / "int4.plan"), NARROWCAST_SAMPLE_EVERY="0")
 
 
 @pytest.fixture(scope="module")
 def eager(folder: Path) -> Run:
     asked = {"model": MODEL, "eager": True, "served": True, "record": True}
-    return run(folder, "eager", asked | {"additional_config": {"narrowcast": {"plan": str(folder / "int4.plan")}}})
+    settings = {"plan": str(folder / "int4.plan"), "sample_every": 0}
+    return run(folder, "eager", asked | {"additional_config": {"narrowcast": settings}})
 
 
 @pytest.fixture(scope="module", params=["eager", "compiled"])

@@ -4,6 +4,6 @@ vLLM starts the ranks and loads the model, so nothing is attached by hand: `narr
 """
 
 from narrowcast.engines.vllm.hooks import register
-from narrowcast.engines.vllm.tools import Tools, Watched
+from narrowcast.engines.vllm.tools import Figures, Tools, Watched
 
-__all__ = ["Tools", "Watched", "register"]
+__all__ = ["Figures", "Tools", "Watched", "register"]

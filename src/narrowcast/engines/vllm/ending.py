@@ -3,6 +3,7 @@
 import functools
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from narrowcast.engines.vllm.settings import LOGGER, Settings
@@ -35,12 +36,16 @@ def end_with_the_others(worker: Any) -> None:
     worker.execute_model = execute_model
 
 
-def exit_with_status() -> None:
-    """Have a server of this process, or a node without one, exit with status 1 when ranks that we serve are lost."""
+def exit_with_status(on_serving: Callable[[], None]) -> None:
+    """Have a server of this process, or a node without one, exit with status 1 when ranks that we serve are lost.
+
+    A server of such ranks calls `on_serving` as it begins.
+    """
     from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 
     entry = sys.modules.get(SERVER)  # loaded by those processes alone that may serve
-    for owner, name, make in ((entry, "serve_http", _server), (MultiprocExecutor, "start_worker_monitor", _headless)):
+    server = functools.partial(_server, on_serving=on_serving)
+    for owner, name, make in ((entry, "serve_http", server), (MultiprocExecutor, "start_worker_monitor", _headless)):
         whole = getattr(owner, name, None)
         if whole is not None and not hasattr(whole, OURS):
             ours = make(whole)
@@ -48,12 +53,13 @@ def exit_with_status() -> None:
             setattr(owner, name, ours)
 
 
-def _server(serve: Any) -> Any:
+def _server(serve: Any, on_serving: Callable[[], None]) -> Any:
     @functools.wraps(serve)
     async def serve_http(app: Any, *args: Any, **kwargs: Any) -> Any:
         engine, told = app.state.engine_client, []  # when the server is told to end, it ends the engine
         if engine is None or Settings.of(engine.vllm_config.additional_config) is None:
             return await serve(app, *args, **kwargs)
+        on_serving()
         shutdown = engine.shutdown
 
         @functools.wraps(shutdown)

@@ -1,6 +1,8 @@
 """Methods that vLLM's workers are given. Where nothing is asked for, only the settings of narrowcast are loaded."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from narrowcast.engines.vllm.ending import end_with_the_others, exit_with_status
@@ -23,14 +25,11 @@ def register(tools: Tools) -> None:
     WorkerWrapperBase.narrowcast_tools = tools
     for method in METHODS:
         setattr(WorkerWrapperBase, method.__name__, method)
-    exit_with_status()
+    exit_with_status(tools.show)
 
 
 def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Load the worker's model, and have it send what the settings say, if there are any.
-
-    A refusal is told in a line of its own, above the traceback with which vLLM ends a worker.
-    """
+    """Load the worker's model, and have it send what the settings say, if there are any."""
     settings = Settings.of(self.vllm_config.additional_config)
     if settings is None:
         return self.worker.load_model(*args, **kwargs)
@@ -40,24 +39,22 @@ def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
     from narrowcast.engines.vllm import layers
     from narrowcast.engines.vllm.ranks import Ranks
 
-    try:
+    with _refusals_told():
         ranks = Ranks(settings, self.narrowcast_tools, self.vllm_config, self.worker.device)
         layers.register()
         loaded = self.worker.load_model(*args, **kwargs)
         self.narrowcast_wires = ranks.take_over(self.worker.get_model())
-    except NarrowcastError as error:
-        logger.error("%s", error)
-        raise
     end_with_the_others(self.worker)
     self.narrowcast_ranks = ranks
     return loaded
 
 
 def compile_or_warm_up_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Warm the model up, after which ranks wait less long for each other."""
+    """Warm the model up, after which ranks wait less long for each other, and tell their figures."""
     warmed = self.worker.compile_or_warm_up_model(*args, **kwargs)
     if "narrowcast_ranks" in vars(self):
-        self.narrowcast_ranks.started()
+        with _refusals_told():
+            self.narrowcast_ranks.started(self.narrowcast_wires.sites, self.worker.rank)
     return warmed
 
 
@@ -65,6 +62,16 @@ def narrowcast_report(self: Any) -> dict[str, Any]:
     """The figures of what this rank has sent, as JSON values; {} where nothing was taken over."""
     wires = vars(self).get("narrowcast_wires")
     return {} if wires is None else wires.sites.report().to_json()
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """Tell a refusal in a line of its own, above the traceback with which vLLM ends a worker."""
+    try:
+        yield
+    except NarrowcastError as error:
+        logger.error("%s", error)
+        raise
 
 
 METHODS = load_model, compile_or_warm_up_model, narrowcast_report

@@ -17,7 +17,7 @@ from narrowcast.engines.agreement import agreed
 from narrowcast.engines.identity import NUM_SAMPLES, config_fields
 from narrowcast.engines.vllm.model import LoadedModel, split_of
 from narrowcast.engines.vllm.settings import CALIBRATE, CODEC, KEY, LOGGER, PLAN, TUNE, Settings
-from narrowcast.engines.vllm.tools import Tools, Watched
+from narrowcast.engines.vllm.tools import Figures, Tools, Watched
 from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError, PlanMismatchError
 from narrowcast.files import check_writable
 from narrowcast.plan import ModelFingerprint, Plan
@@ -74,10 +74,30 @@ class Ranks:
             self._tell(names)
         return wires
 
-    def started(self) -> None:
-        """From now on a rank that others wait for is lost after a minute, and what travels is what was asked for."""
+    def started(self, sites: Sites, rank: int) -> None:
+        """From now on a rank that others wait for is lost after a minute, and what travels is what was asked for.
+
+        It is counted, and sampled, from now on, and told as of `rank` among vLLM's. Earlier, graphs may have been
+        recorded, in which nothing is to be sampled. InvalidInputError if the rank's port is taken.
+        """
         self._tp.timeout_s = DEFAULT_TIMEOUT_S
         self._begin()
+        sites.sample(self._settings.sample_every)
+        self._tools.publish(self._figures(sites, rank))
+
+    def _figures(self, sites: Sites, rank: int) -> Figures:
+        """Those of a rank in one of vLLM's replicas, by numbers that no other has, nor another port of its machine."""
+        parallel, port = self._vllm_config.parallel_config, self._settings.port
+        before, before_here = parallel.data_parallel_index, parallel.data_parallel_rank_local or 0
+        num_here = parallel.local_world_size
+        return Figures(
+            report=sites.report,
+            plan=self._settings.plan,
+            rank=before * parallel.world_size + rank,
+            num_ranks=max(parallel.data_parallel_size, before + 1) * parallel.world_size,
+            transport=self._tp.name,
+            port=None if port is None else port + before_here * num_here + rank % num_here,
+        )
 
     def _check_start(self) -> None:
         self._check({})
@@ -114,6 +134,7 @@ class Ranks:
         plan, codec = self._settings.plan, self._settings.codec
         mine = {"plan": "none" if plan is None else plan.fingerprint, "codec": "none" if codec is None else str(codec)}
         mine["calibration"] = str(self._settings.calibrating or "none")
+        mine["sample_every"] = str(self._settings.sample_every)
         try:
             result, refusal = check(), None
         except NarrowcastError as error:
@@ -179,8 +200,16 @@ class Ranks:
         if plan is None:
             assert codec is not None, "settings have one of the two"
             return Sites(dict.fromkeys(names, (codec,) * 2), (), "auto", self._device)
-        codecs = {name: plan.sites[name].codecs for name in names}
-        return Sites(codecs, plan.groups, "auto", self._device, chains=plan.feedback, decisions=plan.decisions)
+        return Sites(
+            {name: plan.sites[name].codecs for name in names},
+            plan.groups,
+            "auto",
+            self._device,
+            chains=plan.feedback,
+            decisions=plan.decisions,
+            kinds={name: plan.sites[name].kind for name in names},
+            expected={name: plan.sites[name].error for name in names},
+        )
 
     def _tell(self, names: Mapping[str, str]) -> None:
         plan, codec, name = self._settings.plan, self._settings.codec, self._settings.name

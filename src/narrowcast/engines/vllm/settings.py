@@ -1,6 +1,7 @@
 """The settings of the plug-in, from the environment or from vLLM's `additional_config`: nothing else is read there."""
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +11,30 @@ from narrowcast.codecs import Codec, recipe
 from narrowcast.codecs.dynamic import DynamicCodec
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Plan
+from narrowcast.runtime.sampling import EVERY
 
 KEY = "narrowcast"  # in additional_config
 LOGGER = "vllm.narrowcast"  # vLLM shows what its own loggers say
 PLAN, CODEC, TUNE, CALIBRATE = "NARROWCAST_PLAN", "NARROWCAST_CODEC", "NARROWCAST_TUNE", "NARROWCAST_CALIBRATE"
 TOKENS = f"{CALIBRATE}_TOKENS"
-VARIABLES = {"plan": PLAN, "codec": CODEC, "tune": TUNE, "calibrate": CALIBRATE, "calibrate_tokens": TOKENS}
+SAMPLE, PORT = "NARROWCAST_SAMPLE_EVERY", "NARROWCAST_METRICS_PORT"
+VARIABLES = {
+    **{"plan": PLAN, "codec": CODEC, "tune": TUNE, "calibrate": CALIBRATE, "calibrate_tokens": TOKENS},
+    **{"sample_every": SAMPLE, "metrics_port": PORT},
+}
 # Forms of settings, and what may be said beside each.
-BESIDE = {"plan": {"tune"}, "calibrate": {"codec", "calibrate_tokens"}, "codec": set[str]()}
+BESIDE = {
+    "plan": {"tune", "sample_every", "metrics_port"},
+    "calibrate": {"codec", "calibrate_tokens", "metrics_port"},  # whose sums are exact
+    "codec": {"sample_every", "metrics_port"},
+}
 NUM_TOKENS = 4096
+# What numbers say, which ones may be, and a usual one.
+NUMBERS = {
+    "calibrate_tokens": ("a number of tokens", range(1, sys.maxsize), NUM_TOKENS),
+    "sample_every": ("calls of a site, of which one is sampled, or 0 for none", range(sys.maxsize), EVERY),
+    "metrics_port": ("a port from 1 to 65000", range(1, 65001), 9464),
+}
 SWITCH = {"1": True, "True": True, "0": False, "False": False}  # as the environment or JSON has it
 REMEDY = f"Set {PLAN} to a plan, or {CODEC} to a codec, or one of them in --additional-config."
 
@@ -39,7 +55,8 @@ class Calibrating:
 class Settings:
     """A plan, or a `codec` for every row-parallel sum, or a plan to be made, by the `name` that was asked for.
 
-    `tune`: measure at the start which of the plan's sums are worth coding here.
+    `tune`: measure at the start which of the plan's sums are worth coding here. `sample_every`: one of so many calls of
+    a site is sampled, none for 0. `port`: where the first rank of a machine tells its figures, the next one further.
     """
 
     name: str
@@ -47,6 +64,8 @@ class Settings:
     codec: Codec | None = None
     tune: bool = False
     calibrating: Calibrating | None = None
+    sample_every: int = EVERY
+    port: int | None = None
 
     @classmethod
     def of(cls, additional_config: Any) -> Self | None:
@@ -63,16 +82,16 @@ class Settings:
                 found=" and ".join(f"{form} {value}" for form, value in asked),
                 remedy=REMEDY,
             )
-        name = given[form]
+        name, port = given[form], _number("metrics_port", given) if "metrics_port" in given else None
         if form == "calibrate":
-            num_tokens = _count("calibrate_tokens", given.get("calibrate_tokens", str(NUM_TOKENS)))
-            path = Path(name).absolute()
-            return cls(
-                name=name, calibrating=Calibrating(path=path, codec=given.get("codec", ""), num_tokens=num_tokens)
-            )
+            path, num_tokens = Path(name).absolute(), _number("calibrate_tokens", given, default=NUM_TOKENS)
+            calibrating = Calibrating(path=path, codec=given.get("codec", ""), num_tokens=num_tokens)
+            return cls(name=name, calibrating=calibrating, sample_every=0, port=port)
+        sample_every = _number("sample_every", given, default=EVERY)
         if form == "codec":
-            return cls(name=name, codec=_codec(name))
-        return cls(name=name, plan=Plan.load(name), tune=_switch("tune", given.get("tune", "0")))
+            return cls(name=name, codec=_codec(name), sample_every=sample_every, port=port)
+        tune = _switch("tune", given.get("tune", "0"))
+        return cls(name=name, plan=Plan.load(name), tune=tune, sample_every=sample_every, port=port)
 
     @property
     def fingerprint(self) -> str:
@@ -100,11 +119,10 @@ def _switch(form: str, value: str) -> bool:
     return SWITCH[value]
 
 
-def _count(form: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise InvalidInputError(
-            VARIABLES[form], expected="a number of tokens", found=value, remedy=f"Set it to {NUM_TOKENS}, say."
-        )
+def _number(form: str, given: Mapping[str, str], default: int | None = None) -> int:
+    value, (expected, allowed, usual) = given.get(form, str(default)), NUMBERS[form]
+    if not (value.isascii() and value.isdigit() and int(value) in allowed):
+        raise InvalidInputError(VARIABLES[form], expected=expected, found=value, remedy=f"Set it to {usual}, say.")
     return int(value)
 
 
