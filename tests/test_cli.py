@@ -208,6 +208,8 @@ def test_a_pipeline_with_a_codec_for_each_kind(tmp_path: Path) -> None:
         narrowcast("evaluate", MODEL, "--plan", path, "--num-samples", 1, "--max-seq-len", 32, "--json", report, *extra)
         reports.append(json.loads(report.read_text(encoding="utf8")))
     simulated, real = reports
+    for site in (*simulated["sites"].values(), *real["sites"].values()):
+        del site["passed"]  # a stage that receives has a call, too
     for figure in ("sites", "num_saturated", "num_guarded", "bits_per_value", "wire_bytes_per_token"):
         assert simulated[figure] == real[figure]
     assert {site["wire_bytes"] for site in real["sites"].values()} == {32 * 260, 32 * 4224}  # E=256 and V=4096, coded

@@ -2,17 +2,24 @@
 
 import itertools
 import json
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import narrowcast
+from conftest import MODEL
 from models import calibrated
-from narrowcast import InvalidInputError
+from narrowcast import InvalidInputError, Plan
 from narrowcast.collectives import simulate
+from narrowcast.engines import load_engine
 from narrowcast.plan.chains import Chains, Reader
+from narrowcast.plan.split import Split
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.planned import PlannedWires
 from narrowcast.runtime.reports import Report, SiteReport
@@ -186,7 +193,8 @@ def test_reports_with_samples_travel_as_json() -> None:
     report = found.report()
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
     site = report.sites["a"]
-    assert SiteReport.from_json(json.loads(json.dumps(asdict(site)))) == site
+    again = SiteReport.from_json(json.loads(json.dumps(asdict(site))))
+    assert again == site and again.passed == site.passed
     assert site.codecs == ("feature", "feature") and site.kind == "sum"
 
 
@@ -202,3 +210,51 @@ def test_histograms_count_by_the_first_bound_that_is_not_exceeded() -> None:
 def test_another_number_of_calls_is_refused(every: object) -> None:
     with pytest.raises(InvalidInputError, match="sample_every: expected calls of a site"):
         check_sampling("sample_every", every)  # type: ignore[arg-type]
+
+
+def answers(model: nn.Module, plan: Plan, ids: Tensor, every: int, **options: Any) -> tuple[Tensor, Tensor, Report]:
+    with torch.no_grad(), narrowcast.attach(model, plan, sample_every=every, **options) as handle:
+        logits = model(input_ids=ids).logits
+        text = model.generate(ids[:, :8], max_new_tokens=12, do_sample=False)
+        return logits, text, handle.report()
+
+
+def model_on_rank(path: Path, ids: Tensor, every: int, chunks: Any) -> tuple[Tensor, Tensor, Report]:
+    model = load_engine().load(MODEL, split=Split(tp_size=2))
+    return answers(model, Plan.load(path), ids, every, prompt_chunks=chunks)
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor]:
+    """A plan of the bundled model for two ranks, and ordinary text."""
+    tokenizer = load_engine().load_tokenizer(MODEL)
+    ids = tokenizer((MODEL / "calibration.txt").read_text(), return_tensors="pt").input_ids[:, : 9 * 128].view(9, 128)
+    plan = narrowcast.calibrate(load_engine().load(MODEL), list(ids[:8].split(1)), tp_size=2, codec="int4-feature")
+    path = tmp_path_factory.mktemp("sampling") / "plan"
+    plan.save(path)
+    return path, ids[8:]
+
+
+@needs_mesh
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_a_model_that_is_sampled_answers_as_it_did(ranks: Pools, planned: tuple[Path, Tensor], chunks: int) -> None:
+    """Every fifth call, in recorded layers, in halves in turns: and what is seen is what the plan expects."""
+    path, ids = planned
+    plain = ranks(2).run(model_on_rank, path, ids, 0, chunks)
+    sampled = ranks(2).run(model_on_rank, path, ids, 5, chunks)
+    for (logits, text, _), (found, found_text, report) in zip(plain, sampled, strict=True):
+        assert torch.equal(found, logits) and torch.equal(found_text, text)
+        samples = [site.samples for site in report.sites.values() if site.samples is not None]
+        assert min(each.times for each in samples) > 0
+        ways = {each.way.path for site in report.sites.values() for each in site.passed}
+        assert {"steps", "call", "layer"} <= ways
+
+
+def test_on_ordinary_text_a_model_errs_as_its_plan_says(planned: tuple[Path, Tensor]) -> None:
+    path, ids = planned
+    _, _, report = answers(load_engine().load(MODEL), Plan.load(path), ids, 1, simulate=True, algorithm="one_shot")
+    found = [site.samples for site in report.sites.values() if site.samples is not None and site.samples.expected]
+    assert len(found) >= 15
+    ratios = [each.error / each.expected for each in found if each.error and each.expected]
+    assert 0.8 < statistics.median(ratios) < 1.25 and max(ratios) < 2
+    assert all(sum(each.residues.counts) == each.times for each in found[:-1]), "read but for the last"

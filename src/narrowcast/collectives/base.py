@@ -53,7 +53,7 @@ class Sent:
 
     @classmethod
     def once(cls, nbytes: int, num_values: int) -> Self:
-        """What travels once."""
+        """Values that travel once."""
         return cls((Traffic(nbytes, num_values),))
 
 

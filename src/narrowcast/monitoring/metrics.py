@@ -1,4 +1,4 @@
-"""What Prometheus reads of the ranks' snapshots. Names and meanings: docs/monitoring.md.
+"""The ranks' snapshots as Prometheus reads them. Names and meanings: docs/monitoring.md.
 
 Whatever has a series for each site is named site_*: there are as many as the plan has sites, times ranks. All else is
 added up by kind of site.

@@ -13,7 +13,7 @@ from narrowcast.runtime.reports import Report
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """What `rank` of `num_ranks` has sent. `about`: the plan, what carries it, what computes; it changes with neither.
+    """All that `rank` of `num_ranks` has sent. `about`: the plan, what carries it, what computes; it never changes.
 
     `planned_bits`: bits a value that the plan's sums have; None without a plan.
     """

@@ -80,12 +80,14 @@ class Place:
 class Loss:
     """The loss of a forward so far. `following`: the place of the site that may take it, chain and index.
 
-    `inputs`: what a norm made of the stream on each rank that computes here.
+    `inputs`: what a norm made of the stream on each rank that computes here. `watched_by`: samples that are to see the
+    loss beside the stream, when it is read.
     """
 
     residue: Tensor | None = None
     following: tuple[int, int] = (0, 0)
     inputs: Sequence[Tensor] = ()
+    watched_by: Samples | None = None
 
 
 class Feedback:
@@ -105,7 +107,6 @@ class Feedback:
         self.readers = {} if chains.unread else chains.readers
         self._fed = {module for reader in self.readers.values() for module in reader.modules}
         self._num_sources = list(num_sources)
-        self.watched_by: Samples | None = None  # that are to see the next loss which is read
         self._losses = defaultdict[int, Loss](Loss)
         self._loss = self._losses[0]
 
@@ -156,10 +157,14 @@ class Feedback:
         if residue is not None and residue.shape[1:] == (num_tokens, stream.shape[-1]):
             scale, many = self.readers[norm].scale, self._num_sources[0] > 1
             own = [residue[rank if many else 0].view(stream.shape) for rank in ranks]
-            if self.watched_by is not None:
-                self.watched_by.see_stream(own[0], scale, stream)
+            if loss.watched_by is not None:
+                loss.watched_by.see_stream(own[0], scale, stream)
             loss.inputs = [forward(torch.add(stream, lost, alpha=scale).to(stream.dtype)) for lost in own]
-        self.watched_by = None
+        loss.watched_by = None
+
+    def watch(self, samples: Samples) -> None:
+        """Let `samples` see the loss so far, when it is read."""
+        self._loss.watched_by = samples
 
     def inputs(self, module: str, x: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
         """The inputs from which a module, called with `x`, is to compute each rank's share."""

@@ -115,7 +115,7 @@ class PlannedWires(Wires):
             hops = plain(y_TE.dtype)
         if self._count_only:
             algorithm = choose("auto", hops, y_TE.shape[0], y_TE.shape[1], self.tp_size)
-        elif counters.due and choice.form == "coded":
+        elif counters.due and choice.form == "coded" and not _is_captured(y_TE):
             self._sample(partials, y_TE, hops, residue, algorithm, site, counters)
             return y_TE, "steps"
         return y_TE, self._add_up(partials, y_TE, hops, residue, algorithm, counters)
@@ -143,7 +143,7 @@ class PlannedWires(Wires):
         seen_RNE = y_TE[tokens].float().unsqueeze(0)
         if residue is not None and site in self.sites.chains.read and hops.codecs[0].feeds_back:
             seen_RNE = seen_RNE + residue[: len(self.ranks)][:, tokens]
-            self.feedback.watched_by = samples
+            self.feedback.watch(samples)
         samples.expected = self.sites.expected_error(site, algorithm)
         samples.compare(seen_RNE, exact_NE)
         for part, seconds in clock.seconds.items():
@@ -227,6 +227,11 @@ class PlannedWires(Wires):
         self, parts: Sequence[Tensor], codec: Codec, counts: Sequence[Sequence[int]], counters: SiteCounters
     ) -> list[Tensor]:
         """The tokens that come to each of `ranks`."""
+
+
+def _is_captured(x: Tensor) -> bool:
+    """True where what runs is recorded as a CUDA graph, in which nothing can be read off the device."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _deferred(product: Product, x_TF: Tensor, num_tokens: int) -> Deferred:

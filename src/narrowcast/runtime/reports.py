@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import reduce
+from operator import add
 from typing import Any, NamedTuple
 
 from narrowcast.aligned import aligned
@@ -31,7 +33,7 @@ class Way(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Passed:
-    """What passed a site one way: how often, what was sent by hop, and what that takes in the model's own dtype."""
+    """Calls of a site that took one way: how many, their traffic by hop, and its bytes in the model's own dtype."""
 
     way: Way
     times: int
@@ -66,7 +68,7 @@ class SiteReport:
     num_non_finite: int = 0
     num_guarded: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
-    passed: tuple[Passed, ...] = ()
+    passed: tuple[Passed, ...] = field(default=(), compare=False)  # equal reports may have taken other paths
     samples: Samples | None = None
 
     @property
@@ -76,8 +78,13 @@ class SiteReport:
 
     def __add__(self, other: "SiteReport") -> "SiteReport":
         """The figures of two ranks at the same site for the same tokens."""
+        samples = [each.samples for each in (self, other) if each.samples is not None]
         return SiteReport(
             coded=self.coded,
+            kind=self.kind,
+            codecs=self.codecs,
+            passed=self.passed + other.passed,
+            samples=reduce(add, samples) if samples else None,
             num_tokens=max(self.num_tokens, other.num_tokens),
             wire_bytes=self.wire_bytes + other.wire_bytes,
             plain_bytes=self.plain_bytes + other.plain_bytes,

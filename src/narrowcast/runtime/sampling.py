@@ -59,7 +59,7 @@ class Histogram:
 
 @dataclass
 class Samples:
-    """What the sampled sums of one site told, on one rank.
+    """The sampled sums of one site, on one rank, and what they told.
 
     `noise`, `power`: squares of the errors and of the exact sums, over all ordinary tokens of them. `expected`: the
     plan's relative RMS error. `ratios`: errors of single sums over that. `residues`: RMS of what is fed back over that

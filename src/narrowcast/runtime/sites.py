@@ -104,11 +104,6 @@ class Sites:
         """Count from now on."""
         self._counters.sites.clear()
 
-    def sample(self, every: int) -> None:
-        """Count from now on, and sample one of so many calls of a coded site, 0 for none."""
-        self._every = every
-        self.forget()
-
     def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
         """The way that a sum of `num_features` takes."""
         form, algorithm = ("coded", self._algorithm) if site in self._coded else ("plain", "auto")

@@ -77,12 +77,11 @@ class Ranks:
     def started(self, sites: Sites, rank: int) -> None:
         """From now on a rank that others wait for is lost after a minute, and what travels is what was asked for.
 
-        It is counted, and sampled, from now on, and told as of `rank` among vLLM's. Earlier, graphs may have been
-        recorded, in which nothing is to be sampled. InvalidInputError if the rank's port is taken.
+        It is counted from now on, and told as of `rank` among vLLM's. InvalidInputError if the rank's port is taken.
         """
         self._tp.timeout_s = DEFAULT_TIMEOUT_S
         self._begin()
-        sites.sample(self._settings.sample_every)
+        sites.forget()
         self._tools.publish(self._figures(sites, rank))
 
     def _figures(self, sites: Sites, rank: int) -> Figures:
@@ -199,7 +198,8 @@ class Ranks:
         plan, codec = self._settings.plan, self._settings.codec
         if plan is None:
             assert codec is not None, "settings have one of the two"
-            return Sites(dict.fromkeys(names, (codec,) * 2), (), "auto", self._device)
+            codecs = dict.fromkeys(names, (codec,) * 2)
+            return Sites(codecs, (), "auto", self._device, sample_every=self._settings.sample_every)
         return Sites(
             {name: plan.sites[name].codecs for name in names},
             plan.groups,
@@ -209,6 +209,7 @@ class Ranks:
             decisions=plan.decisions,
             kinds={name: plan.sites[name].kind for name in names},
             expected={name: plan.sites[name].error for name in names},
+            sample_every=self._settings.sample_every,
         )
 
     def _tell(self, names: Mapping[str, str]) -> None:
