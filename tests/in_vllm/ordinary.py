@@ -63,12 +63,13 @@ FAMILIES = {
 
 
 def calibrate(folder: Path) -> None:
-    """Plans of the bundled model for two ranks, and the same model but for one weight."""
+    """Plans of the bundled model for two ranks, one for two stages of them, and the same model but for one weight."""
     model, tokenizer = load_engine().load(MODEL, dtype="float32"), load_engine().load_tokenizer(MODEL)
     texts = [(ROOT / "README.md").read_text(encoding="utf8")]
     ids = [torch.tensor([tokenizer(text).input_ids[start : start + 128]]) for text in texts for start in (0, 128, 256)]
     narrowcast.calibrate(model, ids, tp_size=2, codec="int4-feature").save(folder / "int4.plan")
     narrowcast.calibrate(model, ids, tp_size=2, codec="int4-group128").save(folder / "group.plan")
+    narrowcast.calibrate(model, ids, tp_size=2, pp_size=2, codec={"sum": "int4-feature"}).save(folder / "stages.plan")
     other = folder / "other"
     shutil.copytree(MODEL, other)
     weights = load_file(other / "model.safetensors")

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,7 +71,12 @@ def test_the_environment_and_the_configuration_are_not_mixed(monkeypatch: pytest
         (
             {"options": {"pipeline_parallel_size": 2}},
             "int4.plan",
-            "as a plan's feedback goes through all layers, found pipeline_parallel_size 2. Leave the pipeline out",
+            "plan: expected tp_size 2, for which it was calibrated, found tp_size 2, pp_size 2",
+        ),
+        (
+            {"options": {"pipeline_parallel_size": 2}, "environment": {"VLLM_PP_LAYER_PARTITION": "5,3"}},
+            "stages.plan",
+            "plan: expected stages that end where its chains of feedback do, such as at model.layers.3.mlp.down_proj",
         ),
         (
             {"model": "other"},
@@ -79,10 +85,10 @@ def test_the_environment_and_the_configuration_are_not_mixed(monkeypatch: pytest
         ),
     ],
 )
-def test_a_plan_that_does_not_fit(folder: Path, asked: dict[str, object], plan: str, expected: str) -> None:
+def test_a_plan_that_does_not_fit(folder: Path, asked: dict[str, Any], plan: str, expected: str) -> None:
     if "model" in asked:
         asked = asked | {"model": str(folder / "other")}
-    environment = {"NARROWCAST_PLAN": str(folder / plan)}
+    environment = {"NARROWCAST_PLAN": str(folder / plan), **asked.get("environment", {})}
     code, run = started(folder, "refused", {"model": MODEL, "eager": True, "served": True, **asked}, environment)
     assert code != 0
     assert expected in run.log

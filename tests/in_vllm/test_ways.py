@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 
 from narrowcast.plan import Plan
-from running import MODEL, differences, ordinary, run, simulated
+from running import MODEL, differences, ordinary, run, share_alike, simulated
 from sums import as_simulated
 
 SHARED = [(7 * place + 11) % 500 + 5 for place in range(100)]
@@ -79,6 +79,20 @@ def test_stages_of_a_pipeline_send_with_one_codec(folder: Path) -> None:
     assert len(sites[0]) == len(sites[2]) == 8 and not sites[0] & sites[2]
     apart = differences(served.scores, simulated(served, folder)["exact"])
     assert 1e-4 < statistics.mean(apart) < 0.03
+
+
+def test_stages_of_a_pipeline_serve_a_plan(folder: Path) -> None:
+    """Each its own chain of feedback, as the plan has them: the same answers as simulated."""
+    asked = {"model": MODEL, "eager": False, "served": True, "options": {"pipeline_parallel_size": 2}}
+    served = run(folder, "stages", asked, NARROWCAST_PLAN=str(folder / "stages.plan"))
+    sites = [{name for name, site in each["sites"].items() if site["coded"]} for each in served.answers["reports"]]
+    plan = Plan.load(folder / "stages.plan")
+    assert [sites[0], sites[2]] == list(map(set, plan.feedback.chains)) and sites[1::2] == sites[::2]
+    expected = simulated(served, folder, "stages.plan")
+    apart, *others = (differences(served.scores, expected[name]) for name in ("planned", "exact", "without feedback"))
+    assert share_alike(apart) > 0.25
+    for other in others:
+        assert statistics.mean(apart) < statistics.mean(other) / 4
 
 
 def test_experts_are_coded_without_a_plan(folder: Path) -> None:

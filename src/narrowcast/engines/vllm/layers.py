@@ -13,6 +13,7 @@ from vllm.model_executor.custom_op import op_registry_oot
 from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.models.utils import PPMissingLayer
 
 from narrowcast.engines.forwards import Forward, Forwards, add_bias
 from narrowcast.engines.identity import digest, sample_places
@@ -104,6 +105,11 @@ def is_embedding(module: nn.Module) -> bool:
     """True for one that ranks share out by rows, wrapped or not."""
     layer = unwrapped(module)
     return isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead)
+
+
+def is_elsewhere(module: nn.Module) -> bool:
+    """True for what stands for layers of another stage of the pipeline."""
+    return isinstance(module, PPMissingLayer)
 
 
 def sum_rows(name: str, module: nn.Module, wires: Wires, forwards: Forwards) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 from torch import nn
@@ -99,10 +100,12 @@ class LoadedModel:
         return [held.get(place) for place in sample_places(layer.input_size)] if held else [None] * NUM_SAMPLES
 
     def served(self, plan: Plan) -> dict[str, str]:
-        """vLLM's names of the plan's sums, by the plan's. PlanMismatchError if it names what the model does not have.
+        """vLLM's names of the plan's sums, by the plan's, those of this stage.
 
         Where a mixture of experts has shared ones, vLLM sums both at once, itself.
+        PlanMismatchError if the plan names what the model does not have, or a chain of it leads into another stage.
         """
+        self._check_stages(plan)
         sums = {name: self.name(name) for name, site in plan.sites.items() if site.kind in SUMS}
         served = {planned: name for planned, name in sums.items() if name in self.sums}
         there = dict(self.model.named_modules())
@@ -111,6 +114,7 @@ class LoadedModel:
         read = [name for norm, reader in readers for name in (norm, *reader.modules)]
         missing = [planned for planned in sums if planned not in served and not mixed]
         missing += [planned for planned in read if self.name(planned) not in there]
+        missing = [planned for planned in missing if not self.is_elsewhere(planned)]
         if missing:
             raise PlanMismatchError(
                 "plan",
@@ -119,6 +123,25 @@ class LoadedModel:
                 remedy="Calibrate this model.",
             )
         return served
+
+    def _check_stages(self, plan: Plan) -> None:
+        for chain in plan.feedback.chains:
+            elsewhere = [site for site in chain if self.is_elsewhere(site)]
+            if 0 < len(elsewhere) < len(chain):
+                raise PlanMismatchError(
+                    "plan",
+                    expected=f"stages that end where its chains of feedback do, such as at {chain[-1]}",
+                    found=f"{elsewhere[0]} and other sums of its chain in different ones",
+                    remedy="Set VLLM_PP_LAYER_PARTITION to layers by stage as the plan has them.",
+                )
+
+    def is_elsewhere(self, planned: str) -> bool:
+        """True for a module of another stage, by the plan's name."""
+        return f"{self.name(planned)}.".startswith(self._elsewhere)
+
+    @cached_property
+    def _elsewhere(self) -> tuple[str, ...]:
+        return tuple(f"{name}." for name, module in self.model.named_modules() if layers.is_elsewhere(module))
 
     def take_over(self, names: Mapping[str, str], wires: Wires) -> Forwards:
         """Send the sums over `wires`: by the plan's names those that `names` has, as they are all others."""
@@ -131,6 +154,8 @@ class LoadedModel:
                 give(planned[name], layer, wires, forwards)
         modules = dict(self.model.named_modules())
         for norm, reader in wires.feedback.readers.items():
+            if self.name(norm) not in modules:  # of another stage
+                continue
             layers.read_stream(norm, modules[self.name(norm)], wires, forwards)
             for name, module in {self.name(module): module for module in reader.modules}.items():
                 if not layers.is_experts(modules[name]):  # which read it where they are summed

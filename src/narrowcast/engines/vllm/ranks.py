@@ -1,4 +1,4 @@
-"""The tensor-parallel ranks of vLLM: meeting them, checking that a plan fits, taking the model over."""
+"""The ranks of vLLM: meeting them, checking that a plan fits, taking the model over."""
 
 import json
 import logging
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from vllm.distributed import get_tp_group
+from vllm.distributed import get_tp_group, get_world_group
 
 from narrowcast.codecs import Codec
 from narrowcast.engines.agreement import agreed
@@ -18,7 +18,7 @@ from narrowcast.engines.identity import NUM_SAMPLES, config_fields
 from narrowcast.engines.vllm.model import LoadedModel, split_of
 from narrowcast.engines.vllm.settings import CALIBRATE, CODEC, KEY, LOGGER, PLAN, TUNE, Settings
 from narrowcast.engines.vllm.tools import Figures, Tools, Watched
-from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError, PlanMismatchError
+from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError
 from narrowcast.files import check_writable
 from narrowcast.plan import ModelFingerprint, Plan
 from narrowcast.plan.summary import feedback_in_words, numbered
@@ -36,7 +36,7 @@ Samples = Mapping[str, Sequence[str | None]]
 
 
 class Ranks:
-    """The tensor-parallel ranks, connected and asked for the same. What one of them refuses, all refuse."""
+    """All ranks, asked for the same, and those of one stage, connected. What one refuses, all refuse."""
 
     def __init__(self, settings: Settings, tools: Tools, vllm_config: Any, device: torch.device) -> None:
         self._settings, self._tools, self._vllm_config, self._device = settings, tools, vllm_config, device
@@ -44,7 +44,7 @@ class Ranks:
         # Our mesh takes the way to MASTER_ADDR, as torchrun sets it, where GLOO_SOCKET_IFNAME says nothing.
         os.environ.setdefault("MASTER_ADDR", vllm_config.parallel_config.master_addr)
         group = get_tp_group()
-        self._all = TorchDistributedTransport(group.cpu_group)
+        self._all = TorchDistributedTransport(get_world_group().cpu_group)
         try:
             self._agree(self._check_start)
         except PeerLostError as error:
@@ -71,7 +71,7 @@ class Ranks:
         key = {f"{KEY} serves": [compiled_for, wires.handle]}
         self._vllm_config.additional_config = {**self._vllm_config.additional_config, **key}
         if self._tp.rank == 0:
-            self._tell(names)
+            self._tell(names, loaded)
         return wires
 
     def started(self, sites: Sites, rank: int) -> None:
@@ -117,13 +117,6 @@ class Ranks:
         if plan is None:
             return
         plan.check_real()
-        if (num_stages := self._vllm_config.parallel_config.pipeline_parallel_size) > 1:
-            raise PlanMismatchError(
-                "plan",
-                expected="one stage in vLLM, as a plan's feedback goes through all layers",
-                found=f"pipeline_parallel_size {num_stages}",
-                remedy=f"Leave the pipeline out, or set {CODEC} in place of the plan.",
-            )
         every: dict[str, Sequence[str | None]] = dict.fromkeys(plan.model.samples, [None] * NUM_SAMPLES)
         found = ModelFingerprint(config=config_fields(config), samples={**every, **samples})
         plan.check(found, split_of(self._vllm_config))
@@ -212,7 +205,7 @@ class Ranks:
             sample_every=self._settings.sample_every,
         )
 
-    def _tell(self, names: Mapping[str, str]) -> None:
+    def _tell(self, names: Mapping[str, str], loaded: LoadedModel) -> None:
         plan, codec, name = self._settings.plan, self._settings.codec, self._settings.name
         calibrating = self._settings.calibrating
         if calibrating is not None:
@@ -229,7 +222,7 @@ class Ranks:
         for line in feedback_in_words(plan):
             logger.info("%s", line)
         logger.info("%s", _decided(plan))
-        if own := [name for name in plan.sites if name not in names]:
+        if own := [name for name in plan.sites if name not in names and not loaded.is_elsewhere(name)]:
             logger.info("vLLM's own, exact, are %d of the plan's sites, such as %s", len(own), own[0])
 
 
