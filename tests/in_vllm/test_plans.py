@@ -34,7 +34,8 @@ def test_both_engines_serve_the_plan(calibrating: Run, folder: Path) -> None:
     served = run(folder, "live", EAGER, NARROWCAST_PLAN=str(folder / "live.plan"))
     expected, sites = simulated(served, folder, "live.plan"), served.answers["reports"][0]["sites"]
     assert {name for name, site in sites.items() if site["coded"]} == set(sites) - {EMBEDDING}
-    assert "depth feedback at 0 of 16 sums; none at 0.mlp.down_proj and 15 more: live traffic" in served.log
+    assert "depth feedback at 0 of 16 sums\n" in served.log
+    assert "none at 0.mlp.down_proj and 15 more: live traffic" in served.log
     assert "not tuned: all sums are coded" in served.log
     apart, costs = differences(served.scores, expected["planned"]), differences(served.scores, expected["exact"])
     assert sum(apart) < sum(costs) / 4

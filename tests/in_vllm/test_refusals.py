@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from torch import nn
 
 from narrowcast.engines.vllm.settings import Settings
-from narrowcast.errors import InvalidInputError, PlanFormatError
+from narrowcast.errors import InvalidInputError, PlanFormatError, PlanMismatchError
+from narrowcast.plan import Plan
 from running import ENVIRONMENT, LIMIT_S, MODEL, free_port, started
 
 # --- What is asked for: no vLLM needed --------------------------------------------------------------------------------
@@ -74,25 +75,36 @@ def test_the_environment_and_the_configuration_are_not_mixed(monkeypatch: pytest
             "plan: expected tp_size 2, for which it was calibrated, found tp_size 2, pp_size 2",
         ),
         (
-            {"options": {"pipeline_parallel_size": 2}, "environment": {"VLLM_PP_LAYER_PARTITION": "5,3"}},
-            "stages.plan",
-            "plan: expected stages that end where its chains of feedback do, such as at model.layers.3.mlp.down_proj",
-        ),
-        (
             {"model": "other"},
             "int4.plan",
             "expected the weights that the plan was calibrated on in model.layers.3.self_attn.o_proj, found others",
         ),
     ],
 )
-def test_a_plan_that_does_not_fit(folder: Path, asked: dict[str, Any], plan: str, expected: str) -> None:
+def test_a_plan_that_does_not_fit(folder: Path, asked: dict[str, object], plan: str, expected: str) -> None:
     if "model" in asked:
         asked = asked | {"model": str(folder / "other")}
-    environment = {"NARROWCAST_PLAN": str(folder / plan), **asked.get("environment", {})}
+    environment = {"NARROWCAST_PLAN": str(folder / plan)}
     code, run = started(folder, "refused", {"model": MODEL, "eager": True, "served": True, **asked}, environment)
     assert code != 0
     assert expected in run.log
     assert not run.out.exists()
+
+
+def test_stages_that_end_elsewhere_than_the_plans(folder: Path) -> None:
+    from vllm.model_executor.models.utils import PPMissingLayer
+
+    from narrowcast.engines.vllm.model import LoadedModel
+
+    stage = nn.Module()
+    stage.model = nn.Module()
+    stage.model.layers = nn.ModuleList([*(nn.Module() for _ in range(5)), *(PPMissingLayer() for _ in range(3))])
+    expected = (
+        "stages that end where its chains of feedback do, such as at model.layers.7.mlp.down_proj, found "
+        "model.layers.5.self_attn.o_proj and other sums of its chain in different ones. Set VLLM_PP_LAYER_PARTITION"
+    )
+    with pytest.raises(PlanMismatchError, match=expected):
+        LoadedModel(stage, {}).served(Plan.load(folder / "stages.plan"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from narrowcast.engines.identity import NUM_SAMPLES, config_fields
 from narrowcast.engines.vllm.model import LoadedModel, split_of
 from narrowcast.engines.vllm.settings import CALIBRATE, CODEC, KEY, LOGGER, PLAN, TUNE, Settings
 from narrowcast.engines.vllm.tools import Figures, Tools, Watched
-from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError
+from narrowcast.errors import InvalidInputError, NarrowcastError, PeerLostError, PlanMismatchError
 from narrowcast.files import check_writable
 from narrowcast.plan import ModelFingerprint, Plan
 from narrowcast.plan.summary import feedback_in_words, numbered
@@ -120,6 +120,13 @@ class Ranks:
         every: dict[str, Sequence[str | None]] = dict.fromkeys(plan.model.samples, [None] * NUM_SAMPLES)
         found = ModelFingerprint(config=config_fields(config), samples={**every, **samples})
         plan.check(found, split_of(self._vllm_config))
+        if plan.tp_size == 1:
+            raise PlanMismatchError(
+                "plan",
+                expected="one of tensor-parallel ranks",
+                found=f"one of {plan.split} alone: what stages hand on is vLLM's own",
+                remedy=f"Leave it out: unset {PLAN}.",
+            )
 
     def _agree(self, check: Callable[[], T]) -> T:
         """The result of `check` on this rank; raises on all ranks what it raises on any."""
