@@ -47,7 +47,7 @@ def register() -> None:
 def _folder() -> Path:
     """Where the ranks of this vLLM leave their figures, if they do: named, and removed, by its first process."""
     if FOLDER not in os.environ or multiprocessing.parent_process() is None:
-        path = Path(tempfile.gettempdir(), f"narrowcast-{secrets.token_hex(8)}")
+        path = Path(tempfile.gettempdir(), f"narrowcast-metrics-{secrets.token_hex(8)}")
         os.environ[FOLDER] = str(path)
         atexit.register(shutil.rmtree, path, ignore_errors=True)
     return Path(os.environ[FOLDER])
