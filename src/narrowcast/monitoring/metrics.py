@@ -146,10 +146,10 @@ def _sampled(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
             if samples.expected is not None:
                 expected.add_metric(labels, samples.expected)
         for kind, samples in by_kind.items():
-            _add_histogram(ratios, [rank, kind], samples.ratios)
-            _add_histogram(residues, [rank, kind], samples.residues)
+            add_histogram(ratios, [rank, kind], samples.ratios)
+            add_histogram(residues, [rank, kind], samples.residues)
             for part, histogram in samples.seconds.items():
-                _add_histogram(seconds, [rank, kind, part], histogram)
+                add_histogram(seconds, [rank, kind, part], histogram)
     yield from (sums, lost, noise, power, last, expected, ratios, residues, seconds)
 
 
@@ -174,7 +174,8 @@ def _add(family: CounterMetricFamily, rank: str, figures: Iterable[tuple[Labels,
         family.add_metric([rank, *labels], total)
 
 
-def _add_histogram(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram) -> None:
+def add_histogram(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram) -> None:
+    """Add a histogram's counts to a family, under these labels."""
     bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
     buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
     family.add_metric(labels, buckets, histogram.total)
