@@ -386,12 +386,13 @@ def test_a_signal_lets_answers_be_finished(how: signal.Signals) -> None:
 
 
 def test_ranks_of_torchrun_finish_their_answers_too() -> None:
-    """Its own status is that of a signal."""
+    """Its own status is that of a signal. The first rank has the figures of all."""
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "narrowcast"
     with Server(MODEL, "-tp", 2, launcher=torchrun) as server, server.client() as client:
         settings = {"model": "gutenberg-7m", "prompt": "The", "temperature": 0, "max_tokens": 100}
         thread, outcome = in_background(client, **settings)
         wait_for(server, 1)
+        assert server.scrape().labels("narrowcast_info", "rank") == {"0", "1"}
         server.process.send_signal(signal.SIGTERM)
         thread.join()
         assert outcome[0].usage.completion_tokens == 100
