@@ -218,7 +218,9 @@ def test_exporting_says_what_it_wrote_and_replaces_only_its_own(tmp_path: Path) 
     said = run(*export, "--error-factor", 3, "--runbook", "https://x/y.md")
     assert said.splitlines() == [str(folder / RULES), str(folder / DASHBOARD)]
     rules = (folder / RULES).read_text()
-    assert "> 3\n" in rules and 'runbook_url: "https://x/y.md#narrowcastnonfinite"' in rules
+    assert "> 3\n" in rules and "> 2.625\n" in rules, "errors, and for hours"
+    assert '"value": 2.625' in (folder / DASHBOARD).read_text()
+    assert 'runbook_url: "https://x/y.md#narrowcastnonfinite"' in rules
     assert "a file that exists" in refused(*export)
     assert (folder / RULES).read_text() == rules
     run(*export, "--overwrite")

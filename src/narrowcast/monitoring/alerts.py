@@ -16,7 +16,7 @@ WRITTEN = "Written by narrowcast monitor export"
 Severity = Literal["critical", "warning", "info"]  # somebody gets up; looks today; plans it
 
 ERROR_FACTOR = 2.0  # times the plan's error: 30 sampled sums of other text stay below
-DRIFT_FACTOR = 1.75  # the same of 100
+DRIFT_FACTOR = 1.75  # the same of 100; another limit of errors moves this one, too
 VISIBLE = 0.2  # relative error of a sum, as 4 bits have it: below, it may be any number of times the plan's
 MOST_CLIPPED = 0.05  # of the values sent
 MOST_GUARDED = 0.1  # of a site's tokens
@@ -65,7 +65,12 @@ def alerts(*, error_factor: float = ERROR_FACTOR, ttft_s: float | None = None) -
     for name, number in (("error factor", error_factor), ("ttft", ttft_s)):
         if number is not None and not (math.isfinite(number) and number > 0):
             raise InvalidInputError(name, expected="a number above 0", found=number, remedy="Leave it out, or pass 2.")
-    return [*_gone(), *_wrong(error_factor), *_costly(ttft_s), _drifted()]
+    return [*_gone(), *_wrong(error_factor), *_costly(ttft_s), _drifted(drift_factor(error_factor))]
+
+
+def drift_factor(error_factor: float) -> float:
+    """Times the plan's error that a site may have for hours, where for a while it may have `error_factor` times."""
+    return DRIFT_FACTOR * error_factor / ERROR_FACTOR
 
 
 def to_yaml(rules: Sequence[Alert], runbook: str) -> str:
@@ -173,12 +178,12 @@ def _costly(ttft_s: float | None) -> list[Alert]:
     return found
 
 
-def _drifted() -> Alert:
+def _drifted(factor: float) -> Alert:
     before = Queries(LONG.window, offset="1d")
     return Alert(
         name="NarrowcastRangesDrift",
         expression=(
-            f"({_lossy(LONG, DRIFT_FACTOR, PLENTY)})\n"
+            f"({_lossy(LONG, factor, PLENTY)})\n"
             f"or ({LONG.clipped()}\n  > {CLIPPED_MORE:g} * ({before.clipped()})\n  > {FEWEST_CLIPPED:g})"
         ),
         lasting="1h",

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from narrowcast.monitoring.alerts import DRIFT_FACTOR, ERROR_FACTOR, MOST_CLIPPED, MOST_GUARDED, WRITTEN
+from narrowcast.monitoring.alerts import ERROR_FACTOR, MOST_CLIPPED, MOST_GUARDED, WRITTEN, drift_factor
 from narrowcast.monitoring.queries import Queries
 
 Json = dict[str, Any]
@@ -60,8 +60,9 @@ class Panel:
             yield {"refId": ref, "datasource": SOURCE, "expr": query, "legendFormat": legend, "format": form, **often}
 
 
-def dashboard(runbook: str) -> Json:
-    """The dashboard as Grafana imports it; `runbook`: the page that its alerts link to."""
+def dashboard(runbook: str, error_factor: float = ERROR_FACTOR) -> Json:
+    """The dashboard as Grafana imports it; `runbook`: the page that alerts link to; `error_factor`: theirs."""
+    limits = drift_factor(error_factor), error_factor
     return {
         "uid": "narrowcast",
         "title": "narrowcast",
@@ -73,7 +74,7 @@ def dashboard(runbook: str) -> Json:
         "refresh": "10s",
         "time": {"from": "now-1h", "to": "now"},
         "templating": {"list": [*_variables()]},
-        "panels": [*_laid_out(_rows())],
+        "panels": [*_laid_out(_rows(limits))],
     }
 
 
@@ -106,11 +107,11 @@ def _laid_out(rows: Mapping[str, Sequence[Panel]]) -> Iterator[Json]:
         y += height
 
 
-def _rows() -> dict[str, Sequence[Panel]]:
+def _rows(limits: Sequence[float]) -> dict[str, Sequence[Panel]]:
     return {
-        "Now": _now(),
+        "Now": _now(limits),
         "Traffic": _traffic(),
-        "Error by site": [_heat()],
+        "Error by site": [_heat(limits)],
         "Errors": _errors(),
         "Ranges": _ranges(),
         "Requests": _requests(),
@@ -119,7 +120,7 @@ def _rows() -> dict[str, Sequence[Panel]]:
     }
 
 
-def _now() -> list[Panel]:
+def _now(errors: Sequence[float]) -> list[Panel]:
     saved = " - ".join(f"sum({NOW.series(f'narrowcast_{each}_bytes_total')})" for each in ("uncompressed", "sent"))
     lost = SHOWN.total("narrowcast_site_non_finite_values_total", function="increase")
     ours = NOW.series("ALERTS", 'alertname=~"Narrowcast.+",alertstate="firing"')
@@ -133,7 +134,7 @@ def _now() -> list[Panel]:
             "Of any site, over the plan's, in 30 minutes.",
             f"max({SAMPLED.error_ratio()})",
             "short",
-            (DRIFT_FACTOR, ERROR_FACTOR),
+            errors,
         ),
         ("Not finite", "Values that were NaN or infinite, in the time shown.", f"sum({lost})", "short", (1, 1)),
     ]
@@ -170,13 +171,13 @@ def _traffic() -> list[Panel]:
     ]
 
 
-def _heat() -> Panel:
+def _heat(limits: Sequence[float]) -> Panel:
     return Panel(
         title="Relative error of sampled sums, over the plan's",
         about="Of the last 30 minutes. 1: as calibrated. Yellow sites have drifted, red ones raise an alert.",
         queries={"{{site}}": f"max by (site) ({SAMPLED.error_ratio()})"},
         kind="status-history",
-        limits=(DRIFT_FACTOR, ERROR_FACTOR),
+        limits=limits,
         options={"showValue": "never", "rowHeight": 0.9},
         max_points=60,
     )

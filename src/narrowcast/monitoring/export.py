@@ -28,7 +28,7 @@ def export(
     """
     texts = {
         folder / RULES: to_yaml(alerts(error_factor=error_factor, ttft_s=ttft_s), runbook),
-        folder / DASHBOARD: json.dumps(dashboard(runbook), indent=2) + "\n",
+        folder / DASHBOARD: json.dumps(dashboard(runbook, error_factor), indent=2) + "\n",
     }
     if not folder.exists():
         check_folder(folder, folder.parent)
