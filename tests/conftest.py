@@ -24,7 +24,8 @@ collect_ignore = [] if importlib.util.find_spec("vllm") else ["in_vllm"]
 
 # Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
 STARTING_PROCESSES = (
-    *("bench", "cli", "failure", "handshake", "launch", "preflight", "served_metrics", "serving", "tcp", "wire_bytes"),
+    *("bench", "cli", "failure", "handshake", "launch", "preflight", "scraped"),
+    *("served_metrics", "serving", "tcp", "wire_bytes"),
 )
 
 torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores

@@ -47,7 +47,7 @@ def _about(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
     names = "version", "plan", "transport", "kernels"
     info = _gauge("info", "Versions, plan, transport and kernels of a rank.", *names)
     ranks = GaugeMetricFamily("narrowcast_ranks", "Ranks that serve together.")
-    bits = _gauge("planned_bits_per_value", "Bits that a value of the plan's sums takes.")
+    width = _gauge("planned_bytes_per_value", "Bytes that a value of the plan's sums takes.")
     tokens = _counter("tokens", "Tokens that a rank has processed.")
     for each in snapshots:
         info.add_metric(
@@ -55,10 +55,10 @@ def _about(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
         )
         tokens.add_metric([str(each.rank)], each.report.num_tokens)
         if each.planned_bits is not None:
-            bits.add_metric([str(each.rank)], each.planned_bits)
+            width.add_metric([str(each.rank)], each.planned_bits / 8)
     if snapshots:
         ranks.add_metric([], max(each.num_ranks for each in snapshots))
-    yield from (info, ranks, bits, tokens)
+    yield from (info, ranks, width, tokens)
 
 
 def _traffic(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
