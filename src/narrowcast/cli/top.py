@@ -114,7 +114,7 @@ def _remarks(figures: Figures, silent: str) -> Iterator[Text]:
 
 
 def _wrong(figures: Figures) -> Iterator[str]:
-    """What would raise an alert, were it to last."""
+    """Remarks on what would raise an alert, were it to last."""
     if figures.num_heard < figures.num_ranks:
         yield f"{figures.num_ranks - figures.num_heard} of {figures.num_ranks} ranks are gone"
     if lost := figures.non_finite:

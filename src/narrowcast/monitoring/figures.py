@@ -16,13 +16,13 @@ Shares = Mapping[str, float]  # by site
 
 @dataclass(frozen=True)
 class Window:
-    """What a server did from one scrape to another; without an earlier one since its start, for an unknown time."""
+    """The work of a server from one scrape to another; without an earlier one since its start, for an unknown time."""
 
     now: Scrape
     earlier: Scrape | None = None
 
     def change(self, name: str, label: str = "") -> dict[str, float]:
-        """How far counters have risen, by a label; nothing for what there is not."""
+        """The rise of counters by a label; nothing for what there is not."""
         before = {} if self.earlier is None else self.earlier.values(name, label)
         return {key: value - before.get(key, 0.0) for key, value in self.now.values(name, label).items()}
 

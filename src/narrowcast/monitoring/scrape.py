@@ -1,4 +1,4 @@
-"""What a server's /metrics says at one moment, and what has changed since an earlier one."""
+"""Figures of a server's /metrics at one moment, and what has changed since an earlier one."""
 
 import time
 import urllib.error
@@ -72,7 +72,7 @@ def address_of(url: str) -> str:
 
 
 def scraped(address: str) -> Scrape:
-    """What is there now; InvalidInputError where nobody answers, or a server without figures of narrowcast."""
+    """All that is there now; InvalidInputError where nobody answers, or a server without figures of narrowcast."""
     try:
         with urllib.request.urlopen(address, timeout=WAIT_S) as answer:
             found = Scrape.of(answer.read().decode("utf8"))
