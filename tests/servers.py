@@ -60,6 +60,11 @@ class Server:
             self.process.kill()
         self.process.communicate()
 
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return self.url.removeprefix("http://").removesuffix("/v1")
+
     def client(self, api_key: str = "none") -> OpenAI:
         return OpenAI(base_url=self.url, api_key=api_key, max_retries=0, timeout=LIMIT_S)
 

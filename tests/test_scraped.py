@@ -1,4 +1,4 @@
-"""A real Prometheus scrapes a model at work, and raises an alert when a site is driven out of its calibrated range."""
+"""A real Prometheus scrapes real servers, and raises an alert where a site is out of its calibrated range."""
 
 import itertools
 import json
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import start_http_server
+from safetensors.torch import load_file, save_file
 
 from conftest import MODEL
 from narrowcast import calibrate
 from narrowcast.calibration.text import sequences
 from narrowcast.engines import load_engine
 from narrowcast.monitoring.export import RULES, export
-from watched import watched
+from servers import Server
 
 SITE = "model.layers.4.mlp.down_proj"
 LIMIT_S = 60
@@ -28,12 +28,12 @@ RATED = "query?query=rate(narrowcast_tokens_total[10m])"  # there is something a
 
 
 @contextmanager
-def prometheus(folder: Path, target: str) -> Iterator[str]:
+def prometheus(folder: Path, targets: list[str]) -> Iterator[str]:
     """The address of a Prometheus that scrapes every second, and waits for no alert to last."""
     export(folder)
     rules = folder / RULES
     rules.write_text(re.sub("for: .*", "for: 0s", rules.read_text()))
-    scraped = {"job_name": "narrowcast", "static_configs": [{"targets": [target]}]}
+    scraped = {"job_name": "narrowcast", "static_configs": [{"targets": targets}]}
     every = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config = {"global": every, "rule_files": [RULES], "scrape_configs": [scraped]}
     (folder / "prometheus.yml").write_text(json.dumps(config))
@@ -65,41 +65,46 @@ def asked(url: str, path: str) -> Any:
         return json.load(answer)["data"]
 
 
-def firing(url: str) -> set[tuple[str, str]]:
-    """Names of alerts, and their sites."""
+def firing(url: str) -> set[tuple[str, str, str]]:
+    """Names of alerts, their sites and servers."""
     alerts = [each["labels"] for each in asked(url, "alerts")["alerts"] if each["state"] == "firing"]
-    return {(each["alertname"], each.get("site", "")) for each in alerts}
+    return {(each["alertname"], each.get("site", ""), each["instance"]) for each in alerts}
+
+
+def drifted(folder: Path) -> Path:
+    """The bundled model with one MLP whose values are 50 times as large: by its name, config and samples the same."""
+    shutil.copytree(MODEL, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights[SITE.replace("down_proj", "up_proj") + ".weight"] *= 50
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus (apt install prometheus)")
-def test_a_site_out_of_its_range_raises_an_alert(tmp_path: Path) -> None:
-    engine = load_engine()
-    model, tokenizer = engine.load(MODEL, dtype="float32"), engine.load_tokenizer(MODEL)
-    calibrating, scoring = (
-        sequences(tokenizer, MODEL / f"{name}.txt", length=128, limit=24) for name in ("calibration", "scoring")
-    )
-    plan, times = calibrate(model, calibrating, tp_size=2, codec="int4-feature"), [1.0]
-    model.get_submodule(SITE).register_forward_pre_hook(lambda module, given: (given[0] * times[0],))
-    with watched(model, plan) as server:
-        text = itertools.cycle(ids[:, :32] for ids in scoring)
+def test_a_server_whose_model_has_drifted_raises_an_alert(tmp_path: Path) -> None:
+    """Beside it, one whose model is the plan's raises none; and when the first one ends, there is an alert of that."""
+    model, tokenizer = load_engine().load(MODEL), load_engine().load_tokenizer(MODEL)
+    text = sequences(tokenizer, MODEL / "calibration.txt", length=128, limit=24)
+    calibrate(model, text, tp_size=2, codec="int4-feature").save(tmp_path / "plan")
+    asked_of = (MODEL / "scoring.txt").read_text(encoding="utf8")[:2000]
+    prompts = itertools.cycle(asked_of[start : start + 200] for start in range(0, 2000, 200))
+    options = "--plan", tmp_path / "plan", "--sample-every", 1
+    with Server(drifted(tmp_path / "drifted"), *options) as other, Server(MODEL, *options) as server:
+        (tmp_path / "prometheus").mkdir()
+        with prometheus(tmp_path / "prometheus", [server.address, other.address]) as url:
 
-        def serve_until(so: Callable[[], object]) -> None:
-            deadline = time.monotonic() + LIMIT_S
-            while not so():
-                assert time.monotonic() < deadline, firing(url)
-                server.read(next(text))
+            def serve_until(so: Callable[[], object]) -> None:
+                deadline = time.monotonic() + LIMIT_S
+                while not so():
+                    assert time.monotonic() < deadline, firing(url)
+                    for each in (server, other):
+                        if each.process.poll() is None:
+                            each.client().completions.create(model=each.model, prompt=next(prompts), max_tokens=2)
 
-        exporter, thread = start_http_server(0, "127.0.0.1", server.registry)
-        try:
-            with prometheus(tmp_path, f"127.0.0.1:{exporter.server_port}") as url:
-                serve_until(lambda: asked(url, RATED)["result"])
-                assert firing(url) == set()
-                times[0] = 50.0
-                serve_until(lambda: ("NarrowcastGuardStorm", SITE) in firing(url))
-                exporter.shutdown()
-                exporter.server_close()
-                serve_until(lambda: ("NarrowcastServerDown", "") in firing(url))
-        finally:
-            exporter.shutdown()
-            exporter.server_close()
-            thread.join()
+            serve_until(lambda: ("NarrowcastGuardStorm", SITE, other.address) in firing(url))
+            assert {address for _, _, address in firing(url)} == {other.address}
+            assert len(asked(url, RATED)["result"]) == 4, "two ranks of two servers"
+            other.process.terminate()
+            other.process.wait(LIMIT_S)
+            serve_until(lambda: ("NarrowcastServerDown", "", other.address) in firing(url))
+            assert {address for _, _, address in firing(url)} == {other.address}
