@@ -232,6 +232,10 @@ def test_gradients_reach_what_is_calibrated(tmp_path: Path) -> None:
     layer(x).backward(given)
 
     assert torch.allclose(x.grad, given @ layer.dequantized().float())
+    mlp, dense = model.model.layers[0].mlp, load(tmp_path, "dense", dtype="float32").model.layers[0].mlp
+    x = torch.randn(3, 128, requires_grad=True)
+    found, expected = (torch.autograd.grad(each(x), x, x)[0] for each in (mlp, dense))
+    assert (found - expected).norm() < 0.05 * expected.norm(), "of layers that are asked at once, too"
     plan = narrowcast.calibrate(model, [random_ids(2, 16)], codec="allocated", tp_size=2)
     assert answers(model, plan, random_ids(1, 5), simulate=True)[0].isfinite().all()
 
