@@ -12,8 +12,27 @@ from typing import Self
 
 import httpx2
 from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
 LIMIT_S = 90
+
+
+class Scrape:
+    """What /metrics said."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.families = text, list(text_string_to_metric_families(text))
+        self.samples = [sample for family in self.families for sample in family.samples]
+
+    def value(self, name: str, **labels: str) -> float:
+        """The sum of all series of that name with these labels, of which there is one at least."""
+        found = [each for each in self.samples if each.name == name and labels.items() <= each.labels.items()]
+        assert found, f"no {name} with {labels}"
+        return sum(each.value for each in found)
+
+    def labels(self, name: str, label: str) -> set[str]:
+        """Values of a label."""
+        return {each.labels[label] for each in self.samples if each.name == name}
 
 
 class Server:
@@ -41,15 +60,26 @@ class Server:
             self.process.kill()
         self.process.communicate()
 
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return self.url.removeprefix("http://").removesuffix("/v1")
+
     def client(self, api_key: str = "none") -> OpenAI:
         return OpenAI(base_url=self.url, api_key=api_key, max_retries=0, timeout=LIMIT_S)
 
     def get(self, path: str) -> httpx2.Response:
         return httpx2.get(self.url.removesuffix("/v1") + path, timeout=LIMIT_S)
 
+    def scrape(self) -> Scrape:
+        answer = self.get("/metrics")
+        assert answer.status_code == 200
+        return Scrape(answer.text)
+
     def num_running(self) -> int:
         """Requests with the model, and those before it."""
-        return sum(map(int, re.findall(r"^vllm:num_requests_\w+ (\d+)$", self.get("/metrics").text, re.MULTILINE)))
+        found = self.scrape()
+        return int(found.value("vllm:num_requests_running") + found.value("vllm:num_requests_waiting"))
 
     def wait_until_idle(self) -> None:
         deadline = time.monotonic() + 20

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from commands import refused, run
 from conftest import MODEL
@@ -197,6 +197,9 @@ def test_a_config_alone_says_that_layers_are_in_few_bits(tmp_path: Path) -> None
     embedding, *layers, output = load_engine().matrices(tmp_path)
     assert {each.format for each in (embedding, output)} == {torch.bfloat16}
     assert {each.format for each in layers} == {w4a16(128)} and len(layers) == 14
+    sparse = SMALL | {"hidden_size": 128, "intermediate_size": 256}
+    MixtralConfig(**sparse, num_local_experts=4, **quantized).save_pretrained(tmp_path / "sparse")
+    assert {each.format for each in load_engine().matrices(tmp_path / "sparse") if each.number == 4} == {w4a16(128)}
     config = json.loads((tmp_path / "config.json").read_text(encoding="utf8"))
     config["quantization_config"] = {"quant_method": "fp8"}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf8")
@@ -214,8 +217,9 @@ def test_experts_are_used_by_few_tokens_and_held_all(tmp_path: Path) -> None:
         assert found.token_s == pytest.approx(used * 2e6 / 1e9), "of whole experts a rank has one or none to read"
         assert found.held_nbytes == 4 * 2e6 / 4
         assert found.prompt_s == pytest.approx(4 * 2e6 / 4 / 1e9), "512 tokens read all of them"
-    with pytest.raises(InvalidInputError, match="a model without experts"):
-        load_engine().matrices(tmp_path / "model", weights="int4-group32")
+    packed = load_engine().matrices(tmp_path / "model", weights="int4-group32")
+    assert [(each.number, each.shape) for each in packed] == [(each.number, each.shape) for each in matrices]
+    assert {each.format for each in packed if each.number > 1} == {Q4_0}
 
 
 def test_ranks_share_products_and_stages_memory() -> None:

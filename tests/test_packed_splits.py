@@ -80,6 +80,8 @@ def check(pools: Pools, path: Path, split: Split, weights: Weights, **options: A
         ("w4a16", "stored"),
         ("qwen3.gguf", "stored"),
         ("qwen3.gguf", "int4-group32"),
+        ("qwen3-moe", "int4-group32"),
+        ("qwen3moe.gguf", "stored"),
     ],
 )
 def test_stages_answer_like_the_simulation(

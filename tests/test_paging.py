@@ -45,6 +45,22 @@ def test_room_that_is_too_small_for_all_at_once_changes_no_answer() -> None:
     assert likeliest(prompts, 40, pages) == expected
 
 
+def test_room_is_used_by_requests_alone() -> None:
+    """Two of four pages, and none once the request is removed, though they are kept for one that begins alike."""
+    pages = load_engine().pages(
+        load_engine().load(MODEL, dtype="float32"), num_tokens=128, max_requests=4, max_batch_tokens=64
+    )
+    assert pages.usage() == 0
+    for _ in range(2):
+        pages.add("one", random_ids(1, 40)[0].tolist())
+        pages.forward()
+        assert pages.usage() == 0.5
+        pages.take([5])
+        pages.remove("one")
+        pages.forward()
+        assert pages.usage() == 0
+
+
 def test_weights_in_few_bits_answer_alike() -> None:
     """Tokens come as int32, with which a few-bit embedding is looked up, too."""
     model = load_engine().load(MODEL, dtype="float32", weights="int4-group32")

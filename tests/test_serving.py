@@ -26,12 +26,15 @@ from commands import refused, save_plan, typed
 from conftest import MODEL
 from narrowcast.engines import load_engine
 from narrowcast.evaluation.continuations import GREEDY, continuations
+from narrowcast.monitoring import Snapshot
+from narrowcast.runtime.reports import Report
+from narrowcast.serving.board import Board
 from narrowcast.serving.chat import Local, Partner, Remote, Say, converse
 from narrowcast.serving.choosing import Chooser, scored
 from narrowcast.serving.desk import ClosedError, Desk, FullError
 from narrowcast.serving.leading import Leader
 from narrowcast.serving.orders import Orders
-from narrowcast.serving.requests import Failure, Piece, Request, Token
+from narrowcast.serving.requests import Piece, Request, Token
 from narrowcast.serving.text import Spelling, Text
 from narrowcast.transport import Buffers, Collectives, Transport
 from servers import Server
@@ -383,12 +386,13 @@ def test_a_signal_lets_answers_be_finished(how: signal.Signals) -> None:
 
 
 def test_ranks_of_torchrun_finish_their_answers_too() -> None:
-    """Its own status is that of a signal."""
+    """Its own status is that of a signal. The first rank has the figures of all."""
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "narrowcast"
     with Server(MODEL, "-tp", 2, launcher=torchrun) as server, server.client() as client:
         settings = {"model": "gutenberg-7m", "prompt": "The", "temperature": 0, "max_tokens": 100}
         thread, outcome = in_background(client, **settings)
         wait_for(server, 1)
+        assert server.scrape().labels("narrowcast_info", "rank") == {"0", "1"}
         server.process.send_signal(signal.SIGTERM)
         thread.join()
         assert outcome[0].usage.completion_tokens == 100
@@ -497,18 +501,18 @@ def test_who_cannot_chat() -> None:
 class Hasty(Desk):
     """A desk whose client leaves just as the model's thread says its last word."""
 
-    def say(self, name: str, said: Piece | Failure, *, last: bool) -> None:
-        if last:
+    def say(self, name: str, piece: Piece) -> None:
+        if piece.finish is not None:
             self.withdraw([name])
-        super().say(name, said, last=last)
+        super().say(name, piece)
 
 
 def test_who_leaves_at_the_last_word_is_no_trouble(model: nn.Module, tokenizer: Any) -> None:
     pages = load_engine().pages(model, num_tokens=128, max_requests=4, max_batch_tokens=16)
-    desk, heard = Hasty(max_running=1, max_waiting=1), []
+    desk, heard = Hasty(max_running=1, max_waiting=1, max_len=8), []
     desk.hand_in([(Request(prompt=(5, 6), max_new_tokens=2, temperature=0), heard.append)] * 2)
     desk.close("enough", within_s=60)
-    Leader(desk, pages, Orders(Alone()), tokenizer, ends=()).run()
+    Leader(desk, Board(desk.wake), pages, Orders(Alone(), nothing_sent), tokenizer, ends=()).run()
     assert [type(each) for each in heard] == [Piece, Piece]
 
 
@@ -528,11 +532,18 @@ class Alone(Transport):
         return [text]
 
 
-def test_without_fastapi_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("server", "app"):
-        monkeypatch.delitem(sys.modules, f"narrowcast.serving.web.{module}", raising=False)
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert "fastapi is not installed: run pip install 'narrowcast[serve]'" in refused("serve", MODEL)
+def nothing_sent() -> Snapshot:
+    return Snapshot.of(Report(sites={}), None, rank=0, num_ranks=1, transport="")
+
+
+@pytest.mark.parametrize("package", ["fastapi", "prometheus_client"])
+def test_without_a_package_a_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    for module in [
+        name for name in sys.modules if name.startswith(("narrowcast.serving.web.", "narrowcast.monitoring"))
+    ]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert f"{package} is not installed: run pip install 'narrowcast[serve]'" in refused("serve", MODEL)
 
 
 class Letters:
@@ -584,7 +595,7 @@ def test_scores_are_of_logits_before_temperature() -> None:
 
 
 def test_places_are_counted() -> None:
-    desk = Desk(max_running=1, max_waiting=1)
+    desk = Desk(max_running=1, max_waiting=1, max_len=8)
     request = Request(prompt=(1,), max_new_tokens=1)
     first, second = desk.hand_in([(request, print), (request, print)])
     with pytest.raises(FullError):

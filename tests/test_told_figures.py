@@ -14,7 +14,8 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 
 from narrowcast.errors import InvalidInputError
-from narrowcast.monitoring import Snapshot, collector_of, processes
+from narrowcast.monitoring import Snapshot, processes
+from narrowcast.monitoring.metrics import collector_of
 from narrowcast.runtime.reports import Report, SiteReport
 
 SHOWN = 'narrowcast_tokens_total{rank="%d"} %d'

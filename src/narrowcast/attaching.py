@@ -37,11 +37,14 @@ _ATTACHED = "_narrowcast_handle"
 class Handle:
     """A plan at work on a model. `remove()` restores the model exactly; leaving a `with` block does so too.
 
-    Several suspended handles may stand by on one model; one at most is at work.
+    Several suspended handles may stand by on one model; one at most is at work. `transport`: the name of what carries
+    payloads, empty where nothing does.
     """
 
-    def __init__(self, model: nn.Module, forwards: Forwards, sites: Sites, prompts: Prompts | None = None) -> None:
-        self._model, self._sites, self._prompts = model, sites, prompts
+    def __init__(
+        self, model: nn.Module, forwards: Forwards, sites: Sites, prompts: Prompts | None, transport: str
+    ) -> None:
+        self._model, self._sites, self._prompts, self.transport = model, sites, prompts, transport
         self._forwards: Forwards | None = forwards
         setattr(model, _ATTACHED, self)
 
@@ -160,6 +163,7 @@ def attach(
         sample_every=sample_every,
     )
     wires: Simulator | Communicator
+    over = ""
     if simulate:
         _check_attachable(engine, model, plan, whole=True)
         wires = Simulator(sites, plan.tp_size, count_only=count_only)
@@ -174,13 +178,14 @@ def attach(
         connected = [each for each in (tp, pp) if each is not None]
         in_turns = prompts is not None and plan.split.pp_size == 1
         _check_on_all_ranks(engine, model, plan, connected, mine, in_turns=in_turns)
-        _tell(plan, algorithm, sites, tp, pp)
+        over = " and ".join(sorted({each.name for each in connected}))
+        _tell(plan, algorithm, sites, tp, over)
         wires = Communicator(sites, tp=tp, pp=pp, count_only=count_only)
     _tell_of_feedback(plan, feedback)
     forwards = engine.take_over(model, plan.split, wires)
     if prompts is not None:
         _halve(prompts, engine, model, plan.split, wires, forwards)
-    return Handle(model, forwards, sites, prompts)
+    return Handle(model, forwards, sites, prompts, over)
 
 
 def _halves_from(model: nn.Module, plan: Plan) -> int | None:
@@ -255,8 +260,7 @@ def _check_split(engine: Engine, model: nn.Module, plan: Plan) -> None:
         )
 
 
-def _tell(plan: Plan, algorithm: str, sites: Sites, tp: Transport | None, pp: Transport | None) -> None:
-    over = " and ".join(sorted({each.name for each in (tp, pp) if each is not None}))
+def _tell(plan: Plan, algorithm: str, sites: Sites, tp: Transport | None, over: str) -> None:
     tuned_over = sites.decisions.transport
     if tp is not None and tuned_over not in ("", tp.name):
         logger.warning("the plan was tuned over %s, and now runs over %s: tune it again", tuned_over, tp.name)

@@ -54,7 +54,8 @@ def _folder() -> Path:
 
 
 def _publish(folder: Path, figures: vllm.Figures) -> None:
-    from narrowcast.monitoring import Snapshot, collector_of, processes
+    from narrowcast.monitoring import Snapshot, processes
+    from narrowcast.monitoring.metrics import collector_of
 
     def snapshot() -> Snapshot:
         about = {"rank": figures.rank, "num_ranks": figures.num_ranks}
@@ -66,7 +67,8 @@ def _publish(folder: Path, figures: vllm.Figures) -> None:
 
 
 def _show(folder: Path) -> None:
-    from narrowcast.monitoring import collector_of, processes
+    from narrowcast.monitoring import processes
+    from narrowcast.monitoring.metrics import collector_of
 
     processes.show(collector_of(lambda: processes.left_in(folder)))
 

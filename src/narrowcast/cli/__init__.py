@@ -15,6 +15,7 @@ from narrowcast.cli import (
     evaluate,
     generate,
     inspect,
+    monitor,
     pack,
     rotate,
     serve,
@@ -45,5 +46,6 @@ for command in (
     *(generate.generate, serve.serve, chat.chat, pack.pack, rotate.rotate, bench.bench, codecs.codecs, doctor.doctor),
 ):
     app.command()(command)
+app.add_typer(monitor.monitor, name="monitor")
 
 __all__ = ["app"]

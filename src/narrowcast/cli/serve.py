@@ -6,8 +6,9 @@ from typing import Annotated
 import typer
 
 from narrowcast.cli import options
-from narrowcast.cli.options import SERVER, SPLIT, option
+from narrowcast.cli.options import RUN, SERVER, SPLIT, option
 from narrowcast.cli.progress import shown
+from narrowcast.runtime.sampling import EVERY
 from narrowcast.serving import Job, Serving
 from narrowcast.serving import serve as serve_job
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
@@ -32,6 +33,7 @@ def serve(
     cache_tokens: Annotated[int, option(LIMITS, "N", "Tokens of all that run.", min=64)] = 16384,
     transport: options.TransportOption = "auto",
     no_feedback: options.NoFeedback = False,
+    sample_every: Annotated[int, option(RUN, "N", "Checks a sum in N.", min=0)] = EVERY,
     replicate: options.Replicate = "auto",
     dtype: options.DtypeOption = "auto",
     weights: options.WeightsOption = "stored",
@@ -53,6 +55,7 @@ def serve(
         cache_tokens=cache_tokens,
         transport=transport,
         feedback=not no_feedback,
+        sample_every=sample_every,
         replicated=replicate,
         dtype=dtype,
         weights=weights,

@@ -110,6 +110,10 @@ class Pages(Protocol):
         """
         ...
 
+    def usage(self) -> float:
+        """The share of the room that requests use; what is kept in case a prompt begins alike is free."""
+        ...
+
 
 class Seam(Protocol):
     """The run-time seam of an engine: where a model's values travel, and how to reach these places."""

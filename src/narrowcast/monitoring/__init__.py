@@ -1,6 +1,8 @@
-"""Watching what low-bit communication does as it serves: figures of all ranks, as Prometheus reads them."""
+"""Watching what low-bit communication does as it serves: figures of all ranks, as Prometheus reads them.
 
-from narrowcast.monitoring.metrics import collector_of
+`metrics` needs prometheus-client, and is imported where something is scraped.
+"""
+
 from narrowcast.monitoring.snapshot import Snapshot
 
-__all__ = ["Snapshot", "collector_of"]
+__all__ = ["Snapshot"]

@@ -47,7 +47,7 @@ def _about(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
     names = "version", "plan", "transport", "kernels"
     info = _gauge("info", "Versions, plan, transport and kernels of a rank.", *names)
     ranks = GaugeMetricFamily("narrowcast_ranks", "Ranks that serve together.")
-    bits = _gauge("planned_bits_per_value", "Bits that a value of the plan's sums takes.")
+    width = _gauge("planned_bytes_per_value", "Bytes that a value of the plan's sums takes.")
     tokens = _counter("tokens", "Tokens that a rank has processed.")
     for each in snapshots:
         info.add_metric(
@@ -55,10 +55,10 @@ def _about(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
         )
         tokens.add_metric([str(each.rank)], each.report.num_tokens)
         if each.planned_bits is not None:
-            bits.add_metric([str(each.rank)], each.planned_bits)
+            width.add_metric([str(each.rank)], each.planned_bits / 8)
     if snapshots:
         ranks.add_metric([], max(each.num_ranks for each in snapshots))
-    yield from (info, ranks, bits, tokens)
+    yield from (info, ranks, width, tokens)
 
 
 def _traffic(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
@@ -146,10 +146,10 @@ def _sampled(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
             if samples.expected is not None:
                 expected.add_metric(labels, samples.expected)
         for kind, samples in by_kind.items():
-            _add_histogram(ratios, [rank, kind], samples.ratios)
-            _add_histogram(residues, [rank, kind], samples.residues)
+            add_histogram(ratios, [rank, kind], samples.ratios)
+            add_histogram(residues, [rank, kind], samples.residues)
             for part, histogram in samples.seconds.items():
-                _add_histogram(seconds, [rank, kind, part], histogram)
+                add_histogram(seconds, [rank, kind, part], histogram)
     yield from (sums, lost, noise, power, last, expected, ratios, residues, seconds)
 
 
@@ -174,7 +174,8 @@ def _add(family: CounterMetricFamily, rank: str, figures: Iterable[tuple[Labels,
         family.add_metric([rank, *labels], total)
 
 
-def _add_histogram(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram) -> None:
+def add_histogram(family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram) -> None:
+    """Add a histogram's counts to a family, under these labels."""
     bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
     buckets = list(zip(bounds, accumulate(histogram.counts), strict=True))
     family.add_metric(labels, buckets, histogram.total)

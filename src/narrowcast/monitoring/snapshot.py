@@ -1,7 +1,7 @@
 """The figures of one rank at one moment, as they travel to whoever answers /metrics."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Self
 
@@ -38,7 +38,7 @@ class Snapshot:
 
     def to_text(self) -> str:
         """All of it, as JSON."""
-        return json.dumps({**asdict(self), "report": self.report.to_json()})
+        return json.dumps(self, default=vars)  # between two steps: asdict takes ten times as long
 
     @classmethod
     def from_text(cls, text: str) -> Self:

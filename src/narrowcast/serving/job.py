@@ -8,6 +8,7 @@ from narrowcast.engines import Dtype, Replicated, Weights, check_length, load_en
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
+from narrowcast.runtime.sampling import EVERY
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 
 
@@ -16,8 +17,8 @@ class Job:
     """The serving of the model in a folder or of a hub name, over the ranks of `plan`, or `tp_size` without one.
 
     `name`: the model's, for clients. `max_len`: tokens of a request, prompt and answer, at most; None for the model's
-    context, or what there is room for. `cache_tokens`: room for those of all requests that run. What else there is, as
-    `evaluation.ranks.Job` has it.
+    context, or what there is room for. `cache_tokens`: room for those of all requests that run. `sample_every`: as of
+    `attach`. What else there is, as `evaluation.ranks.Job` has it.
     """
 
     model: str
@@ -33,6 +34,7 @@ class Job:
     cache_tokens: int = 16384
     transport: str = "auto"
     feedback: bool = True
+    sample_every: int = EVERY
     replicated: Replicated | Literal["auto"] = "auto"
     dtype: Dtype = "auto"
     weights: Weights = "stored"

@@ -9,6 +9,7 @@ from narrowcast.engines import Pages
 from narrowcast.errors import NarrowcastError
 from narrowcast.launch import losses_named
 from narrowcast.serving.answer import Answer
+from narrowcast.serving.board import Board
 from narrowcast.serving.desk import Desk
 from narrowcast.serving.orders import Order, Orders, carry_out
 from narrowcast.serving.requests import Piece
@@ -21,13 +22,14 @@ STOPPED = "the server was stopped before this request was answered"
 class Leader:
     """Answers the requests of `desk` with the model in `pages`, on all ranks that hear its `orders`.
 
-    `ends`: tokens that end a text. `beat_s`: seconds between orders while there is nothing to do, so that ranks which
-    are gone are missed, and this one is not.
+    `board`: where figures of the ranks are posted when somebody asks. `ends`: tokens that end a text. `beat_s`: seconds
+    between orders while there is nothing to do, so that ranks which are gone are missed, and this one is not.
     """
 
     def __init__(
         self,
         desk: Desk,
+        board: Board,
         pages: Pages,
         orders: Orders,
         tokenizer: Any,
@@ -35,7 +37,7 @@ class Leader:
         *,
         beat_s: float = LONGEST_BEAT_S,
     ) -> None:
-        self._desk, self._pages, self._orders, self._beat_s = desk, pages, orders, beat_s
+        self._desk, self._board, self._pages, self._orders, self._beat_s = desk, board, pages, orders, beat_s
         self._tokenizer, self._ends = tokenizer, ends
         self._answers: dict[str, Answer] = {}  # that run
         self._unscored: dict[str, Answer] = {}  # of those, whose prompts are scored, one after the other
@@ -56,6 +58,8 @@ class Leader:
             kind = "" if isinstance(error, NarrowcastError) else f"{type(error).__name__}: "
             self._desk.fail(f"the model failed: {kind}{error}")
             raise
+        finally:
+            self._board.close()
         self._desk.fail(STOPPED)
 
     def _step(self) -> None:
@@ -68,10 +72,14 @@ class Leader:
             added=self._added,
             scored=() if scored is None else scored.unscored(),
             begins=scored is not None and scored.begins,
+            asks=self._board.begin(),
         )
         self._tokens, self._removed, self._added = [], [], []
         self._orders.give(order)
+        if order.asks:
+            self._board.post(self._orders.gather())
         outcome = carry_out(order, self._pages)
+        self._board.usage = self._pages.usage()
         if scored is not None and outcome.scored_TV is not None:
             self._hear_scores(name, scored, outcome.scored_TV.cpu())
         self._hear(dict(zip(outcome.names, outcome.logits_NV.cpu(), strict=True)))
@@ -113,11 +121,13 @@ class Leader:
         ended = piece.finish is not None
         if ended:
             del self._answers[name]
-        self._desk.say(name, piece, last=ended)
+        self._desk.say(name, piece)
         return ended
 
 
 def follow(orders: Orders, pages: Pages) -> None:
     """Do what the first rank says, until it says that this is the end."""
     while not (order := orders.receive()).ends:
+        if order.asks:
+            orders.gather()
         carry_out(order, pages)

@@ -1,13 +1,14 @@
 """The next step of all ranks, as the first one orders it: so all run the same requests with the same tokens."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
 
 from narrowcast.engines import Pages
+from narrowcast.monitoring import Snapshot
 from narrowcast.transport import Transport
 
 _LENGTH_NBYTES = 8
@@ -16,7 +17,8 @@ _LENGTH_NBYTES = 8
 @dataclass(frozen=True, kw_only=True)
 class Order:
     """One step. `tokens`: for the requests that the last step named. `scored`: the next tokens of the text that is
-    scored, of which it `begins` with these. `ends`: there is no step any more.
+    scored, of which it `begins` with these. `asks`: for the figures of all ranks first. `ends`: there is no step any
+    more.
     """
 
     tokens: Sequence[int] = ()
@@ -24,6 +26,7 @@ class Order:
     added: Sequence[tuple[str, Sequence[int]]] = ()
     scored: Sequence[int] = ()
     begins: bool = False
+    asks: bool = False
     ends: bool = False
 
 
@@ -48,35 +51,60 @@ def carry_out(order: Order, pages: Pages) -> Outcome:
 
 
 class Orders:
-    """Orders from the first rank to the others over `transport`, which names a rank that is lost.
+    """Orders from the first rank to the others over `transport`, which names a rank that is lost; and their figures
+    back, of which `snapshot` are this rank's.
 
     Each order is preceded by its length, and that by a sign of life from those who are to carry it out.
     """
 
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+    def __init__(self, transport: Transport, snapshot: Callable[[], Snapshot]) -> None:
+        self._transport, self._snapshot = transport, snapshot
         self.leads = transport.rank == 0
+        self._others = range(1, transport.world_size) if self.leads else range(1)
 
     def give(self, order: Order) -> None:
         """Tell the others, all of whom are there; PeerLostError names one who is not."""
-        message = torch.frombuffer(bytearray(json.dumps(asdict(order)).encode()), dtype=torch.uint8)
-        self._exchange(torch.tensor([len(message)]).view(torch.uint8), torch.empty(_LENGTH_NBYTES, dtype=torch.uint8))
-        self._exchange(message, None)
+        message = _packed(json.dumps(asdict(order)))
+        self._exchange(_length(message), dict.fromkeys(self._others, _LENGTH_NBYTES))
+        self._exchange(message, {})
 
     def receive(self) -> Order:
         """The next order; PeerLostError where the first rank is lost."""
-        length = torch.empty(_LENGTH_NBYTES, dtype=torch.uint8)
-        self._exchange(torch.zeros_like(length), length)
-        message = torch.empty(int(length.view(torch.int64)), dtype=torch.uint8)
-        self._exchange(None, message)
-        return Order(**json.loads(bytes(message.numpy())))
+        length = self._exchange(torch.zeros(_LENGTH_NBYTES, dtype=torch.uint8), {0: _LENGTH_NBYTES})
+        return Order(**json.loads(_unpacked(self._exchange(None, _lengths(length))[0])))
 
-    def _exchange(self, send: Tensor | None, receive: Tensor | None) -> None:
-        """Between the first rank and each other one; whatever the first one receives is the same."""
-        peers = range(self._transport.world_size)
-        if self.leads:
-            sends = [send if peer else None for peer in peers]
-            receives = [None if receive is None or not peer else torch.empty_like(receive) for peer in peers]
-        else:
-            sends, receives = ([None if peer else each for peer in peers] for each in (send, receive))
+    def gather(self) -> list[str]:
+        """The snapshots of all ranks as text, in their order, at the first one; elsewhere none."""
+        mine = self._snapshot().to_text()
+        if not self.leads:
+            message = _packed(mine)
+            self._exchange(_length(message), {})
+            self._exchange(message, {})
+            return []
+        lengths = self._exchange(None, dict.fromkeys(self._others, _LENGTH_NBYTES))
+        return [mine, *map(_unpacked, self._exchange(None, _lengths(lengths)).values())]
+
+    def _exchange(self, send: Tensor | None, receive_nbytes: Mapping[int, int]) -> dict[int, Tensor]:
+        """Send this to each of the others, and receive so many bytes from those ranks."""
+        received = {peer: torch.empty(nbytes, dtype=torch.uint8) for peer, nbytes in receive_nbytes.items()}
+        ranks = range(self._transport.world_size)
+        sends = [send if peer in self._others else None for peer in ranks]
+        receives = [received.get(peer) for peer in ranks]
         self._transport.exchange(sends, receives, tag=next(self._transport.collectives.numbers)).wait()
+        return received
+
+
+def _packed(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def _unpacked(message: Tensor) -> str:
+    return bytes(message.numpy()).decode()
+
+
+def _length(message: Tensor) -> Tensor:
+    return torch.tensor([len(message)]).view(torch.uint8)
+
+
+def _lengths(received: Mapping[int, Tensor]) -> dict[int, int]:
+    return {peer: int(length.view(torch.int64)) for peer, length in received.items()}

@@ -4,26 +4,29 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from narrowcast.attaching import attach
+from narrowcast.attaching import Handle, attach
 from narrowcast.engines import Engine, Pages, Replicated, context_of, load_engine, vocab_size_of
 from narrowcast.engines.parts import load_part
 from narrowcast.engines.replication import affordable
 from narrowcast.launch import Ranks, is_first_rank, run, under_torchrun
+from narrowcast.monitoring import Snapshot
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.progress import Hear, heard_by, tell
+from narrowcast.runtime.reports import Report
+from narrowcast.serving.board import Board
 from narrowcast.serving.desk import Desk
 from narrowcast.serving.job import Job, served_name, split_of
 from narrowcast.serving.leading import LONGEST_BEAT_S, Leader, follow
 from narrowcast.serving.listener import bound, url_of
 from narrowcast.serving.orders import Orders
 from narrowcast.serving.web import import_server
-from narrowcast.transport import TorchDistributedTransport
+from narrowcast.transport import TorchDistributedTransport, Transport
 
 BATCH_TOKENS = 512  # of prompts and answers in a step: for so long each token waits while long prompts are read
 GRACE_S = 20.0  # for requests that run when the server is stopped; torchrun ends its ranks after 30
@@ -67,13 +70,14 @@ def _on_rank(job: Job, split: Split) -> None:
     engine = load_engine()
     with ExitStack() as stack:
         listener = stack.enter_context(bound(job.host, job.port)) if is_first_rank() else None
-        model = _loaded(engine, job, split)
+        model, ranks = _loaded(engine, job, split), TorchDistributedTransport()
+        plan, handle = None, None
         if job.plan is not None:
             plan = Plan.load(job.plan)
-            options = {"transport": job.transport, "feedback": job.feedback}
-            stack.enter_context(attach(model, plan, prompt_chunks=1, **options))  # type: ignore[arg-type]
+            options: dict[str, Any] = {"feedback": job.feedback, "sample_every": job.sample_every}
+            handle = stack.enter_context(attach(model, plan, prompt_chunks=1, transport=job.transport, **options))
         room = {"num_tokens": job.cache_tokens, "max_requests": job.max_running, "max_batch_tokens": BATCH_TOKENS}
-        pages, orders = engine.pages(model, **room), Orders(TorchDistributedTransport())
+        pages, orders = engine.pages(model, **room), Orders(ranks, _snapshots_of(plan, handle, ranks))
         if listener is None:
             stack.enter_context(_on_signals(lambda: None))  # torchrun tells all ranks: the first one ends them
             follow(orders, pages)
@@ -90,18 +94,27 @@ def _loaded(engine: Engine, job: Job, split: Split) -> nn.Module:
     return load_part(engine, job.model, split=split, replicated=kept, dtype=job.dtype, weights=job.weights)
 
 
+def _snapshots_of(plan: Plan | None, handle: Handle | None, ranks: Transport) -> Callable[[], Snapshot]:
+    """A function that tells this rank's figures: none without a plan, as the engine's own sums are not counted."""
+    own = ranks.name if ranks.world_size > 1 else ""
+    transport = own if handle is None else handle.transport
+    empty = Snapshot.of(Report(sites={}), plan, rank=ranks.rank, num_ranks=ranks.world_size, transport=transport)
+    return lambda: empty if handle is None else replace(empty, report=handle.report())
+
+
 def _lead(job: Job, engine: Engine, model: nn.Module, pages: Pages, orders: Orders, listener: socket.socket) -> None:
     """The first rank's part."""
     tokenizer = engine.load_tokenizer(job.model)
     name = job.name or served_name(job.model)
     max_len = job.max_len or min(context_of(model) or job.cache_tokens, job.cache_tokens)
-    desk = Desk(max_running=job.max_running, max_waiting=job.max_waiting)
+    desk = Desk(max_running=job.max_running, max_waiting=job.max_waiting, max_len=max_len)
+    board = Board(desk.wake)
     served = {"name": name, "tokenizer": tokenizer, "vocab_size": vocab_size_of(model), "max_len": max_len}
-    server = import_server()(listener, desk, api_key=job.api_key, **served)
+    server = import_server()(listener, desk, board, api_key=job.api_key, **served)
     with server, _on_signals(lambda: desk.close(STOPPING, within_s=GRACE_S)):
         tell(Serving(name, url_of(listener)))
         beat_s = min(LONGEST_BEAT_S, job.timeout_s / 4)
-        Leader(desk, pages, orders, tokenizer, _ends(model), beat_s=beat_s).run()
+        Leader(desk, board, pages, orders, tokenizer, _ends(model), beat_s=beat_s).run()
 
 
 def _ends(model: Any) -> set[int]:

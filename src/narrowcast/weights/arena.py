@@ -11,16 +11,16 @@ LINE = 64
 
 
 class Arena:
-    """Room for tensors that live about as long as each other, side by side in large pages."""
+    """Room for tensors that live about as long as each other, side by side in large pages, `chunk` bytes at a time."""
 
-    def __init__(self) -> None:
-        self._free = torch.empty(0, dtype=torch.uint8)
+    def __init__(self, chunk: int = CHUNK) -> None:
+        self._free, self._chunk = torch.empty(0, dtype=torch.uint8), chunk
 
     def room(self, nbytes: int) -> Tensor:
         """Uninitialized bytes, uint8 [nbytes], that begin with a cache line."""
         taken = -(-nbytes // LINE) * LINE
         if len(self._free) < taken:
-            self._free = in_large_pages(max(taken, CHUNK))
+            self._free = in_large_pages(max(taken, self._chunk))
         room, self._free = self._free[:nbytes], self._free[taken:]
         return room
 

@@ -46,14 +46,7 @@ class PackedLinear(nn.Module):
 
         `num_tokens`: by which the way to multiply is chosen, theirs by default.
         """
-        x_TK = x.reshape(-1, x.shape[-1])
-        if torch.is_grad_enabled() and x.requires_grad:
-            y_TN: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-                x_TK, self.matrix, bias, rows
-            )
-        else:
-            y_TN = multiply(self.matrix, x_TK, bias, rows=rows, num_tokens=num_tokens)
-        return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
+        return _multiply(self.matrix, x, bias, rows, num_tokens)
 
     def dequantized(self) -> Tensor:
         """The values held, BF16 [N, K]."""
@@ -89,10 +82,9 @@ class Fused:
         self._bias = torch.cat([local(bias.data) for bias in biases]) if biases else None
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The products [..., N] of tokens [..., K] with each layer."""
+        """The products [..., N] of tokens [..., K] with each layer; gradients reach the tokens."""
         num_tokens = 1 if self._first.batch_invariant else None
-        y_TN = multiply(self._matrix, x.reshape(-1, x.shape[-1]), self._bias, num_tokens=num_tokens)
-        parts: tuple[Tensor, ...] = y_TN.view(*x.shape[:-1], y_TN.shape[-1]).split(self._sizes, dim=-1)
+        parts: tuple[Tensor, ...] = _multiply(self._matrix, x, self._bias, ALL, num_tokens).split(self._sizes, dim=-1)
         return parts
 
     @staticmethod
@@ -110,6 +102,16 @@ class Fused:
         for layer, part in zip(layers, parts, strict=True):
             layer.matrix = part
         return Fused(whole, layers)
+
+
+def _multiply(matrix: PackedMatrix, x: Tensor, bias: Tensor | None, rows: slice, num_tokens: int | None) -> Tensor:
+    """Products [..., N] of tokens [..., K]; gradients reach the tokens."""
+    x_TK = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled() and x.requires_grad:
+        y_TN: Tensor = _Product.apply(x_TK, matrix, bias, rows)  # type: ignore[no-untyped-call]
+    else:
+        y_TN = multiply(matrix, x_TK, bias, rows=rows, num_tokens=num_tokens)
+    return y_TN.view(*x.shape[:-1], y_TN.shape[-1])
 
 
 class _Product(torch.autograd.Function):

@@ -5,6 +5,7 @@ Shapes: B blocks of 16 rows, C blocks of columns, N rows, K columns, G groups of
 
 import functools
 from collections.abc import Iterator, Sequence
+from math import prod
 from typing import Any, Self
 
 import torch
@@ -44,9 +45,15 @@ class PackedMatrix:
 
     @classmethod
     def empty(
-        cls, form: WeightFormat, shape: tuple[int, int], *, bf16_scales: bool = False, scale: float = 1.0
+        cls,
+        form: WeightFormat,
+        shape: tuple[int, int],
+        *,
+        bf16_scales: bool = False,
+        scale: float = 1.0,
+        arena: Arena | None = None,
     ) -> Self:
-        """Room for a matrix, which `fill` fills."""
+        """Room for a matrix, which `fill` fills; in an arena, if there is one."""
         num_rows, num_columns = shape
         if num_columns % form.group_size:
             raise InvalidInputError(
@@ -55,7 +62,8 @@ class PackedMatrix:
                 found=f"{num_columns} columns",
                 remedy="Take another format for it.",
             )
-        blocks = torch.empty(packed_shape(form, shape), dtype=torch.uint8)
+        size = packed_shape(form, shape)
+        blocks = torch.empty(size, dtype=torch.uint8) if arena is None else arena.room(prod(size)).view(size)
         return cls(form, shape, blocks, bf16_scales=bf16_scales, scale=scale)
 
     @classmethod
@@ -103,7 +111,7 @@ class PackedMatrix:
     def joined(cls, parts: Sequence[Self], arena: Arena) -> "list[Self] | None":
         """The matrix of all rows of alike ones in an arena, and they as its parts: in whole blocks but for the last.
 
-        None for parts of one mapped file that do not follow each other there: they stay in it.
+        Parts that follow each other stay where they are; None for those of one file or arena that do not.
         """
         first, num_rows = parts[0], [part.shape[0] for part in parts]
         if len(parts) > 1 and all(part.shares_memory_with(first) for part in parts):

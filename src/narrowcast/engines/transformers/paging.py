@@ -103,6 +103,12 @@ class TransformersPages:
             self._model.set_attn_implementation(self._paged_attention)
         return cast(Tensor, logits_1TV[0].float())
 
+    def usage(self) -> float:
+        cache = self._batches.cache
+        kept = sum(len(each.ledger.cached_blocks) * each.bytes_per_block for each in cache.cache_allocators.values())
+        free = cache.compute_free_capacity(relative=False) + kept
+        return float(1 - free / (cache.num_sectors * cache.bytes_per_sector))
+
     def _keep(self, scores_1NV: Tensor, _: Tensor) -> None:
         """In place of Transformers' choice of tokens."""
         self._logits_NV = scores_1NV[0]

@@ -1,17 +1,20 @@
 """Parts of weights that ranks hold, and modules whose weights we know."""
 
 import inspect
+from collections.abc import Iterator
 from typing import cast
 
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from narrowcast.engines.forwards import chunk
 from narrowcast.errors import InvalidInputError
 from narrowcast.runtime.wires import Wires
+from narrowcast.weights.experts import JOINED, PackedExperts
 from narrowcast.weights.layers import DenseLinear, PackedEmbedding, PackedLinear, local
 
-EXPERT_WEIGHTS = {"gate_up_proj", "down_proj"}  # [X, 2 * I, E] and [X, E, I] for X experts of I hidden features
+EXPERT_WEIGHTS = JOINED.keys()  # [X, 2 * I, E] and [X, E, I] for X experts of I hidden features
 
 
 def own_chunk(weight: Tensor, axis: int) -> slice:
@@ -21,6 +24,21 @@ def own_chunk(weight: Tensor, axis: int) -> slice:
         if isinstance(placement, Shard) and placement.dim % weight.ndim == axis:
             return chunk(weight.shape[axis], weight.device_mesh.get_local_rank(), weight.device_mesh.size())
     return slice(0, weight.shape[axis])
+
+
+def own_runs(weight: Tensor, axis: int) -> list[tuple[int, int]]:
+    """Where the parts of a weight's `axis` begin that this rank holds, and their sizes: one of each kind of features.
+
+    There are several kinds where such as gate and up lie behind each other in a weight that is split.
+    """
+    own, num_kinds = own_chunk(weight, axis), 1
+    if isinstance(weight, DTensor):
+        (placement,) = weight.placements
+        if isinstance(placement, _StridedShard) and placement.dim % weight.ndim == axis:
+            num_kinds = int(placement.split_factor)
+            own = chunk(weight.shape[axis] // num_kinds, weight.device_mesh.get_local_rank(), weight.device_mesh.size())
+    size = weight.shape[axis] // num_kinds
+    return [(kind * size + own.start, own.stop - own.start) for kind in range(num_kinds)]
 
 
 def own_rows(weight: Tensor, own: slice) -> Tensor:
@@ -46,7 +64,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """True for experts whose weights lie as in Mixtral and Qwen3-MoE, given tokens, their experts, and weights."""
+    """True for experts whose weights lie as in Mixtral and Qwen3-MoE, given tokens, their experts, and weights.
+
+    Those in few bits are such.
+    """
+    if isinstance(module, PackedExperts):
+        return True
     shapes = {name: tuple(weight.shape) for name, weight in module.named_parameters()}
     if shapes.keys() != EXPERT_WEIGHTS or not hasattr(module, "num_experts"):
         return False
@@ -57,13 +80,17 @@ def is_experts(module: nn.Module) -> bool:
     return fits and lies_so and len(given) == 4
 
 
-def reading_weight(module: nn.Module) -> Tensor:
-    """This rank's part of the weight [.., I, E] whose products with the residual stream are computed, of all ranks if
-    the model is whole.
+def reading_weights(module: nn.Module) -> Iterator[Tensor]:
+    """This rank's part of the weights [I, E] whose products with the residual stream are computed, of all ranks if the
+    model is whole: of experts one after another.
     """
+    if isinstance(module, PackedExperts):
+        layers = (layer for expert in module.experts for layer in (expert.gate_proj, expert.up_proj))
+        return (layer.dequantized() for layer in layers)
     if isinstance(module, PackedLinear):
-        return module.dequantized()
-    return local(cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.gate_up_proj))
+        return iter([module.dequantized()])
+    weight = local(cast(Tensor, module.weight if isinstance(module, nn.Linear) else module.gate_up_proj))
+    return iter(weight.view(-1, *weight.shape[-2:]))
 
 
 def summed_weight(module: nn.Module) -> Tensor:

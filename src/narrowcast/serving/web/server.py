@@ -8,6 +8,7 @@ from typing import Any, Self
 import uvicorn
 
 from narrowcast.errors import NarrowcastError
+from narrowcast.serving.board import Board
 from narrowcast.serving.desk import Desk
 from narrowcast.serving.web.app import application
 from narrowcast.serving.web.metrics import metrics_of
@@ -20,8 +21,10 @@ LAST_BYTES_S = 5  # for answers that clients are still reading
 class Server:
     """The API of `Model(**model)` at `listener`, a bound socket, from the beginning of a `with` block to its end."""
 
-    def __init__(self, listener: socket.socket, desk: Desk, *, api_key: str | None, **model: Any) -> None:
-        app = application(desk, Model(**model), api_key=api_key, metrics=metrics_of(desk))
+    def __init__(self, listener: socket.socket, desk: Desk, board: Board, *, api_key: str | None, **model: Any) -> None:
+        served = Model(**model)
+        metrics = metrics_of(desk, board, model=served.name)
+        app = application(desk, served, api_key=api_key, metrics=metrics)
         config = uvicorn.Config(
             app,
             log_config=None,

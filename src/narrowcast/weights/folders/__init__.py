@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from narrowcast.weights.checkpoint import ALL, Checkpoint
+from narrowcast.weights.experts import JOINED, layer_names
 from narrowcast.weights.folders.awq import awq
 from narrowcast.weights.folders.compressed_tensors import compressed_tensors
 from narrowcast.weights.folders.gptq import gptq
@@ -32,6 +33,7 @@ class Folder:
 
     def __init__(self, tensors: Tensors, packed: Mapping[str, PackedWeight]) -> None:
         self._tensors, self._packed = tensors, packed
+        _take_experts_apart(tensors)
         parts = {part for weight in packed.values() for part in weight.parts}
         self.names: Collection[str] = (set(tensors.names) - parts) | packed.keys()
 
@@ -50,6 +52,16 @@ class Folder:
         if (dtype := self._tensors.dtype(name)) not in PLAIN:
             raise unserved(self._tensors.folder, f"{name} in BF16, FP16 or FP32", dtype, "Use another model.")
         return self._tensors.read(name, rows, columns)
+
+
+def _take_experts_apart(tensors: Tensors) -> None:
+    """Let the plain matrices of experts that are in one tensor have names of their own."""
+    for name in list(tensors.names):
+        experts, _, weight = name.rpartition(".")
+        shape = tensors.shape(name)
+        is_joined = experts.endswith("experts") and weight in JOINED and len(shape) == 3
+        if is_joined and tensors.dtype(name) in PLAIN and shape[1] % len(JOINED[weight]) == 0:
+            tensors.take_apart(name, [f"{layer}.weight" for layer in layer_names(experts, weight, shape[0])])
 
 
 def open_folder(folder: Path) -> Checkpoint:

@@ -1,8 +1,8 @@
 """The tensors of a folder: one safetensors file, or several with an index. Mapped: only what is asked for is read."""
 
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,15 @@ class Tensors:
     def file(self, name: str) -> MappedFile:
         """The one that a tensor is in."""
         return self._entries[name].file
+
+    def take_apart(self, name: str, parts: Sequence[str]) -> None:
+        """Let as many runs of a tensor's rows, all its dimensions but the last one, be matrices by these names, too."""
+        entry = self._entries[name]
+        *outer, width = entry.shape
+        shape = prod(outer) // len(parts), width
+        nbytes = prod(shape) * DTYPES[entry.dtype].itemsize
+        entries = (replace(entry, start=entry.start + place * nbytes, shape=shape) for place in range(len(parts)))
+        self._entries = {**self._entries, **dict(zip(parts, entries, strict=True))}
 
     def read(self, name: str, rows: slice = ALL, columns: slice = ALL) -> Tensor:
         """A part of a tensor, one of `DTYPES`, in its own memory: rows of the first dimension, columns of the last."""

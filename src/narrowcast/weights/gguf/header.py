@@ -26,6 +26,8 @@ MAX_DIMS = 4
 MAX_ENTRIES = 1 << 20  # of keys, of tensors
 MAX_STRINGS = 1 << 24  # in an array
 MAX_NAME_NBYTES = 1 << 10
+MAX_EXPERTS = 1 << 12
+EXPERTS = "_exps.weight"  # of all experts in one tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +47,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """`metadata`: numbers and words by key, without arrays. `entries`: tensors by name."""
+    """`metadata`: numbers and words by key, without arrays. `entries`: tensors by name.
+
+    One that holds a matrix of each expert is as many, by the names that llama.cpp gave them before: of
+    `blk.0.ffn_up_exps.weight` the first is `blk.0.ffn_up.0.weight`.
+    """
 
     path: Path
     metadata: Mapping[str, int | float | str]
@@ -195,9 +201,29 @@ def _entries(cursor: _Cursor, num_tensors: int, alignment: int) -> dict[str, Ent
     for name, (_, _, nbytes, offset) in found.items():
         if data + offset + nbytes > size:
             raise cursor.wrong(f"{nbytes} bytes of {name!r} at {data + offset}", f"a file of {size} bytes")
+    entries: dict[str, Entry] = {}
+    for name, (shape, kind, nbytes, offset) in found.items():
+        whole = Entry(shape=shape, type=kind, start=data + offset, nbytes=nbytes)
+        for part, entry in _by_expert(cursor, name, whole).items():
+            if part in entries:
+                raise cursor.wrong("each tensor once", f"{part!r} twice")
+            entries[part] = entry
+    return entries
+
+
+def _by_expert(cursor: _Cursor, name: str, whole: Entry) -> dict[str, Entry]:
+    """The matrices of experts in a tensor of several; any other as it is."""
+    if not name.endswith(EXPERTS) or len(whole.shape) != 3:
+        return {name: whole}
+    num_experts, *shape = whole.shape
+    if num_experts > MAX_EXPERTS:
+        raise cursor.wrong(f"{MAX_EXPERTS} experts at most", f"{num_experts} in {name!r}")
+    nbytes = whole.nbytes // num_experts
     return {
-        name: Entry(shape=shape, type=kind, start=data + offset, nbytes=nbytes)
-        for name, (shape, kind, nbytes, offset) in found.items()
+        f"{name.removesuffix(EXPERTS)}.{number}.weight": Entry(
+            shape=tuple(shape), type=whole.type, start=whole.start + number * nbytes, nbytes=nbytes
+        )
+        for number in range(num_experts)
     }
 
 

@@ -9,6 +9,7 @@ from narrowcast.engines.identity import EMBEDDING, NUM_SAMPLES, config_fields, d
 from narrowcast.engines.transformers.seam import summed
 from narrowcast.engines.transformers.sharding import is_experts, is_linear, own_chunk, summed_weight
 from narrowcast.plan import ModelFingerprint
+from narrowcast.weights.experts import PackedExperts
 from narrowcast.weights.layers import PackedEmbedding, PackedLinear, local
 
 
@@ -38,6 +39,8 @@ def sampled(model: nn.Module) -> dict[str, nn.Module]:
 def _digests_of(module: nn.Module) -> list[str | None]:
     if isinstance(module, PackedLinear):
         return _kept_digests(module.samples, module.in_features)
+    if isinstance(module, PackedExperts):
+        return _kept_digests(module.samples, module.num_hidden)
     return _digests(summed_weight(module), dim=-1)
 
 

@@ -1,5 +1,6 @@
 """A GGUF file under the names of Transformers' parameters, with what llama.cpp has changed in them undone."""
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ def knows(path: Path) -> bool:
     return header.architecture in ARCHITECTURES and not _strangers(header)
 
 
-def complete(config: Any, path: Path) -> None:
-    """Set what Transformers leaves out of the config of a GGUF file: biases, the size of heads, scaled positions.
+def completed(config: Any, path: Path) -> Any:
+    """The config of a GGUF file with what Transformers leaves out: biases, sizes of heads, scaled positions, experts.
 
     InvalidInputError for positions that are scaled in another way than by a factor.
     """
     if not knows(path):
-        return
+        return config
     file = GgufModel(path)
     for field, module in (("attention_bias", "self_attn.q_proj"), ("mlp_bias", "mlp.up_proj")):
         if hasattr(config, field) and any(name.endswith(f"{module}.bias") for name in file.names):
@@ -51,6 +52,7 @@ def complete(config: Any, path: Path) -> None:
     if (factor := file.position_factor) is not None:
         for parameters in _of_whole_contexts(config.rope_parameters):
             parameters |= {"rope_type": "linear", "factor": factor}
+    return file.with_experts(config)
 
 
 def _of_whole_contexts(parameters: dict[str, Any]) -> list[dict[str, Any]]:
@@ -85,6 +87,24 @@ class GgufModel:
         """Features of a head, where the file says so."""
         found = self._file.header.metadata.get(f"{self._file.header.architecture}.attention.key_length")
         return found if isinstance(found, int) else None
+
+    def with_experts(self, config: Any) -> Any:
+        """A config that has the experts of the file: of a Llama with such Mixtral's."""
+        header = self._file.header
+        prefix = f"{header.architecture}.expert"
+        if f"{prefix}_count" not in header.metadata or not self._architecture.expert:
+            return config
+        number, used = header.number(f"{prefix}_count"), header.number(f"{prefix}_used_count")
+        if used > number:
+            raise broken(header.path, f"a token's experts among {number}", used)
+        if header.architecture != "llama":
+            config.moe_intermediate_size = header.number(f"{prefix}_feed_forward_length")
+            return config
+        from transformers import MixtralConfig
+
+        known = {field.name for field in dataclasses.fields(MixtralConfig)} - {"model_type", "architectures"}
+        fields = {name: value for name, value in config.to_dict().items() if name in known}
+        return MixtralConfig(**fields, num_local_experts=number, num_experts_per_tok=used)
 
     @property
     def position_factor(self) -> float | None:
@@ -149,7 +169,7 @@ def _architecture(header: Header) -> Architecture:
     if found is None or strangers:
         raise unserved(
             header.path,
-            f"a model of {', '.join(ARCHITECTURES)}, without experts",
+            f"a model of {', '.join(ARCHITECTURES)}",
             f"{header.architecture}" + (f" with {strangers[0]}" if found else ""),
             "Use a folder of safetensors.",
         )

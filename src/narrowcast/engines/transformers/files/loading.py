@@ -20,7 +20,7 @@ from narrowcast.engines.transformers.decoding import choose, shorten_steps
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
 from narrowcast.engines.transformers.files.claims import check_counts, check_shapes
 from narrowcast.engines.transformers.files.gguf_metadata import quick_metadata
-from narrowcast.engines.transformers.files.gguf_model import complete, knows
+from narrowcast.engines.transformers.files.gguf_model import completed, knows
 from narrowcast.engines.transformers.files.packed import PackedModel
 from narrowcast.engines.transformers.files.settling import settle
 from narrowcast.engines.transformers.files.vocabulary import styles
@@ -159,9 +159,7 @@ def config_of(path: str | Path) -> Any:
     located = _located(path)
     with _metadata(path):
         config = AutoConfig.from_pretrained(**located)
-    if Path(path).suffix == GGUF:
-        complete(config, Path(path))
-    return config
+    return completed(config, Path(path)) if Path(path).suffix == GGUF else config
 
 
 def _metadata(path: str | Path) -> AbstractContextManager[None]:

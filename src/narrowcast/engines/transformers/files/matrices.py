@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from narrowcast.engines.base import Matrix, Weights
 from narrowcast.engines.transformers.files.checkpoints import open_checkpoint
+from narrowcast.engines.transformers.files.experts import shapes_by_expert
 from narrowcast.engines.transformers.files.loading import GGUF, reads_itself, skeleton
 from narrowcast.engines.transformers.files.packed import PackedModel
 from narrowcast.engines.transformers.seam import SPLIT_COLUMNS, SPLIT_ROWS, styles_of
 from narrowcast.engines.transformers.sharding import EXPERT_WEIGHTS, is_experts
 from narrowcast.weights.checkpoint import ALL
+from narrowcast.weights.experts import layer_names
 from narrowcast.weights.folders import served_method
 from narrowcast.weights.formats import GroupedCodes, WeightFormat, w4a16
 
@@ -25,18 +27,23 @@ class Unread:
     notes: Sequence[str] = ()
 
     def __init__(self, model: nn.Module, *, in_few_bits: bool) -> None:
-        self._weights = model.state_dict()
+        self._shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         vocabulary = cast(Any, model).get_input_embeddings(), cast(Any, model).get_output_embeddings()
         layers = {name: module for name, module in model.named_modules() if module not in vocabulary}
         linear = {f"{name}.weight" for name, module in layers.items() if isinstance(module, nn.Linear)}
+        for name, module in layers.items():
+            if is_experts(module):
+                matrices = shapes_by_expert(name, module)
+                linear |= matrices.keys()
+                self._shapes |= matrices
         self._packed = linear if in_few_bits else set()
 
     @property
     def names(self) -> Collection[str]:
-        return self._weights.keys()
+        return self._shapes.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._weights[name].shape)
+        return self._shapes[name]
 
     def format(self, name: str) -> WeightFormat | None:
         return USUAL if name in self._packed and self.shape(name)[1] % USUAL.group_size == 0 else None
@@ -58,7 +65,6 @@ def matrices(path: str | Path, *, weights: Weights = "stored") -> Sequence[Matri
     if ours:
         here = Path(path).is_file() or any(Path(path).glob("*.safetensors"))
         packed = PackedModel(path, open_checkpoint(path) if here else _unread(path, model), weights)
-        packed.check_without_experts(model)
         formats = packed.formats(model)
     return list(_matrices(model, formats))
 
@@ -77,9 +83,11 @@ def _matrices(model: nn.Module, formats: dict[str, WeightFormat]) -> Iterator[Ma
         is_shared = styles.get(name) in (SPLIT_ROWS, SPLIT_COLUMNS)
         if is_experts(module):
             used = int(cast(Any, model).config.get_text_config().num_experts_per_tok)
-            for weight in (getattr(module, each) for each in sorted(EXPERT_WEIGHTS)):
-                number, *shape = weight.shape
-                yield Matrix(shape=tuple(shape), format=weight.dtype, is_shared=True, number=number, used=used)
+            for weight in EXPERT_WEIGHTS:
+                number, *shape = getattr(module, weight).shape
+                (first, *_) = layer_names(name, weight, number)
+                form = formats.get(first, getattr(module, weight).dtype)
+                yield Matrix(shape=tuple(shape), format=form, is_shared=True, number=number, used=used)
         elif isinstance(module, nn.Embedding | nn.Linear):
             if isinstance(module, nn.Embedding) and output is not None and module.weight is output.weight:
                 continue  # counted as the output layer

@@ -21,15 +21,17 @@ from narrowcast.engines.transformers.decoding.layers import FUSED
 from narrowcast.engines.transformers.decoding.recorded import RECORDED, RecordedLayer, is_recorded
 from narrowcast.engines.transformers.seam import embedding, experts, linear, pipeline, rehearsal
 from narrowcast.engines.transformers.seam.halves import halve_prompts
-from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_packed, is_plain, reading_weight
+from narrowcast.engines.transformers.sharding import is_experts, is_linear, is_packed, is_plain, reading_weights
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan.split import Experts, Split
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.wires import Wires
 from narrowcast.transport import Groups
+from narrowcast.weights.experts import PackedExpert, PackedExperts, layer_names
 from narrowcast.weights.layers import DenseLinear, PackedLinear
 
 KEPT_COLUMNS = "colwise"
+SLICES = "moe_tp_experts"  # of every expert
 OWN_COLUMNS = "narrowcast_own_columns"  # of a weight that each rank has whole: ours, for tied output layers
 # How the weights of a style are shared out: not at all, or by features of the output or of the input.
 WHOLE, SPLIT_ROWS, SPLIT_COLUMNS = "whole", "rows", "columns"
@@ -71,7 +73,7 @@ STYLES = {
     "colwise_rep": _columns,
     OWN_COLUMNS: _columns,
     "embedding_rowwise": Style(embedding.is_lookup, embedding.lookup, _one("embedding")),
-    "moe_tp_experts": Style(is_experts, experts.slices, _one("sum")),
+    SLICES: Style(is_experts, experts.slices, _one("sum")),
 }
 
 # Whole experts, each on one rank, by `Split.experts`.
@@ -111,8 +113,13 @@ def _meshes(model: nn.Module) -> list[Any]:
 
 def styles_of(model: nn.Module) -> dict[str, str]:
     """By name, how a split shares out modules: WHOLE, SPLIT_ROWS, SPLIT_COLUMNS, or in a way of their style's own."""
-    styled = _styled(model, _plan(model, "tp_plan"))
-    return {name: SHARED_OUT.get(style, style) for name, _, style in styled}
+    found = {}
+    for name, module, style in _styled(model, _plan(model, "tp_plan")):
+        found[name] = SHARED_OUT.get(style, style)
+        if style == SLICES and isinstance(module, PackedExperts):
+            found |= dict.fromkeys(layer_names(name, "gate_up_proj", module.num_experts), SPLIT_ROWS)
+            found |= dict.fromkeys(layer_names(name, "down_proj", module.num_experts), SPLIT_COLUMNS)
+    return found
 
 
 def _experts(model: nn.Module, config: Any) -> Experts:
@@ -153,7 +160,7 @@ def summed(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module, style in _styled(model, _plan(model, "tp_plan"))
-        if style in ("rowwise", "rowwise_split_input", "rowwise_rep", "moe_tp_experts")
+        if style in ("rowwise", "rowwise_split_input", "rowwise_rep", SLICES)
     }
 
 
@@ -214,7 +221,8 @@ def _take_over_fused(model: nn.Module, wires: Wires, forwards: Forwards) -> None
     """Let layers that are asked at once read what each would; virtual ranks, with inputs of their own, are not."""
     for parent, module in model.named_modules():
         for attribute, (first, *_) in FUSED.items():
-            if (fused := vars(module).get(attribute)) is not None:
+            fused = None if isinstance(module, PackedExpert) else vars(module).get(attribute)  # which is given its own
+            if fused is not None:
                 forwards.set(module, attribute, linear.asked_at_once(f"{parent}.{first}", fused, wires))
 
 
@@ -241,7 +249,8 @@ def computing_shares(model: nn.Module, split: Split) -> Sequence[str]:
 
 def shares_read(model: nn.Module, module: str) -> Tensor:
     """Sums of squares over the columns, and over experts."""
-    return reading_weight(model.get_submodule(module)).detach().double().square().flatten(0, -2).sum(dim=0)
+    weights = reading_weights(model.get_submodule(module))
+    return torch.stack([each.detach().double().square().sum(dim=0) for each in weights]).sum(dim=0)
 
 
 def check_shares(model: nn.Module, split: Split) -> None:
@@ -298,7 +307,7 @@ def _communicating(model: nn.Module, split: Split) -> list[tuple[str, nn.Module,
             kinds = sorted({type(weight.data).__name__ for weight in module.parameters(recurse=False)})
             raise _unsupported(model, "weights that are plain tensors", f"{' and '.join(kinds)} in {name}")
         if style == "ep_dispatch_experts":
-            experts.check_divisible(name, module, split.tp_size)
+            experts.check_whole(name, module, split.tp_size)
         found.append((name, module, table[style]))
     return found
 

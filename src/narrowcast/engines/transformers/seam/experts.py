@@ -8,7 +8,9 @@ expert is on the same rank, so that its value does not depend on where it is.
 Shapes: T tokens, K experts a token, E features, P pairs of a token and one of its experts.
 """
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +22,21 @@ from narrowcast.engines.forwards import Forward, call_with, chunk
 from narrowcast.engines.transformers.sharding import EXPERT_WEIGHTS, chunks
 from narrowcast.errors import InvalidInputError
 from narrowcast.runtime.wires import Wires
+from narrowcast.weights.experts import PackedExperts
 from narrowcast.weights.layers import local
 
 Weights = dict[str, Tensor]
 
 
-def check_divisible(name: str, experts: Any, tp_size: int) -> None:
-    """InvalidInputError unless every rank can hold as many whole experts, as the engine wants it."""
+def check_whole(name: str, experts: Any, tp_size: int) -> None:
+    """InvalidInputError unless every rank can hold as many whole experts, as the engine wants it, in values."""
+    if isinstance(experts, PackedExperts):
+        raise InvalidInputError(
+            name,
+            expected="slices of each expert on every rank, or whole experts in values",
+            found="whole experts in few bits",
+            remedy='Leave out experts, or load the model with weights="dense".',
+        )
     if (number := experts.down_proj.shape[0]) % tp_size:
         raise InvalidInputError(
             name, expected=f"a number of experts that {tp_size} ranks divide", found=number, remedy="Choose another."
@@ -35,14 +45,35 @@ def check_divisible(name: str, experts: Any, tp_size: int) -> None:
 
 def slices(name: str, experts: Any, wires: Wires) -> Forward:
     """The sum of the ranks' outputs, each from its slice of every expert."""
-    held = _slices_of(experts, wires)
+    outputs = (
+        _outputs_of_packed(name, experts, wires) if isinstance(experts, PackedExperts) else _outputs(experts, wires)
+    )
     all_reduce = wires.partial_sums(name)
 
     def forward(x_TE: Tensor, experts_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        pairs = zip(held, wires.inputs(name, x_TE), strict=True)
-        return all_reduce(_put_in([_run(experts, own(), x, experts_TK, weights_TK) for own, x in pairs], wires))
+        pairs = zip(outputs, wires.inputs(name, x_TE), strict=True)
+        return all_reduce(_put_in([output(x, experts_TK, weights_TK) for output, x in pairs], wires))
 
     return forward
+
+
+def _outputs_of_packed(name: str, experts: PackedExperts, wires: Wires) -> list[Forward]:
+    """The outputs of the slices of each rank that computes here."""
+    if not wires.virtual:
+        return [functools.partial(PackedExperts.forward, experts)]
+    by_rank = chunks(experts.num_hidden, wires)
+    for own, expert in itertools.product(by_rank, experts.experts):
+        expert.down_proj.matrix.check_columns(f"{name}.*.down_proj", own, wires.tp_size)
+    return [functools.partial(experts.part, own=own) for own in by_rank]
+
+
+def _outputs(experts: Any, wires: Wires) -> list[Forward]:
+    """The same of weights in values."""
+    return [functools.partial(_run_slice, experts, own) for own in _slices_of(experts, wires)]
+
+
+def _run_slice(experts: Any, own: Callable[[], Weights], *args: Tensor) -> Tensor:
+    return _run(experts, own(), *args)
 
 
 def _slices_of(experts: Any, wires: Wires) -> list[Callable[[], Weights]]:
