@@ -23,7 +23,9 @@ SHARED = Path(__file__).parents[2] / "shared"
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["in_vllm"]
 
 # Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
-STARTING_PROCESSES = "bench", "cli", "failure", "handshake", "launch", "preflight", "serving", "tcp", "wire_bytes"
+STARTING_PROCESSES = (
+    *("bench", "cli", "failure", "handshake", "launch", "preflight", "scorecard", "serving", "tcp", "wire_bytes"),
+)
 
 torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores
 

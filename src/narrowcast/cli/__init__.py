@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from narrowcast.cli import (
+    baseline,
     bench,
     calibrate,
     chat,
@@ -45,5 +46,6 @@ for command in (
     *(generate.generate, serve.serve, chat.chat, pack.pack, rotate.rotate, bench.bench, codecs.codecs, doctor.doctor),
 ):
     app.command()(command)
+app.add_typer(baseline.app, name="baseline")
 
 __all__ = ["app"]

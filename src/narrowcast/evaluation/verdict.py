@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from narrowcast.scores.intervals import Interval, Items, holm
-from narrowcast.scores.shifts import p_above, shift_between
+from narrowcast.scores.shifts import p_above, ratio_between
 
 LEVEL = 0.05  # how often a gate may raise the alarm, over all figures, where nothing changed
 DEFAULT_TOLERANCE = 0.05
@@ -76,12 +76,16 @@ def paired(baseline: Items, found: Items, *, tolerated: float, less_is_better: b
 def between_rounds(
     baseline: Sequence[float], found: Sequence[float], *, tolerated: float, less_is_better: bool
 ) -> Change:
-    """The change of a figure's median over rounds, which are no pairs; its p-values are yet to be `corrected`."""
+    """The change of a figure's median over rounds, which are no pairs, of values above zero.
+
+    Its p-values are yet to be `corrected` for the other figures.
+    """
     p_up, p_down = p_above(found, baseline), p_above(baseline, found)
+    before, ratio = statistics.median(baseline), ratio_between(baseline, found)
     return Change(
-        baseline=statistics.median(baseline),
+        baseline=before,
         found=statistics.median(found),
-        interval=shift_between(baseline, found),
+        interval=ratio and Interval(before * (ratio.low - 1), before * (ratio.high - 1)),
         tolerated=tolerated,
         p_worse=p_up if less_is_better else p_down,
         p_better=p_down if less_is_better else p_up,

@@ -104,10 +104,11 @@ class Ranks:
             self.start(function, *args)
             return cast(list[T], self._collect({0: self.answer(0)}))
 
-    def results(self) -> list[Any]:
-        """Results of what was started, on each rank; raises as `run` does."""
-        with self._closed_on_failure():
-            return cast(list[Any], self._collect({}))
+    def check_alive(self) -> None:
+        """Raise as `run` does where a rank has ended, of which others may hear a moment before this process does."""
+        if connection.wait([process.sentinel for process in self.processes], SETTLE_S):
+            with self._closed_on_failure():
+                self._collect({})
 
     def first_told(self, kind: type[T]) -> T:
         """Wait until the first rank tells something of that `kind`, and leave all at work; raises as `run` does.

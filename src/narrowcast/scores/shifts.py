@@ -22,16 +22,16 @@ def p_above(mine: Sequence[float], theirs: Sequence[float]) -> float:
     return sum(_orders(len(mine), len(theirs))[above:]) / math.comb(len(mine) + len(theirs), len(mine))
 
 
-def shift_between(theirs: Sequence[float], mine: Sequence[float]) -> Interval | None:
-    """The 95 % confidence interval of how much higher `mine` lie; None where there are too few to tell.
+def ratio_between(theirs: Sequence[float], mine: Sequence[float]) -> Interval | None:
+    """The 95 % confidence interval of mine over theirs, all above zero; None where there are too few to tell.
 
-    >>> shift_between([1, 2, 3, 4], [11, 12, 13, 14])
-    Interval(low=7, high=13)
+    >>> ratio_between([1, 1, 2, 2], [10, 10, 20, 20])
+    Interval(low=5.0, high=20.0)
     """
-    apart = sorted(one - other for one in mine for other in theirs)
+    ratios = sorted(one / other for one in mine for other in theirs)
     tail = (1 - CONFIDENCE) / 2 * math.comb(len(mine) + len(theirs), len(mine))
     outside = sum(sum_up_to <= tail for sum_up_to in accumulate(_orders(len(mine), len(theirs))))
-    return Interval(apart[outside - 1], apart[-outside]) if outside else None
+    return Interval(ratios[outside - 1], ratios[-outside]) if outside else None
 
 
 @cache

@@ -79,8 +79,7 @@ def served(job: Job, link: Link | None = None) -> Iterator[Serving]:
         try:
             yield serving
         except NarrowcastError:
-            if not ranks.alive:
-                ranks.results()
+            ranks.check_alive()
             raise
 
 

@@ -13,6 +13,11 @@ from narrowcast.errors import InvalidInputError, NarrowcastError
 from narrowcast.serving.listener import UNIX
 
 
+def is_url(where: str) -> bool:
+    """True for a server's address, false for a model's folder, file or name."""
+    return where.startswith(("http://", "https://"))
+
+
 class AnswerError(NarrowcastError):
     """An answer that is an error, in the server's words. `status`: HTTP's, or None in the middle of a stream."""
 
