@@ -5,7 +5,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -106,3 +110,58 @@ def children(pid: int) -> list[int]:
     """Processes that a process has started."""
     found = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for each in found for child in each.read_text().split()]
+
+
+class Proxy:
+    """A server between clients and the one at `url`, in a `with` block.
+
+    Each line that the model says takes it `delay_s`. `answers`: its own ones, as a status and a text, by what a request's
+    path, a space and its body contain.
+    """
+
+    def __init__(self, url: str, *, delay_s: float = 0.0, answers: dict[str, tuple[int, str]] | None = None) -> None:
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Between)
+        self._server.daemon_threads = True
+        self._server.between = url.removesuffix("/v1"), delay_s, answers or {}  # type: ignore[attr-defined]
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> Self:
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+class _Between(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        url, delay_s, answers = self.server.between  # type: ignore[attr-defined]
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        asked = f"{self.path} {body.decode()}"
+        for part, (status, text) in answers.items():
+            if part in asked:
+                self._begin(status)
+                self.wfile.write(text.encode())
+                return
+        headers = {name: self.headers[name] for name in ("Content-Type", "Authorization") if name in self.headers}
+        request = urllib.request.Request(url + self.path, body or None, headers)
+        try:
+            with urllib.request.urlopen(request) as answer:
+                self._begin(answer.status)
+                for line in answer:
+                    time.sleep(delay_s if body else 0)
+                    self.wfile.write(line)
+        except urllib.error.HTTPError as error:
+            self._begin(error.code)
+            self.wfile.write(error.read())
+
+    def _begin(self, status: int) -> None:
+        self.send_response(status)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass

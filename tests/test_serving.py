@@ -28,6 +28,7 @@ from narrowcast.engines import load_engine
 from narrowcast.evaluation.continuations import GREEDY, continuations
 from narrowcast.monitoring import Snapshot
 from narrowcast.runtime.reports import Report
+from narrowcast.serving.answer import Answer
 from narrowcast.serving.board import Board
 from narrowcast.serving.chat import Local, Partner, Remote, Say, converse
 from narrowcast.serving.choosing import Chooser, scored
@@ -479,6 +480,15 @@ class Briefly:
                 raise KeyboardInterrupt
 
         self._partner.answer(messages, some)
+
+
+def test_an_answer_of_a_given_length_goes_on_after_the_end_of_its_text(tokenizer: Any) -> None:
+    (end,) = tokenizer("a", add_special_tokens=False).input_ids
+    logits_V = torch.nn.functional.one_hot(torch.tensor(end), 512).float()
+    for ignore, finishes in ((False, ["stop"]), (True, [None, None, "length"])):
+        request = Request(prompt=(5,), max_new_tokens=3, temperature=0, ignore_eos=ignore)
+        answer = Answer(request, tokenizer, {end})
+        assert [answer.take(logits_V).finish for _ in finishes] == finishes
 
 
 def test_errors_are_part_of_a_chat(server: Server) -> None:

@@ -31,7 +31,8 @@ def main() -> None:
     except Exception as error:
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
-        sys.exit(f"narrowcast: error: {_sentence(error)}")
+        print(f"narrowcast: error: {_sentence(error)}", file=sys.stderr)
+        sys.exit(getattr(error, "exit_status", 1))
 
 
 def _sentence(error: Exception) -> str:

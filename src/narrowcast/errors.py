@@ -15,7 +15,9 @@ from collections.abc import Sequence
 
 
 class NarrowcastError(Exception):
-    """Base of every error that narrowcast raises on purpose."""
+    """Base of every error that narrowcast raises on purpose. `exit_status`: that of a command which it ends."""
+
+    exit_status = 1
 
 
 class InvalidInputError(NarrowcastError, ValueError):

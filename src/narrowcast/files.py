@@ -124,15 +124,19 @@ def unwritable(path: Path, error: OSError) -> InvalidInputError:
     )
 
 
-def check_report(path: Path | None, *, html: bool = False) -> None:
-    """InvalidInputError if no report can be written to `path`: only an earlier one of this command may be replaced."""
+def check_report(path: Path | None, *, html: bool = False, num_words: int = 1) -> None:
+    """InvalidInputError if no report can be written to `path`: only an earlier one of this command may be replaced.
+
+    `num_words`: that the command's name has.
+    """
     if path is None:
         return
     check_writable(path, overwrite=True)
     if path.is_file() and not _is_empty(path):
         found = "" if is_report(path, html=html) else "another file"
-        if not found and not html and (command := _command_of(path)) not in ([], sys.argv[1:2]):
-            found = f"a report of {command[0]}"
+        words = slice(1, 1 + num_words)
+        if not found and not html and (command := _command_of(path)[words]) not in ([], sys.argv[words]):
+            found = f"a report of {' '.join(command)}"
         if found:
             raise InvalidInputError(
                 str(path), expected="a new file or an earlier report", found=found, remedy="Choose another name."
@@ -149,8 +153,8 @@ def is_report(path: Path, *, html: bool = False) -> bool:
 
 
 def _command_of(report: Path) -> list[str]:
-    """The command that wrote it."""
-    return shlex.split(json.loads(report.read_text(encoding="utf8")).get("command", ""))[1:2]
+    """The command line that wrote it."""
+    return shlex.split(json.loads(report.read_text(encoding="utf8")).get("command", ""))
 
 
 def _command_line() -> str:

@@ -18,9 +18,6 @@ def sequences(tokenizer: Any, path: Path, *, length: int, limit: int | None = No
 
     A scrap at a document's end (less than half of `length`) is left out, and so is a blank document.
     """
-    if not path.is_file():
-        there = "a folder" if path.is_dir() else "no such file"
-        raise InvalidInputError(str(path), expected="a text file", found=there, remedy="Pass one with --text.")
     found = list(itertools.islice(_pieces(tokenizer, path, length), limit))
     if not found:
         raise InvalidInputError(
@@ -29,14 +26,22 @@ def sequences(tokenizer: Any, path: Path, *, length: int, limit: int | None = No
     return found
 
 
-def _pieces(tokenizer: Any, path: Path, length: int) -> Iterator[Tensor]:
+def documents(path: Path) -> list[str]:
+    """The documents in a text file, split by form feeds, without blank ones; InvalidInputError for other files."""
+    if not path.is_file():
+        there = "a folder" if path.is_dir() else "no such file"
+        raise InvalidInputError(str(path), expected="a text file", found=there, remedy="Pass one with --text.")
     try:
         text = path.read_text(encoding="utf8")
     except UnicodeDecodeError as error:
         raise InvalidInputError(
             str(path), expected="UTF-8 text", found=f"bytes that are not ({error.reason})", remedy="Convert it."
         ) from error
-    for document in filter(str.strip, text.split("\f")):
+    return list(filter(str.strip, text.split("\f")))
+
+
+def _pieces(tokenizer: Any, path: Path, length: int) -> Iterator[Tensor]:
+    for document in documents(path):
         ids = torch.tensor([tokenizer(document, verbose=False).input_ids], dtype=torch.long)
         first, *others = ids.split(length, dim=1)
         yield from (piece for piece in (first, *others) if piece.shape[1] >= (2 if piece is first else length // 2))

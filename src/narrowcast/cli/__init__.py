@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from narrowcast.cli import (
+    baseline,
     bench,
     calibrate,
     chat,
@@ -47,5 +48,6 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(monitor.monitor, name="monitor")
+app.add_typer(baseline.app, name="baseline")
 
 __all__ = ["app"]

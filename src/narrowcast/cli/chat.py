@@ -10,6 +10,7 @@ from narrowcast.cli.options import TEXT, option
 from narrowcast.cli.progress import shown
 from narrowcast.evaluation.continuations import Sampling
 from narrowcast.serving.chat import Local, Partner, Remote, converse
+from narrowcast.serving.remote import is_url
 
 Where = Annotated[str, typer.Argument(metavar="URL|MODEL", help="A server's address; a folder, hub name or GGUF file.")]
 
@@ -26,7 +27,7 @@ def chat(
     """Chat with a server of OpenAI's API, or with a model in this process: Ctrl-C ends an answer, Ctrl-D the chat."""
     sampling = Sampling(temperature=temperature, seed=seed)
     partner: Partner
-    if where.startswith(("http://", "https://")):
+    if is_url(where):
         partner = Remote(where, api_key=api_key, sampling=sampling)
     else:
         with shown():

@@ -17,6 +17,7 @@ from narrowcast.engines import computes_bf16
 from narrowcast.errors import InvalidInputError
 from narrowcast.files import check_report, versions, write_report
 from narrowcast.launch import become_rank, emulation, is_first_rank, under_torchrun
+from narrowcast.perf.machine import gpus
 from narrowcast.preflight import Roll, examined, problems
 from narrowcast.transport import DEFAULT_TIMEOUT_S
 from narrowcast.transport.tcp import COMPILED
@@ -98,10 +99,10 @@ def _show_this_machine() -> None:
         found.add_row("", crowded)
     if not computes_bf16():
         found.add_row("", "[yellow]no BF16 arithmetic[/]: with --dtype float32, BF16 models run several times faster")
-    found.add_row("cuda", ", ".join(_gpus()) or "none")
+    found.add_row("cuda", ", ".join(gpus()) or "none")
     found.add_section()
     found.add_row("kernels on cpu", _cpu_kernels())
-    if _gpus():
+    if gpus():
         found.add_row("kernels on cuda", "reference (plain PyTorch)")
     found.add_section()
     for backend, available in (("gloo", dist.is_gloo_available()), ("nccl", dist.is_nccl_available())):
@@ -140,7 +141,3 @@ def _emulated_links() -> str:
     except InvalidInputError as error:
         return str(error)
     return "available"
-
-
-def _gpus() -> list[str]:
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -1,4 +1,4 @@
-"""A baseline: the figures of an earlier evaluation, by sequence, and the conditions under which they were found."""
+"""A baseline: the figures of an earlier run, by sequence, and the conditions under which they were found."""
 
 import json
 from collections.abc import Mapping
@@ -12,12 +12,12 @@ from narrowcast.evaluation.verdict import Change, changes
 from narrowcast.files import is_report
 from narrowcast.scores import Items
 
-WRITE_ONE = "Write one with evaluate --json."
+WRITE_ONE = "Write one with evaluate --json, or of a server with baseline record."
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """The report in `path`, as `Evaluation.to_json` gave it."""
+    """The report in `path`, as `Evaluation.to_json` gave it, or `scorecard.Record.to_json`."""
 
     path: Path
     report: Mapping[str, Any]
@@ -25,7 +25,7 @@ class Baseline:
 
     @classmethod
     def load(cls, path: Path) -> "Baseline":
-        """InvalidInputError for what is no report, or none of an evaluation."""
+        """InvalidInputError for what is no report, or none with figures by sequence."""
         if not is_report(path):
             found = "another file" if path.exists() else "no such file"
             raise InvalidInputError(str(path), expected="an earlier report", found=found, remedy=WRITE_ONE)
@@ -53,14 +53,17 @@ class Baseline:
     def changes(self, found: Evaluation) -> dict[str, Change]:
         """The change of each figure; InvalidInputError unless all were found for the same sequences."""
         self.check({**found.conditions, "reference": found.reference})
-        now = found.score.by_sequence
+        self.check_items(found.score.by_sequence)
+        return changes(self.figures, found.score.by_sequence)
+
+    def check_items(self, found: Mapping[str, Items]) -> None:
+        """InvalidInputError unless each of its figures was found for the same sequences."""
         for name, items in self.figures.items():
-            if name not in now or now[name].weights != items.weights:
-                other = "other items" if name in now else "none"
+            if name not in found or found[name].weights != items.weights:
+                other = "other items" if name in found else "none"
                 raise InvalidInputError(
                     str(self.path), expected=f"items of {name} as scored", found=other, remedy=WRITE_ONE
                 )
-        return changes(self.figures, now)
 
 
 def _short(value: object) -> str:

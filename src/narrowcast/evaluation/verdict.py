@@ -1,11 +1,13 @@
-"""The verdict on a change: figures of two runs over the same items, compared pair by pair."""
+"""The verdict on a change: figures of two runs over the same items, pair by pair, or over rounds of the same work."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from narrowcast.scores.intervals import Interval, Items, holm
+from narrowcast.scores.shifts import p_above, ratio_between
 
 LEVEL = 0.05  # how often a gate may raise the alarm, over all figures, where nothing changed
 DEFAULT_TOLERANCE = 0.05
@@ -19,7 +21,7 @@ IN_NATS = "kl_nats", "nll_nats"  # of these less is better; of all others, share
 class Change:
     """One figure then and now.
 
-    `change`: the mean paired difference, with its 95 % confidence `interval`. `tolerated`: the largest change that
+    `change`: the difference, with its 95 % confidence `interval`. `tolerated`: the largest change that
     does not matter, in the figure's own unit. `p_worse`, `p_better`: Holm's p-values, one-sided.
     """
 
@@ -33,7 +35,7 @@ class Change:
 
     @property
     def change(self) -> float:
-        """The mean paired difference."""
+        """The mean paired difference, or that of medians."""
         return self.found - self.baseline
 
     @property
@@ -56,6 +58,48 @@ class Change:
         return asdict(self) | {"change": self.change, "verdict": self.verdict}
 
 
+def paired(baseline: Items, found: Items, *, tolerated: float, less_is_better: bool) -> Change:
+    """The change of one figure, item by item; its p-values are yet to be `corrected` for the other figures."""
+    more = found - baseline
+    p_up, p_down = more.p_above_zero(), (-more).p_above_zero()
+    return Change(
+        baseline=baseline.mean,
+        found=found.mean,
+        interval=more.interval(),
+        tolerated=tolerated,
+        p_worse=p_up if less_is_better else p_down,
+        p_better=p_down if less_is_better else p_up,
+        less_is_better=less_is_better,
+    )
+
+
+def between_rounds(
+    baseline: Sequence[float], found: Sequence[float], *, tolerated: float, less_is_better: bool
+) -> Change:
+    """The change of a figure's median over rounds, which are no pairs, of values above zero.
+
+    Its p-values are yet to be `corrected` for the other figures.
+    """
+    p_up, p_down = p_above(found, baseline), p_above(baseline, found)
+    before, ratio = statistics.median(baseline), ratio_between(baseline, found)
+    return Change(
+        baseline=before,
+        found=statistics.median(found),
+        interval=ratio and Interval(before * (ratio.low - 1), before * (ratio.high - 1)),
+        tolerated=tolerated,
+        p_worse=p_up if less_is_better else p_down,
+        p_better=p_down if less_is_better else p_up,
+        less_is_better=less_is_better,
+    )
+
+
+def corrected(changes: Mapping[str, Change]) -> dict[str, Change]:
+    """The changes of all figures that are judged together, with Holm's p-values."""
+    p_worse = holm({name: change.p_worse for name, change in changes.items()})
+    p_better = holm({name: change.p_better for name, change in changes.items()})
+    return {name: replace(change, p_worse=p_worse[name], p_better=p_better[name]) for name, change in changes.items()}
+
+
 def changes(
     baseline: Mapping[str, Items], found: Mapping[str, Items], *, tolerance: float = DEFAULT_TOLERANCE
 ) -> dict[str, Change]:
@@ -65,18 +109,14 @@ def changes(
     relative to what the baseline lacks: its KL divergence or, of a share, the rest to 1. NLL is allowed as many nats
     as the KL divergence, by which it grows on average on text that the uncompressed model wrote.
     """
-    worse = {name: found[name] - items if name in IN_NATS else items - found[name] for name, items in baseline.items()}
-    p_worse = holm({name: items.p_above_zero() for name, items in worse.items()})
-    p_better = holm({name: (-items).p_above_zero() for name, items in worse.items()})
-    return {
-        name: Change(
-            baseline=items.mean,
-            found=found[name].mean,
-            interval=(found[name] - items).interval(),
-            tolerated=tolerance * (baseline["kl_nats"].mean if name in IN_NATS else 1 - items.mean),
-            p_worse=p_worse[name],
-            p_better=p_better[name],
-            less_is_better=name in IN_NATS,
-        )
-        for name, items in baseline.items()
-    }
+    return corrected(
+        {
+            name: paired(
+                items,
+                found[name],
+                tolerated=tolerance * (baseline["kl_nats"].mean if name in IN_NATS else 1 - items.mean),
+                less_is_better=name in IN_NATS,
+            )
+            for name, items in baseline.items()
+        }
+    )

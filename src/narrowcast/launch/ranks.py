@@ -96,13 +96,27 @@ class Ranks:
         """
         with self._closed_on_failure():
             self.start(function, *args)
-            return self._collect({})
+            return cast(list[T], self._collect({}))
 
     def run_led(self, function: Callable[[*Ts], T], *args: *Ts) -> list[T]:
         """As `run`, but the first rank is heard out whatever becomes of the others: it tells those whom it serves."""
         with self._closed_on_failure():
             self.start(function, *args)
-            return self._collect({0: self.answer(0)})
+            return cast(list[T], self._collect({0: self.answer(0)}))
+
+    def check_alive(self) -> None:
+        """Raise as `run` does where a rank has ended, of which others may hear a moment before this process does."""
+        if connection.wait([process.sentinel for process in self.processes], SETTLE_S):
+            with self._closed_on_failure():
+                self._collect({})
+
+    def first_told(self, kind: type[T]) -> T:
+        """Wait until the first rank tells something of that `kind`, and leave all at work; raises as `run` does.
+
+        What it tells before is told here.
+        """
+        with self._closed_on_failure():
+            return cast(T, self._collect({}, until=kind))
 
     def start(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
         """Begin `function(*args)` on every rank."""
@@ -145,8 +159,11 @@ class Ranks:
         if place.wire is not None:
             place.wire.close()
 
-    def _collect(self, answers: dict[int, Answer]) -> list[Any]:
-        """The results, beside those answers that have come; they are kept in the order in which they come."""
+    def _collect(self, answers: dict[int, Answer], until: type | tuple[()] = ()) -> Any:
+        """The results, beside those answers that have come; they are kept in the order in which they come.
+
+        Or what the first rank tells `until` then, if that is of this type.
+        """
         worst = min((outcome for outcome, _ in answers.values()), default=Outcome.RETURNED)
         while worst > Outcome.REFUSED and len(answers) < self.world_size:
             waiting = {pipe: rank for rank, pipe in enumerate(self.pipes) if rank not in answers}
@@ -158,6 +175,8 @@ class Ranks:
                 if not isinstance(pipe, Connection):
                     raise NarrowcastError("the emulator of the link ended")
                 if isinstance(message := self._message(waiting[pipe]), Told):
+                    if isinstance(message.said, until):
+                        return message.said
                     tell(message.said)
                 else:
                     answers[waiting[pipe]] = message

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import torch
+
 CPU_INFO = Path("/proc/cpuinfo")
 
 
@@ -16,3 +18,8 @@ def machine() -> dict[str, Any]:
     except OSError:
         found = None
     return {"cpu": found[1] if found else platform.machine(), "cores": os.cpu_count()}
+
+
+def gpus() -> list[str]:
+    """Their names."""
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]

@@ -16,7 +16,7 @@ class Answer:
     """The answer to `request`, by the logits that the model gives for it. `ends`: tokens that end any text."""
 
     def __init__(self, request: Request, tokenizer: Any, ends: Collection[int]) -> None:
-        self._request, self._ends = request, ends
+        self._request, self._ends = request, () if request.ignore_eos else ends
         self._chooser = Chooser(request)
         self._text = Text(tokenizer, request.prompt, request.stop)
         self._num_scored = 0  # tokens of the prompt that the model has read to score them

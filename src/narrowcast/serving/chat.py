@@ -1,12 +1,7 @@
 """A chat, turn by turn: with a server of OpenAI's API, or with a model in this process."""
 
-import json
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.client import HTTPException
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Protocol
 
 import torch
 
@@ -14,6 +9,7 @@ from narrowcast.engines import Dtype, Weights, check_length, context_of, load_en
 from narrowcast.errors import InvalidInputError, NarrowcastError
 from narrowcast.evaluation.continuations import Said, Sampling, continuations
 from narrowcast.progress import heard_by
+from narrowcast.serving.remote import Api
 from narrowcast.serving.text import Text
 
 Messages = list[dict[str, str]]
@@ -34,41 +30,15 @@ class Remote:
     """The first model of the server at `url`, with or without its /v1; InvalidInputError where there is none."""
 
     def __init__(self, url: str, *, api_key: str | None, sampling: Sampling) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._headers = {"Content-Type": "application/json"}
-        if api_key is not None:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        with self._asked("/models") as lines:
-            found = json.loads("".join(lines))
+        self._api = Api(url, api_key=api_key)
+        found = self._api.json("/v1/models")
         self._settings = {"model": found["data"][0]["id"], "temperature": sampling.temperature, "seed": sampling.seed}
 
     def answer(self, messages: Messages, say: Say) -> None:
-        with self._asked("/chat/completions", {**self._settings, "messages": messages, "stream": True}) as lines:
-            for line in lines:
-                name, _, data = line.strip().partition(": ")
-                if name != "data" or data == "[DONE]":
-                    continue
-                chunk = json.loads(data)
-                if "error" in chunk:
-                    raise NarrowcastError(chunk["error"]["message"])
+        with self._api.events("/v1/chat/completions", {**self._settings, "messages": messages}) as chunks:
+            for chunk in chunks:
                 for choice in chunk["choices"]:
                     say(choice["delta"].get("content") or "")
-
-    @contextmanager
-    def _asked(self, path: str, body: dict[str, Any] | None = None) -> Iterator[Iterator[str]]:
-        """The lines of an answer; who stops reading them hangs up."""
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(self._url + path, data, self._headers)
-        try:
-            with urllib.request.urlopen(request) as answer:
-                yield (line.decode() for line in answer)
-        except urllib.error.HTTPError as error:
-            raise NarrowcastError(f"{self._url}: {_message(error)}") from error
-        except (OSError, ValueError, HTTPException) as error:
-            reason = getattr(error, "reason", error)
-            raise InvalidInputError(
-                self._url, expected="a server of OpenAI's API", found=reason, remedy="Start narrowcast serve, say."
-            ) from error
 
 
 class Local:
@@ -140,10 +110,3 @@ def _read(read: Callable[[], str], say: Say) -> str | None:
             say("\n")
         except EOFError:
             return None
-
-
-def _message(error: urllib.error.HTTPError) -> str:
-    try:
-        return str(json.loads(error.read())["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        return f"{error.code} {error.reason}"

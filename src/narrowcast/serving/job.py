@@ -16,9 +16,9 @@ from narrowcast.transport import DEFAULT_TIMEOUT_S
 class Job:
     """The serving of the model in a folder or of a hub name, over the ranks of `plan`, or `tp_size` without one.
 
-    `name`: the model's, for clients. `max_len`: tokens of a request, prompt and answer, at most; None for the model's
-    context, or what there is room for. `cache_tokens`: room for those of all requests that run. `sample_every`: as of
-    `attach`. What else there is, as `evaluation.ranks.Job` has it.
+    `host`: an address of this machine, or unix:PATH. `name`: the model's, for clients. `max_len`: tokens of a request,
+    prompt and answer, at most; None for the model's context, or what there is room for. `cache_tokens`: room for those
+    of all requests that run. `sample_every`: as of `attach`. What else there is, as `evaluation.ranks.Job` has it.
     """
 
     model: str

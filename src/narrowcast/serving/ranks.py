@@ -13,7 +13,8 @@ from narrowcast.attaching import Handle, attach
 from narrowcast.engines import Engine, Pages, Replicated, context_of, load_engine, vocab_size_of
 from narrowcast.engines.parts import load_part
 from narrowcast.engines.replication import affordable
-from narrowcast.launch import Ranks, is_first_rank, run, under_torchrun
+from narrowcast.errors import NarrowcastError
+from narrowcast.launch import Link, Ranks, is_first_rank, run, under_torchrun
 from narrowcast.monitoring import Snapshot
 from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
@@ -64,6 +65,25 @@ def serve(job: Job, hear: Hear) -> None:
         stack.enter_context(heard_by(hear_too))
         ranks = stack.enter_context(Ranks(split.world_size, timeout_s=job.timeout_s))
         ranks.run_led(_on_rank, job, split)
+
+
+@contextmanager
+def served(job: Job, link: Link | None = None) -> Iterator[Serving]:
+    """The server, from when it takes requests to the end of the context, on ranks that are started here, on `link`.
+
+    Ranks on a link are in network namespaces of their own: let such a job's host be a socket in the file system. Raises
+    as `serve` does, and NarrowcastError in place of what a client meets where a rank has ended.
+    """
+    import_server()
+    split = split_of(job)
+    with Ranks(split.world_size, link=link, timeout_s=job.timeout_s) as ranks:
+        ranks.start(_on_rank, job, split)
+        serving = ranks.first_told(Serving)
+        try:
+            yield serving
+        except NarrowcastError:
+            ranks.check_alive()
+            raise
 
 
 def _on_rank(job: Job, split: Split) -> None:

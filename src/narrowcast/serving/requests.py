@@ -12,7 +12,7 @@ class Request:
     `prompt`: token ids, one at least. `temperature` 0: the likeliest token; otherwise a draw from the likeliest ones
     that have `top_p` of the probability together, the same for the same `seed`. `stop`: texts before which the answer
     ends. `num_top`: of how many tokens log-probabilities are asked for beside the chosen one's; None for none at all.
-    `scored`: those of the prompt too.
+    `scored`: those of the prompt too. `ignore_eos`: tokens that end a text do not end this one.
     """
 
     prompt: tuple[int, ...]
@@ -23,6 +23,7 @@ class Request:
     stop: tuple[str, ...] = ()
     num_top: int | None = None
     scored: bool = False
+    ignore_eos: bool = False
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ class Body(BaseModel):
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Annotated[list[StopText], Field(max_length=MAX_STOPS)] = []
     max_tokens: Annotated[int | None, Field(ge=0)] = None
+    ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 

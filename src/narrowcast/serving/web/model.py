@@ -76,6 +76,7 @@ class Model:
                 stop=tuple(body.stop),
                 num_top=num_top,
                 scored=scored,
+                ignore_eos=body.ignore_eos,
             )
             for index in range(body.n)
         ]
