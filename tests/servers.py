@@ -115,8 +115,8 @@ def children(pid: int) -> list[int]:
 class Proxy:
     """A server between clients and the one at `url`, in a `with` block.
 
-    Each line that the model says takes it `delay_s`. `answers`: its own ones, as a status and a text, by what a request's
-    path, a space and its body contain.
+    Each line that the model says takes it `delay_s`. `answers`: its own ones, as a status and a text, by what a
+    request's path, a space and its body contain.
     """
 
     def __init__(self, url: str, *, delay_s: float = 0.0, answers: dict[str, tuple[int, str]] | None = None) -> None:

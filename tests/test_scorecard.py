@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from typing import Any
 import pytest
 import yaml
 
+import commands
 from commands import run, save_plan, typed
 from conftest import MODEL
 from narrowcast.errors import InvalidInputError, NarrowcastError
 from narrowcast.evaluation import Baseline
+from narrowcast.monitoring.export import RULES
 from narrowcast.scorecard import SCENARIOS, Record, Scenario, Scorecard, Workload, measured, started
 from narrowcast.scorecard.metrics import Metrics
 from narrowcast.scorecard.page import page
@@ -109,6 +112,15 @@ def test_a_slower_server_is_worse_in_speed_alone(
     assert verdicts["a token after it, ms"] == verdicts["tokens a second"] == "**worse**"
     assert verdicts["NLL, nats a token"] == "same"
     assert "got worse" in done.stdout.splitlines()[0]
+
+
+def test_an_alert_compares_first_tokens_with_those_of_a_baseline(recorded: Path, tmp_path: Path) -> None:
+    export = "monitor", "export", tmp_path / "watch", "--baseline"
+    run(*export, recorded)
+    seconds = statistics.mean(json.loads(recorded.read_text())["by_round"]["first_token_ms"]) / 1e3
+    assert f"* {seconds:g}\n" in (tmp_path / "watch" / RULES).read_text()
+    assert "Leave out one of the two" in commands.refused(*export, recorded, "--ttft", 1)
+    assert "no such file" in commands.refused(*export, tmp_path / "none")
 
 
 SLOWER = ["first_token_ms", "token_ms"]

@@ -13,11 +13,13 @@ from narrowcast.cli import options
 from narrowcast.cli.tables import screen
 from narrowcast.cli.top import picture
 from narrowcast.errors import InvalidInputError
+from narrowcast.evaluation import Baseline
 from narrowcast.monitoring.alerts import ERROR_FACTOR
 from narrowcast.monitoring.export import RUNBOOK
 from narrowcast.monitoring.export import export as export_into
 from narrowcast.monitoring.figures import History
 from narrowcast.monitoring.scrape import address_of, scraped
+from narrowcast.scorecard import Record
 
 monitor = typer.Typer(no_args_is_help=True, help="Watch servers: alerts, a dashboard, a live view.")
 
@@ -28,6 +30,9 @@ def export(
     ttft: Annotated[
         float | None, typer.Option(metavar="SECONDS", help="Mean until first tokens; alert if half as much again.")
     ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The same, of what baseline record wrote.")
+    ] = None,
     error_factor: Annotated[
         float, typer.Option(metavar="N", help="Alert on errors of so many times the plan's.")
     ] = ERROR_FACTOR,
@@ -35,6 +40,10 @@ def export(
     overwrite: options.Overwrite = False,
 ) -> None:
     """Write alert rules for Prometheus, and a dashboard for Grafana, into DIR."""
+    if baseline is not None:
+        if ttft is not None:
+            raise InvalidInputError("--baseline", expected="no --ttft", found=ttft, remedy="Leave out one of the two.")
+        ttft = Record.of(Baseline.load(baseline)).first_token_s
     paths = export_into(folder, error_factor=error_factor, ttft_s=ttft, runbook=runbook, overwrite=overwrite)
     typer.echo("\n".join(map(str, paths)))
 

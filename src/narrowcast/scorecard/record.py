@@ -8,7 +8,7 @@ from typing import Any, Self
 from narrowcast.errors import InvalidInputError
 from narrowcast.evaluation import Baseline
 from narrowcast.progress import Progress, tell
-from narrowcast.scorecard.figures import FIGURES, MACHINE, NLL, SENT
+from narrowcast.scorecard.figures import FIGURES, FIRST, MACHINE, NLL, SENT
 from narrowcast.scorecard.metrics import Metrics
 from narrowcast.scorecard.quality import characters_per_token, scored
 from narrowcast.scorecard.rounds import by_figure, speed_of_round
@@ -57,6 +57,11 @@ class Record:
                 found="another report",
                 remedy="Write one with baseline record.",
             ) from error
+
+    @property
+    def first_token_s(self) -> float:
+        """Mean seconds until the first token."""
+        return statistics.mean(self.by_round[FIRST]) / 1e3
 
     def __str__(self) -> str:
         """Medians, on one line."""
