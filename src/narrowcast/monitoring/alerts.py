@@ -62,9 +62,10 @@ def alerts(*, error_factor: float = ERROR_FACTOR, ttft_s: float | None = None) -
     """All of them. `error_factor`: times the plan's error that a site may have; `ttft_s`: mean seconds until the first
     token, of a baseline, without which those are not compared. InvalidInputError for either that is not positive.
     """
-    for name, number in (("error factor", error_factor), ("ttft", ttft_s)):
+    for name, number in (("--error-factor", error_factor), ("--ttft", ttft_s)):
         if number is not None and not (math.isfinite(number) and number > 0):
-            raise InvalidInputError(name, expected="a number above 0", found=number, remedy="Leave it out, or pass 2.")
+            expected, remedy = "a number above 0", "Correct it or leave it out."
+            raise InvalidInputError(name, expected=expected, found=number, remedy=remedy)
     return [*_gone(), *_wrong(error_factor), *_costly(ttft_s), _drifted(drift_factor(error_factor))]
 
 

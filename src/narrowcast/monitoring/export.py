@@ -30,6 +30,8 @@ def export(
         folder / RULES: to_yaml(alerts(error_factor=error_factor, ttft_s=ttft_s), runbook),
         folder / DASHBOARD: json.dumps(dashboard(runbook, error_factor), indent=2) + "\n",
     }
+    if folder.exists() and not folder.is_dir():
+        raise InvalidInputError(str(folder), expected="a folder", found="a file", remedy="Choose another name.")
     if not folder.exists():
         check_folder(folder, folder.parent)
         folder.mkdir()
