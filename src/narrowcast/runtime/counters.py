@@ -37,11 +37,11 @@ class _Tally:
 class SiteCounters:
     """One site on one rank, since `attach`: `kind` as the plan has it, or what it does; its `codecs` by hop.
 
-    One of `every` calls is to be sampled, if that is not 0, and of these the first one when `num_calls` are over.
+    One of `every` calls is to be sampled, none if that is 0; `ahead`: by so many calls earlier than the first site's.
     """
 
     coded: bool
-    stats: Tensor  # int64 [3], see ops
+    stats: Tensor  # int64 [3], by the places of COUNTS
     kind: str = ""
     codecs: Sequence[Codec] = ()
     clock: Clock | None = None
