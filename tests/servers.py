@@ -102,7 +102,7 @@ class Server:
         return self.ended()
 
     def ended(self) -> tuple[int, str]:
-        errors = self.process.communicate(timeout=LIMIT_S)[1]
+        self.last_words, errors = self.process.communicate(timeout=LIMIT_S)
         return self.process.returncode, errors
 
 

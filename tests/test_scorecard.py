@@ -335,6 +335,12 @@ def test_scenarios_that_come_with_it(name: str) -> None:
     assert Scenario.of(name, fields) == scenario
 
 
+def test_a_scenario_that_a_model_has_no_room_for(server: Server, folder: Path) -> None:
+    done = record(server.url, folder / "long.json", "--scenario", "long-prompt")
+    expected = "scenario long-prompt: expected 512 tokens at most of prompt and answer, as gutenberg-7m has room for"
+    assert done.returncode == 1 and f"{expected}, found 1040" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

@@ -1,6 +1,7 @@
 """Serving, as clients of OpenAI meet it: the same answers as `generate`, whoever else asks, leaves or is slow."""
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import httpx2
 import openai
@@ -317,12 +319,15 @@ def test_only_who_has_the_key_is_served(server: Server) -> None:
         ({"prompt": [5, 9999]}, "prompt: expected token ids below 4096, found 9999"),
         ({"max_tokens": 511}, "expected 512 tokens at most in prompt and answer, found 3 in the prompt and 511 to be"),
         ({"max_tokens": 0}, "max_tokens: expected 1 at least, or echo: true"),
-        ({"temperature": -1}, "temperature: Input should be greater than or equal to 0"),
+        ({"temperature": -1}, "temperature: expected greater than or equal to 0, found -1"),
         ({"prompt": ["The"] * 2, "n": 13}, "expected 24 answers at most, prompts times n, found 26"),
-        ({"n": 17}, "n: Input should be less than or equal to 16"),
+        ({"n": 17}, "n: expected less than or equal to 16, found 17"),
         ({"stop": ""}, "stop.0: String should have at least 1 character"),
         ({"presence_penalty": 1}, "presence_penalty is not supported by this server: leave it out"),
         ({"beam": 1}, "beam is not supported by this server: leave it out"),
+        ({"max_token": 1}, "max_token is not supported by this server: is max_tokens meant?"),
+        ({"stream_options": {"usage": True}}, "stream_options.usage: not supported by this server: leave it out"),
+        ({"temperature": "hot"}, "temperature: expected a valid number, found 'hot'"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_sentence(server: Server, changed: dict[str, Any], sentence: str) -> None:
@@ -382,6 +387,7 @@ def test_a_signal_lets_answers_be_finished(how: signal.Signals) -> None:
             client.completions.create(**settings)
         status, errors = server.ended()
         assert status == 0 and "error" not in errors
+        assert server.last_words == "answering 1 more, for 20 s at most\n"
         thread.join()
     assert outcome[0].usage.completion_tokens == 100
 
@@ -452,14 +458,15 @@ def typed_in(*lines: str) -> Callable[[], str]:
 
 def test_a_chat_with_a_server_is_one_with_the_model(server: Server, folder: Path) -> None:
     """The first answer is part of what the second one answers. The server's answers are as long as its room."""
-    texts = []
+    texts, warned = [], list[str]()
     remote = Remote(server.url.removesuffix("/v1"), api_key=KEY, sampling=GREEDY)
     local = Local(str(folder), dtype="float32", weights="stored", sampling=GREEDY)
     for partner in (remote, local):
         said: list[str] = []
-        converse(Briefly(partner), typed_in("Who was it?", " ", "And then?"), said.append, system="Be brief.")
+        lines = typed_in("Who was it?", " ", "And then?")
+        assert converse(Briefly(partner), lines, said.append, warned.append, system="Be brief.")
         texts.append("".join(said))
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] and not warned
     server.wait_until_idle()
 
 
@@ -491,11 +498,22 @@ def test_an_answer_of_a_given_length_goes_on_after_the_end_of_its_text(tokenizer
         assert [answer.take(logits_V).finish for _ in finishes] == finishes
 
 
-def test_errors_are_part_of_a_chat(server: Server) -> None:
-    said: list[str] = []
-    remote = Remote(server.url, api_key=KEY, sampling=GREEDY)
-    converse(remote, typed_in("word " * 600), said.append)
-    assert "error: " in said[0] and "expected 512 tokens at most in prompt and answer" in said[0]
+def test_errors_are_part_of_a_chat_and_piped_ones_of_its_status(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for lines, status in (("Who was it?\n", 0), (f"{'word ' * 600}\nWho was it?\n", 1)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        done = typed("chat", server.url, "--api-key", KEY)
+        assert done.returncode == status
+        assert done.stdout.rstrip("> \n")
+        assert ("expected 512 tokens at most in prompt and answer" in done.stderr) == bool(status)
+
+
+def test_a_port_that_is_taken_is_noticed_before_ranks_are_started(server: Server) -> None:
+    port = server.address.partition(":")[2]
+    with mock.patch("narrowcast.serving.ranks.Ranks", side_effect=AssertionError):
+        found = refused("serve", MODEL, "--port", port)
+    assert f"expected a free port at an address of this machine, found 127.0.0.1:{port} (Address" in found
 
 
 def test_who_cannot_chat() -> None:

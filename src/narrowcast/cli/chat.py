@@ -1,6 +1,8 @@
 """`narrowcast chat`: a chat in the terminal."""
 
 import contextlib
+import sys
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -24,7 +26,10 @@ def chat(
     dtype: options.DtypeOption = "auto",
     weights: options.WeightsOption = "stored",
 ) -> None:
-    """Chat with a server of OpenAI's API, or with a model in this process: Ctrl-C ends an answer, Ctrl-D the chat."""
+    """Chat with a server of OpenAI's API, or with a model in this process: Ctrl-C ends an answer, Ctrl-D the chat.
+
+    Of lines from a file or a pipe, the status is 1 if one was not answered.
+    """
     sampling = Sampling(temperature=temperature, seed=seed)
     partner: Partner
     if is_url(where):
@@ -34,5 +39,8 @@ def chat(
             partner = Local(where, dtype=dtype, weights=weights, sampling=sampling)
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and called up again
-    converse(partner, lambda: input("> "), lambda text: typer.echo(text, nl=False), system=system)
+    say, warn = (partial(typer.echo, nl=False, err=err) for err in (False, True))
+    all_answered = converse(partner, lambda: input("> "), say, warn, system=system)
     typer.echo()
+    if not (all_answered or sys.stdin.isatty()):
+        raise typer.Exit(1)

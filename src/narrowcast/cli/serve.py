@@ -9,7 +9,7 @@ from narrowcast.cli import options
 from narrowcast.cli.options import RUN, SERVER, SPLIT, option
 from narrowcast.cli.progress import shown
 from narrowcast.runtime.sampling import EVERY
-from narrowcast.serving import Job, Serving
+from narrowcast.serving import GRACE_S, Ending, Job, Serving
 from narrowcast.serving import serve as serve_job
 from narrowcast.transport import DEFAULT_TIMEOUT_S, check_transport
 
@@ -68,5 +68,8 @@ def serve(
             if isinstance(said, Serving):
                 screen.close()
                 typer.echo(f"serving {said.name} at {said.url}; Ctrl-C ends it")
+            elif isinstance(said, Ending):
+                left = f"answering {said.num_left} more, for {GRACE_S:.0f} s at most" if said.num_left else "ending"
+                typer.echo(left)
 
         serve_job(job, hear)

@@ -12,7 +12,7 @@ from narrowcast.evaluation.verdict import Change, changes
 from narrowcast.files import is_report
 from narrowcast.scores import Items
 
-WRITE_ONE = "Write one with evaluate --json, or of a server with baseline record."
+WRITE_ONE = "Write one with evaluate --json, or, of a server, with baseline record."
 
 
 @dataclass(frozen=True)

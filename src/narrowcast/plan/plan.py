@@ -134,7 +134,8 @@ class Plan:
         """Read a plan; PlanFormatError if it is none, or truncated, altered, or of another format version."""
         path = Path(path)
         if not path.is_file():
-            raise _unusable(path, expected="a plan file", found="a folder" if path.is_dir() else "no such file")
+            found = "a folder" if path.is_dir() else "no such file"
+            raise _unusable(path, expected="a plan file", found=found, remedy="narrowcast calibrate writes them.")
         return cls.from_bytes(path.read_bytes(), path)
 
     def to_bytes(self) -> bytes:

@@ -36,7 +36,10 @@ def _lines(card: Scorecard, against: str) -> Iterator[str]:
     if card.caveat:
         yield f"not judged: {card.caveat}."
     elif MACHINE in card.changes:
-        yield f"{FIGURES[MACHINE].title}: speeds that are worse by no more than this may be are unclear."
+        yield (
+            f"{FIGURES[MACHINE].title}: the same work on this machine, before each round, whatever the server does. "
+            "Where a speed got worse by no more than this may have, the verdict is unclear."
+        )
     for name, why in card.unknown.items():
         yield f"{FIGURES[name].title}: not compared; {why}."
 

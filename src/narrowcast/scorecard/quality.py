@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from narrowcast.errors import InvalidInputError
-from narrowcast.progress import Progress, tell, told
+from narrowcast.progress import told
 from narrowcast.scorecard.rounds import together
 from narrowcast.scorecard.sentences import sentences, text
 from narrowcast.scores import Items
@@ -26,8 +26,7 @@ def written_by(api: Api, model: str, limit: int, concurrency: int) -> tuple[str,
         asked = {"model": model, "prompt": begun, "max_tokens": WRITTEN_TOKENS, "temperature": 1, "seed": seed}
         return begun + str(api.json("/v1/completions", asked)["choices"][0]["text"])
 
-    tell(Progress("having texts written"))
-    found = together(write, range(min(limit, NUM_WRITTEN)), concurrency)
+    found = together(write, range(min(limit, NUM_WRITTEN)), concurrency, doing="having texts written")
     texts = tuple(sorted(each for each in found if len(each) >= LEAST_CHARACTERS))
     if len(texts) < 2:
         raise InvalidInputError(

@@ -10,6 +10,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from narrowcast.errors import NarrowcastError
+from narrowcast.progress import Progress, tell
 from narrowcast.scorecard.figures import FIRST, NEXT, RATE
 from narrowcast.serving.remote import Api
 
@@ -56,10 +57,10 @@ def answered(api: Api, model: str, prompt: str, new_tokens: int) -> Answered:
     return Answered(first - begun, last - first, num_tokens)
 
 
-def together(do: Callable[[S], T], parts: Sequence[S], concurrency: int) -> list[T]:
+def together(do: Callable[[S], T], parts: Sequence[S], concurrency: int, *, doing: str | None = None) -> list[T]:
     """The results of all parts, so many of which are done at once; raises what the first to fail raised.
 
-    Nobody waits for the others then: their threads end when they notice.
+    Nobody waits for the others then: their threads end when they notice. `doing`: in words, for who hears of progress.
     """
     left, done = deque(parts), SimpleQueue[T | Exception]()
 
@@ -79,6 +80,8 @@ def together(do: Callable[[S], T], parts: Sequence[S], concurrency: int) -> list
     found: list[T] = []
     try:
         while len(found) < len(parts):
+            if doing is not None:
+                tell(Progress(doing, len(found), len(parts)))
             if isinstance(result := done.get(), Exception):
                 raise result
             found.append(result)

@@ -24,11 +24,26 @@ TOLD = "narrowcast", "torch", "transformers", "python"  # versions
 
 @dataclass(frozen=True)
 class Subject:
-    """A server and its first model; `about`: what else is known of it, by name, as far as another one may differ."""
+    """A server and its first model; `about`: what else is known of it, by name, as far as another one may differ.
+
+    `max_len`: tokens of a prompt and its answer, if the server tells.
+    """
 
     api: Api
     model: str
     about: dict[str, str]
+    max_len: int | None = None
+
+    def check(self, scenario: Scenario) -> None:
+        """InvalidInputError unless there is room for the longest prompt of `scenario` and its answer."""
+        longest = max(scenario.prompt_tokens) + scenario.new_tokens
+        if self.max_len is not None and longest > self.max_len:
+            raise InvalidInputError(
+                f"scenario {scenario.name}",
+                expected=f"{self.max_len} tokens at most of prompt and answer, as {self.model} has room for",
+                found=longest,
+                remedy="Choose another scenario, or write one of shorter prompts.",
+            )
 
 
 def at(url: str, scenario: Scenario, *, api_key: str | None = None) -> Subject:
@@ -40,7 +55,7 @@ def at(url: str, scenario: Scenario, *, api_key: str | None = None) -> Subject:
             found="the URL of ranks that run",
             remedy="Pass the model's folder, or a scenario without a link.",
         )
-    return _subject(Api(url, api_key=api_key, timeout_s=SILENT_S), {HARDWARE: _hardware_of(url)})
+    return _subject(Api(url, api_key=api_key, timeout_s=SILENT_S), scenario, {HARDWARE: _hardware_of(url)})
 
 
 @contextmanager
@@ -66,14 +81,14 @@ def started(job: Job, scenario: Scenario) -> Iterator[Subject]:
             cache_tokens=max(job.cache_tokens, room),
         )
         with served(asked, link) as serving:
-            yield _subject(Api(serving.url, timeout_s=SILENT_S), _about_job(job))
+            yield _subject(Api(serving.url, timeout_s=SILENT_S), scenario, _about_job(job))
 
 
-def _subject(api: Api, about: dict[str, str]) -> Subject:
+def _subject(api: Api, scenario: Scenario, about: dict[str, str]) -> Subject:
     listed = api.json("/v1/models")
     try:
         first = listed["data"][0]
-        model, owner = str(first["id"]), str(first.get("owned_by", "unknown"))
+        model, owner, max_len = str(first["id"]), str(first.get("owned_by", "unknown")), first.get("max_model_len")
     except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise InvalidInputError(
             api.url,
@@ -84,7 +99,9 @@ def _subject(api: Api, about: dict[str, str]) -> Subject:
     told = {"server": " ".join(filter(None, (owner, _version(api))))}
     if (metrics := Metrics.of(api)) is not None:
         told |= metrics.about
-    return Subject(api, model, {**told, **about})
+    subject = Subject(api, model, {**told, **about}, max_len if isinstance(max_len, int) else None)
+    subject.check(scenario)
+    return subject
 
 
 def _version(api: Api) -> str:

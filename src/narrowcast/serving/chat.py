@@ -71,9 +71,12 @@ class Local:
             say(text.close())
 
 
-def converse(partner: Partner, read: Callable[[], str], say: Say, *, system: str | None = None) -> None:
-    """Answer what `read` gives until it raises EOFError; KeyboardInterrupt ends an answer, which is kept as it is."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
+def converse(partner: Partner, read: Callable[[], str], say: Say, warn: Say, *, system: str | None = None) -> bool:
+    """Answer what `read` gives until it raises EOFError; KeyboardInterrupt ends an answer, which is kept as it is.
+
+    True if everything was answered; `warn` hears of what was not, and why.
+    """
+    messages, all_answered = [] if system is None else [{"role": "system", "content": system}], True
     while (words := _read(read, say)) is not None:
         if not words.strip():
             continue
@@ -84,11 +87,13 @@ def converse(partner: Partner, read: Callable[[], str], say: Say, *, system: str
         except KeyboardInterrupt:
             pass
         except NarrowcastError as error:
-            say(f"error: {error}\n")
+            warn(f"narrowcast: error: {error}\n")
             messages.pop()
+            all_answered = False
             continue
         say("\n")
         messages.append({"role": "assistant", "content": said.text})
+    return all_answered
 
 
 class _Told:

@@ -1,6 +1,7 @@
 """Where a server listens."""
 
 import socket
+from contextlib import ExitStack
 from typing import Any
 
 from narrowcast.errors import InvalidInputError
@@ -12,9 +13,11 @@ def bound(host: str, port: int) -> socket.socket:
     """A socket at that address, at which nobody is listened to yet."""
     try:
         family, address = _address(host, port)
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
+        with ExitStack() as failing:
+            listener = failing.enter_context(socket.socket(family, socket.SOCK_STREAM))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            failing.pop_all()
     except OSError as error:
         raise InvalidInputError(
             "--host and --port",

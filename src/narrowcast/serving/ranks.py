@@ -42,12 +42,20 @@ class Serving:
     url: str
 
 
+@dataclass(frozen=True)
+class Ending:
+    """Told by the first rank when a signal has come, and `num_left` requests are answered before the end."""
+
+    num_left: int
+
+
 def serve(job: Job, hear: Hear) -> None:
     """Serve until a signal ends it, on ranks that are started for it, or on those of torchrun, all of which call this.
 
-    `hear` is told `Serving`, by the first rank. SIGTERM and SIGINT let what is asked be answered, for `GRACE_S` seconds
-    at most. Raises InvalidInputError before any rank is started, MissingDependencyError without what the web server
-    needs, and NarrowcastError that names a rank which is lost: requests have then failed with that sentence.
+    `hear` is told `Serving` and `Ending` by the first rank. SIGTERM and SIGINT let what is asked be answered, for
+    `GRACE_S` seconds at most. Raises InvalidInputError before any rank is started, MissingDependencyError without what
+    the web server needs, and NarrowcastError that names a rank which is lost: requests have then failed with that
+    sentence.
     """
     import_server()
     split = split_of(job)
@@ -55,6 +63,7 @@ def serve(job: Job, hear: Hear) -> None:
         with heard_by(hear):
             run(_on_rank, split.world_size, job, split, timeout_s=job.timeout_s)
         return
+    bound(job.host, job.port).close()  # rather than found out by a rank that has loaded torch
     with ExitStack() as stack:
 
         def hear_too(said: object) -> None:
@@ -131,7 +140,13 @@ def _lead(job: Job, engine: Engine, model: nn.Module, pages: Pages, orders: Orde
     board = Board(desk.wake)
     served = {"name": name, "tokenizer": tokenizer, "vocab_size": vocab_size_of(model), "max_len": max_len}
     server = import_server()(listener, desk, board, api_key=job.api_key, **served)
-    with server, _on_signals(lambda: desk.close(STOPPING, within_s=GRACE_S)):
+
+    def end() -> None:
+        if desk.closed is None:
+            tell(Ending(desk.num_running + desk.num_waiting))
+        desk.close(STOPPING, within_s=GRACE_S)
+
+    with server, _on_signals(end):
         tell(Serving(name, url_of(listener)))
         beat_s = min(LONGEST_BEAT_S, job.timeout_s / 4)
         Leader(desk, board, pages, orders, tokenizer, _ends(model), beat_s=beat_s).run()

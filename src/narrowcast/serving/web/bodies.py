@@ -1,8 +1,11 @@
 """The bodies of requests. What is not supported is refused, and not ignored, unless it asks for nothing."""
 
+import reprlib
+from difflib import get_close_matches
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from narrowcast.serving.web.refused import RefusedError
 
@@ -66,7 +69,9 @@ class Body(BaseModel):
         for name, value in (self.model_extra or {}).items():
             if name in WITHOUT_EFFECT or value in NEUTRAL.get(name, ()):
                 continue
-            raise ValueError(f"{name} is not supported by this server: leave it out")
+            similar = get_close_matches(name, type(self).model_fields, n=1, cutoff=0.8)
+            remedy = f"is {similar[0]} meant?" if similar else "leave it out"
+            raise ValueError(f"{name} is not supported by this server: {remedy}")
         return self
 
 
@@ -128,9 +133,20 @@ class ChatBody(Body):
 
 def refused_by(error: ValidationError) -> RefusedError:
     """The first thing that is wrong, in a sentence."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
+    first = error.errors(include_url=False, include_context=False)[0]
+    place, message = ".".join(map(str, first["loc"])), _said(first)
     if first["loc"][:1] == ("prompt",):  # which may be of four kinds, of which it says that it is none
         place, message = "prompt", "expected a text, token ids, or a list of either"
     return RefusedError(400, f"{place}: {message}" if place else message, param=str(first["loc"][0]) if place else None)
+
+
+def _said(error: ErrorDetails) -> str:
+    """In the words of all our errors."""
+    if error["type"] == "missing":
+        return "expected a value, found none"
+    if error["type"] == "extra_forbidden":
+        return "not supported by this server: leave it out"
+    before, should, expected = error["msg"].partition("Input should be ")
+    if should and not before:
+        return f"expected {expected.partition(', ')[0]}, found {reprlib.repr(error['input'])}"
+    return error["msg"].removeprefix("Value error, ")
