@@ -1,12 +1,13 @@
 """The figures that alerts look at, on ordinary text and on what a plan was not calibrated for: where thresholds belong.
 
-usage: python benchmarks/alerts.py [--json FILE]
+usage: python benchmarks/alerts.py [--json FILE] [CODEC ...]   (of those plans alone)
 
 The bundled model, simulated, each plan calibrated on its calibration.txt. Prompts of 256 tokens, or single tokens that
 follow 64 others: of text like the calibration's, of the same in capitals, of Python, and at random; then of ordinary
 text with the tokens that enter one layer's MLP 4 and 20 times as large. The largest of all sites: relative error over
 the plan's, of all sums, and what one of 1000 windows of 30 and of 100 sums exceeds, also where it is visible; clipped
-values over values sent, and guarded tokens over tokens, each as on one rank. Bits a value over the plan's.
+values over values sent, and guarded tokens over tokens, each as on one rank. Single sums' errors over the plan's, of
+all sites: the lowest, the median and the highest of 100. Bits a value over the plan's.
 """
 
 import itertools
@@ -61,48 +62,52 @@ def larger(model: Any, times: float) -> Iterator[None]:
         hook.remove()
 
 
-def forwards(model: Any, batches: Sequence[Tensor], traffic: str) -> Iterator[None]:
-    """Run the model, stopping after each forward that counts."""
+def forwards(model: Any, batches: Sequence[Tensor], traffic: str) -> Iterator[bool]:
+    """Run the model, stopping after each forward; True where its sums count."""
     with torch.no_grad():
         for ids in batches if traffic == "prompts" else batches[:8]:
             if traffic == "prompts":
                 model(ids, use_cache=False)
-                yield
+                yield True
                 continue
             cache = model(ids[:, :NUM_PROMPTED], use_cache=True).past_key_values
+            yield False
             for step in range(NUM_PROMPTED, NUM_PROMPTED + NUM_STEPS):
                 model(ids[:, step : step + 1], past_key_values=cache, use_cache=True)
-                yield
+                yield True
 
 
 def seen(model: Any, plan: Plan, batches: Sequence[Tensor], traffic: str) -> tuple[Report, Tensor]:
-    """The report, and squares [N, S, 2] of errors and of exact sums, by forward and site."""
-    totals = [torch.zeros(len(plan.sites), 2, dtype=torch.float64)]
+    """The report, and squares [N, S, 3] of errors, of those that the plan expects, and of sums, by forward and site."""
+    totals, counted = [torch.zeros(len(plan.sites), 3, dtype=torch.float64)], []
     with narrowcast.attach(model, plan, simulate=True, sample_every=1) as handle:
-        for _ in forwards(model, batches, traffic):
+        for counts in forwards(model, batches, traffic):
+            counted.append(counts)
             samples = [handle.report().sites[name].samples for name in plan.sites]
-            totals.append(torch.tensor([[each.noise, each.power] for each in samples if each], dtype=torch.float64))
-        return handle.report(), torch.stack(totals).diff(dim=0)
+            squares = [[each.noise, each.expected_noise, each.power] for each in samples if each]
+            totals.append(torch.tensor(squares, dtype=torch.float64))
+        return handle.report(), torch.stack(totals).diff(dim=0)[torch.tensor(counted)]
 
 
-def in_windows(squares_NS2: Tensor, size: int) -> Tensor:
-    """Relative errors [W, S] of as many sums, drawn at random."""
+def in_windows(squares_NS3: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Errors [W, S] of as many sums, drawn at random: over the plan's, and relative."""
     generator = torch.Generator().manual_seed(1)
-    drawn_WN = torch.randint(len(squares_NS2), (NUM_WINDOWS, size), generator=generator)
-    sums_WS2 = torch.stack([squares_NS2[window].sum(dim=0) for window in drawn_WN])
-    return (sums_WS2[..., 0] / sums_WS2[..., 1]).sqrt()
+    drawn_WN = torch.randint(len(squares_NS3), (NUM_WINDOWS, size), generator=generator)
+    noise_WS, expected_WS, power_WS = torch.stack([squares_NS3[window].sum(dim=0) for window in drawn_WN]).unbind(-1)
+    return (noise_WS / expected_WS).sqrt(), (noise_WS / power_WS).sqrt()
 
 
 def row(model: Any, plan: Plan, batches: Sequence[Tensor], traffic: str) -> dict[str, Any]:
-    report, squares_NS2 = seen(model, plan, batches, traffic)
+    report, squares_NS3 = seen(model, plan, batches, traffic)
     sites = [report.sites[name] for name in plan.sites]
-    expected_S = torch.tensor([each.samples.expected or 1 for each in sites if each.samples], dtype=torch.float64)
-    found = {"error": (in_windows(squares_NS2.sum(dim=0, keepdim=True), 1) / expected_S).max().item()}
+    found = {"error": in_windows(squares_NS3.sum(dim=0, keepdim=True), 1)[0].max().item()}
+    ratios_NS = (squares_NS3[..., 0] / squares_NS3[..., 1]).sqrt()
+    for name, share in (("lowest", 0.01), ("median", 0.5), ("highest", 0.99)):
+        found[name] = ratios_NS.quantile(share).item()
     for size in (ENOUGH, PLENTY):
-        errors_WS = in_windows(squares_NS2, size)
-        visible_WS = errors_WS * (errors_WS > VISIBLE)
-        for name, each_WS in (("error", errors_WS), ("visible", visible_WS)):
-            found[f"{name}_of_{size}"] = (each_WS / expected_S).quantile(1 - 1 / 1000, dim=0).max().item()
+        ratios_WS, errors_WS = in_windows(squares_NS3, size)
+        for name, each_WS in (("error", ratios_WS), ("visible", ratios_WS * (errors_WS > VISIBLE))):
+            found[f"{name}_of_{size}"] = each_WS.quantile(1 - 1 / 1000, dim=0).max().item()
     # Simulated, a site counts what all ranks clip and guard, and what one of them sends.
     return {
         **found,
@@ -112,12 +117,12 @@ def row(model: Any, plan: Plan, batches: Sequence[Tensor], traffic: str) -> dict
     }
 
 
-def rows() -> Iterator[dict[str, Any]]:
+def rows(codecs: Sequence[str]) -> Iterator[dict[str, Any]]:
     engine = load_engine()
     model: nn.Module = engine.load(MODEL, dtype="float32")
     given = texts(engine.load_tokenizer(MODEL))
     cases = [*((name, 1.0) for name in given), *(("ordinary", times) for times in TIMES)]
-    for tp_size, codec in PLANS:
+    for tp_size, codec in (each for each in PLANS if not codecs or each[1] in codecs):
         plan = narrowcast.calibrate(model, text("calibration.txt", 128), tp_size=tp_size, codec=codec)
         for (what, times), traffic in itertools.product(cases, ("prompts", "steps")):
             with larger(model, times):
@@ -126,13 +131,16 @@ def rows() -> Iterator[dict[str, Any]]:
 
 
 def main() -> None:
-    arguments = reporting.parser(__doc__).parse_args()
+    parser = reporting.parser(__doc__)
+    parser.add_argument("codecs", nargs="*", choices=sorted({codec for _, codec in PLANS}), default=[], metavar="CODEC")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
     found = []
-    for each in rows():
+    for each in rows(arguments.codecs):
         found.append(each)
         print("TP {tp_size} {codec:13} {text:11} x{times:<2g} {traffic:7}  error x{error:.2f}, of 30 x{error_of_30:.2f}"
-              " ({visible_of_30:.2f}), of 100 x{error_of_100:.2f} ({visible_of_100:.2f})  clipped {clipped:.2%}"
+              " ({visible_of_30:.2f}), of 100 x{error_of_100:.2f} ({visible_of_100:.2f})"
+              "  single x{lowest:.2f} {median:.2f} {highest:.2f}  clipped {clipped:.2%}"
               "  guarded {guarded:.2%}  bits x{bits:.3f}".format(**each), flush=True)  # fmt: skip
     reporting.write(arguments.json, figures=found)
 

@@ -45,10 +45,10 @@ def steady(length: int, until: int | None = None) -> dict[str, str]:
             found[series("narrowcast_sent_values_total", **labels)] = f"0+1000x{last} stale"
         for site in SITES:
             rates = {"sent_values": 1000, "clipped_values": 10, "non_finite_values": 0, "guarded_tokens": 1}
-            rates |= {"sampled_sums": 2, "sampled_non_finite": 0, "error_squares": 2.25, "sum_squares": 100}
+            rates |= {"sampled_sums": 2, "sampled_non_finite": 0}
+            rates |= {"error_squares": 2.25, "expected_error_squares": 2.25, "sum_squares": 100}
             for name, rate in rates.items():
                 found[at(name, rank, site)] = f"0+{rate}x{last} stale"
-            found[series("narrowcast_site_expected_relative_error", rank=rank, site=site)] = f"0.15x{last} stale"
     return found
 
 
@@ -131,8 +131,7 @@ RIGHT: dict[str, tuple[int, Mapping[str, str]]] = {
     "a failed scrape": (22, {series("up"): "1x20 0 1x20"}),
     "an error that nobody notices, of a plan that expects none": (
         60,
-        on_ranks("error_squares", "0+1x60")
-        | {series("narrowcast_site_expected_relative_error", rank=rank, site=SITE): "0.01x60" for rank in "01"},
+        on_ranks("error_squares", "0+1x60") | on_ranks("expected_error_squares", "0+0.01x60"),
     ),
     "a value was not finite long ago": (40, {at("non_finite_values", "1"): "0x20 1x40"}),
     "few sums were sampled": (60, on_ranks("error_squares", "0x50 1400x10") | on_ranks("sampled_sums", "0x50 4x10")),

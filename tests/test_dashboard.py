@@ -61,13 +61,14 @@ def test_every_name_that_is_asked_for_is_exported(exported: set[str]) -> None:
 
 
 def test_all_that_is_exported_is_shown(exported: set[str]) -> None:
-    """But what is beside it in another form: tokens of ranks, totals since the start, the last sample."""
+    """But what is there in another form: tokens of ranks, totals since the start, errors over the plan's."""
     shown = "\n".join(queries())
     ours = {re.sub("_(bucket|count|sum)$", "", name) for name in exported if name.startswith("narrowcast_")}
     assert {name for name in ours if name not in shown} == {
         "narrowcast_ranks",
         "narrowcast_compression_ratio",
         "narrowcast_site_relative_error",
+        "narrowcast_site_sum_squares_total",
         "narrowcast_site_sent_bytes_total",
         "narrowcast_site_sampled_sums_total",
         "narrowcast_site_sampled_non_finite_total",

@@ -14,12 +14,14 @@ from models import random_ids, save_random
 from narrowcast import InvalidInputError, Plan
 from narrowcast.calibration.fit import fit
 from narrowcast.calibration.moments import MomentObserver, Moments
-from narrowcast.calibration.observers import ErrorObserver, PowerObserver
+from narrowcast.calibration.observers import PowerObserver
+from narrowcast.calibration.observing import SampledWires
 from narrowcast.calibration.text import sequences
 from narrowcast.codecs import recipe
 from narrowcast.engines import load_engine
 from narrowcast.errors import CalibrationWarning
-from narrowcast.plan import Site
+from narrowcast.plan import ModelFingerprint, Site
+from narrowcast.plan.split import Split
 from narrowcast.plan.summary import doubts
 
 NUM_FEATURES, NUM_TOKENS = 128, 256
@@ -52,9 +54,13 @@ def test_expected_errors_are_of_ordinary_tokens() -> None:
     """A first token a thousand times as large takes all bits; its own small error does not hide that of the others."""
     x = partials(1000.0)
     site = site_of(x, num_left_out=0)
-    observer = ErrorObserver({"site": site})
-    observer.see_sum(x, x[0] + x[1], "site")
-    expected = observer.errors()["site"]["one_shot"]
+    plan = Plan(
+        split=Split(tp_size=2), model=ModelFingerprint(config={}, samples={}), calibration={}, sites={"site": site}
+    )
+    wires = SampledWires([], plan, "one_shot", x[0].device)
+    wires.sum(x, "site")
+    expected = wires.samples["site"].error
+    assert expected is not None
     assert expected == pytest.approx(error(site, x), rel=1e-3)
     assert expected > 0.2 > 20 * error(site, x, first=0)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import narrowcast
 from conftest import MODEL
-from models import calibrated
+from models import calibrated, random_ids, save_random
 from narrowcast import InvalidInputError, Plan
 from narrowcast.collectives import simulate
 from narrowcast.engines import load_engine
@@ -82,7 +82,7 @@ def test_the_error_of_sampled_sums_is_that_of_all_their_tokens(algorithm: str) -
     found = sites(1, algorithm=algorithm)
     simulated(found, MAX_TOKENS, 3)
     samples = found.report().sites["a"].samples
-    assert samples is not None and samples.times == 3 and samples.expected == 0.1
+    assert samples is not None and samples.times == 3 and samples.expected == pytest.approx(0.1)
     noise = power = 0.0
     for time in range(3):
         x_RTE = values(time, MAX_TOKENS)
@@ -158,15 +158,25 @@ def test_real_ranks_sample_what_the_simulation_does(ranks: Pools, algorithm: str
 
 
 def test_values_that_are_not_finite_are_counted_apart() -> None:
-    samples = Samples(expected=0.1)
+    samples = Samples()
     exact = torch.ones(3, E)
     seen = exact.clone()
     seen[1, 4] = float("nan")
-    samples.compare(seen[None], exact)
-    assert (samples.times, samples.num_non_finite, samples.error) == (1, 1, None)
-    samples.compare(exact[None] * 1.17, exact)
+    samples.compare(seen[None], exact, 0.1)
+    assert (samples.times, samples.num_non_finite, samples.error, samples.expected) == (1, 1, None, None)
+    samples.compare(exact[None] * 1.17, exact, 0.1)
     assert samples.error == pytest.approx(0.17, rel=1e-6)
     assert samples.ratios.counts[RATIOS.index(2.0)] == 1
+
+
+def test_each_sum_is_expected_to_err_as_its_own_algorithm_does() -> None:
+    """Prompts by two_shot and tokens by one_shot, all as planned: nothing is out of the ordinary."""
+    samples, exact = Samples(), torch.ones(4, E)
+    for size, expected in ((10.0, 0.3), (1.0, 0.1)):
+        samples.compare(size * exact[None] * (1 + expected), size * exact, expected)
+    assert samples.error == pytest.approx(samples.expected, rel=1e-5)
+    assert samples.expected == pytest.approx(((0.3**2 * 100 + 0.1**2) / 101) ** 0.5)
+    assert samples.ratios.total == pytest.approx(2, rel=1e-5)
 
 
 def test_tokens_far_larger_than_others_are_left_out_as_in_calibration() -> None:
@@ -258,3 +268,51 @@ def test_on_ordinary_text_a_model_errs_as_its_plan_says(planned: tuple[Path, Ten
     ratios = [each.error / each.expected for each in found if each.error and each.expected]
     assert 0.8 < statistics.median(ratios) < 1.25 and max(ratios) < 2
     assert all(sum(each.residues.counts) == each.times for each in found[:-1]), "read but for the last"
+
+
+# A codec, ranks, and what else calibration is asked for: sums that feed back and are read with a rank's own loss made
+# good, with codecs that do not, and without either.
+COARSE, FINE = ("int4-feature", "allocated(bits=3)", "transform(axes=site)"), ("int8-feature", "allocated(bits=4)")
+PLANNED: list[tuple[str, int, dict[str, Any]]] = [
+    *((codec, 2, {}) for codec in COARSE),
+    *((codec, 3, {}) for codec in (*FINE, "transform", "fp8", "mxfp4", "int4-group32-sym")),
+    *((codec, 2, {"feedback": False}) for codec in ("int8-feature", "transform")),
+    ("int4-feature", 4, {"groups": [[0, 1], [2, 3]]}),
+]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random("llama", tmp_path_factory.mktemp("sampling") / "model")
+
+
+@pytest.mark.parametrize(("codec", "tp_size", "options"), PLANNED)
+def test_a_plan_expects_what_is_sampled(small: Path, codec: str, tp_size: int, options: dict[str, Any]) -> None:
+    """On the text that it was measured on, of as many tokens as are compared: to the last digit."""
+    model = load_engine().load(small)
+    text = [random_ids(1, MAX_TOKENS, seed=seed) for seed in range(4)]
+    plan = narrowcast.calibrate(model, text, tp_size=tp_size, codec=codec, **options)
+    for algorithm in ("one_shot", "two_shot", *(["hierarchical"] if plan.groups else [])):
+        with (
+            torch.no_grad(),
+            narrowcast.attach(
+                model, plan, simulate=True, sample_every=1, algorithm=algorithm, prompt_chunks=1
+            ) as handle,
+        ):
+            model(text[0])  # one of four is held out
+            report = handle.report()
+        for name, site in plan.sites.items():
+            samples = report.sites[name].samples
+            assert samples is not None and samples.times == 1
+            assert samples.error == pytest.approx(site.error[algorithm], rel=1e-5)
+            assert samples.expected == pytest.approx(site.error[algorithm], rel=1e-5)
+
+
+def test_sums_that_do_not_feed_back_as_planned_are_not_compared_with_the_plan(small: Path) -> None:
+    model, text = load_engine().load(small), random_ids(1, 8)
+    plan = narrowcast.calibrate(model, [text], tp_size=2, codec="int4-feature")
+    assert plan.feedback.chains
+    with torch.no_grad(), narrowcast.attach(model, plan, simulate=True, sample_every=1, feedback=False) as handle:
+        model(text)
+        samples = [site.samples for site in handle.report().sites.values() if site.coded]
+    assert all(each is not None and each.error and each.expected is None for each in samples)

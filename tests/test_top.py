@@ -98,7 +98,7 @@ def told(*lines: str, sites: int = 2) -> Scrape:
     for layer in range(sites):
         labels = f'{{rank="0",site="model.layers.{layer}.mlp.down_proj"}}'
         figures = {"sent_values_total": 1000, "error_squares_total": 0.09, "sum_squares_total": 1}
-        figures |= {"expected_relative_error": 0.3, "sampled_sums_total": 1, "guarded_tokens_total": 0}
+        figures |= {"expected_error_squares_total": 0.09, "sampled_sums_total": 1, "guarded_tokens_total": 0}
         figures |= {"clipped_values_total": 0, "non_finite_values_total": 0}
         found += [f"narrowcast_site_{name}{labels} {value}" for name, value in figures.items()]
     replaced = {line.rpartition(" ")[0]: line for line in lines}
@@ -144,8 +144,8 @@ def test_what_would_raise_an_alert_is_a_remark(remark: str) -> None:
 def test_an_error_is_a_cell_and_legible_without_colour() -> None:
     ratios = {0: 1.0, 1: 1.5, 2: 1.9, 3: 2.5}
     squares = [at("error_squares_total", layer, (0.3 * ratio) ** 2) for layer, ratio in ratios.items()]
-    unsampled = at("sum_squares_total", 4, 0)
-    lines = pictured(told(*squares, unsampled, at("non_finite_values_total", 5, 1), sites=7))
+    unsampled = [at(f"{whole}_squares_total", 4, 0) for whole in ("sum", "expected_error")]
+    lines = pictured(told(*squares, *unsampled, at("non_finite_values_total", 5, 1), sites=7))
     assert lines[-1] == "mlp.down_proj    0  .-+# !."
 
 
@@ -170,7 +170,7 @@ def test_sites_are_told_apart_by_what_they_do() -> None:
 
 def test_errors_are_of_the_last_minutes_and_of_all_time_where_nothing_was_sampled() -> None:
     before = told()
-    worse = told(at("error_squares_total", 0, 0.09 + 0.36), at("sum_squares_total", 0, 2))
+    worse = told(at("error_squares_total", 0, 0.09 + 0.36), at("expected_error_squares_total", 0, 0.09 + 0.09))
     ratios = figures_of(before, worse).error_ratios
     assert ratios["model.layers.0.mlp.down_proj"] == pytest.approx(2.0)
     assert ratios["model.layers.1.mlp.down_proj"] == pytest.approx(1.0)

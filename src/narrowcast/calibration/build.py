@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,17 +17,19 @@ from narrowcast.calibration.judge import Judge
 from narrowcast.calibration.metric import in_common
 from narrowcast.calibration.moments import MomentObserver, Moments, of_all_stages, with_room
 from narrowcast.calibration.observers import ErrorObserver, FirstTokens, RangeObserver
-from narrowcast.calibration.observing import CodedWires, observed, over_wires, run
+from narrowcast.calibration.observing import CodedWires, SampledWires, over_wires, run
 from narrowcast.calibration.recipes import DEFAULT_CODEC, LAST, CodecByKind, of_last, recipes_by_kind, spelt
 from narrowcast.calibration.sensitivity import Sensitivity
 from narrowcast.codecs import Codec, FittedRecipe, Ranges, Recipe, TransformRecipe
 from narrowcast.codecs import recipe as recipe_of_one
-from narrowcast.engines import engine_of
+from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS
+from narrowcast.engines import device_of, engine_of
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import ModelFingerprint, Plan, Site
 from narrowcast.plan.chains import Chains
 from narrowcast.plan.split import SUMS, Split
 from narrowcast.progress import told
+from narrowcast.runtime.sampling import Samples
 from narrowcast.transport import transports_of
 
 # A plan of a wanted quality is looked for among multiples of this many bits a value. The first try suits most models; a
@@ -35,7 +38,6 @@ BITS_STEP, FIRST_BITS, MOST_BITS = 1 / 16, 4.0, 8.0
 STEPS_BY_LOG_KL = 1 / math.log(4) / BITS_STEP
 
 CAREFUL_BITS = 8  # of the last sum of a stream, which sums of as many bits have anyway
-NUM_ERROR_SEQUENCES = 4  # the first ones, run again to measure the error that the finished plan makes
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -145,8 +147,13 @@ class Maker:
 
     def measured(self, plan: Plan) -> Plan:
         """The plan, which says what errors its codecs make and what KL divergence it costs on what was held out."""
-        own = {name: site for name, site in plan.sites.items() if name in self._kinds}
-        plan = self._complete(self._with_errors(own), plan.calibration)
+        errors = self._errors(plan)
+        own = {
+            name: dataclasses.replace(site, error=errors.get(name, {}))
+            for name, site in plan.sites.items()
+            if name in self._kinds
+        }
+        plan = self._complete(own, plan.calibration)
         kl = {"kl_nats": self._kl(plan)}
         if any(plan.feedback.chains):
             kl["kl_nats_without_feedback"] = self._kl(dataclasses.replace(plan, feedback=plan.feedback.turned_off()))
@@ -243,14 +250,20 @@ class Maker:
             )
         return steps * BITS_STEP
 
-    def _with_errors(self, sites: Mapping[str, Site]) -> dict[str, Site]:
-        """The same sites, with the errors that their codecs make."""
-        observer, given = ErrorObserver(sites, self._given.groups, self._given.chains.read), self._given
-        with observed([observer], given.model, given.split):
-            for ids in given.text[:NUM_ERROR_SEQUENCES]:
-                run(given.model, ids)
-        errors = observer.errors()
-        return {name: dataclasses.replace(site, error=errors.get(name, {})) for name, site in sites.items()}
+    def _errors(self, plan: Plan) -> dict[str, dict[str, float]]:
+        """By site and algorithm, what coding loses on text that was held out: as sampled sums measure it."""
+        model, found = self._given.model, defaultdict[str, dict[str, float]](dict)
+        seen_once = ErrorObserver({name: site for name, site in plan.sites.items() if site.kind not in SUMS})
+        for algorithm in (*ALGORITHMS, *(NODE_ALGORITHMS if plan.groups else ())):
+            wires = SampledWires([seen_once], plan, algorithm, device_of(model))
+            with over_wires(wires, model, plan.split):
+                for ids in told(self._given.held_out, "measuring errors"):
+                    run(model, ids)
+            for name, samples in wires.samples.items():
+                found[name][algorithm] = _rounded(samples)
+        for name, samples in seen_once.samples.items():
+            found[name]["once"] = _rounded(samples)
+        return found
 
     def _kl(self, plan: Plan) -> float:
         """The KL divergence of a plan, by the algorithm that its codecs were asked for, or that would be chosen."""
@@ -284,6 +297,11 @@ class Maker:
                     feedback=functools.reduce(Chains.joined, [each.feedback for each in plans]),
                 )
         return plan
+
+
+def _rounded(samples: Samples) -> float:
+    """Their error, to six digits: further ones depend on the order in which tokens came."""
+    return float(f"{samples.error or 0.0:.6g}")
 
 
 def _at_any_stage(model: nn.Module, here: bool) -> bool:

@@ -1,16 +1,16 @@
 """Observers: what calibration remembers of a site, averaged ranges by hop and the error that finished codecs make."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from narrowcast.codecs import Ranges
-from narrowcast.collectives import ALGORITHMS, NODE_ALGORITHMS, simulate
+from narrowcast.collectives import simulate
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import Site
-from narrowcast.runtime.sampling import ordinary
+from narrowcast.runtime.sampling import Samples, ordinary
 
 EMA_FACTOR = 0.01  # weight of each new sequence (gamma in peers' words; the first sequence initialises)
 
@@ -99,65 +99,29 @@ class RangeObserver:
 
 
 class ErrorObserver:
-    """Relative RMS error of each site's codecs by algorithm on `ordinary` tokens, all before the site being exact.
+    """Relative RMS error of the codecs of what travels once as it is, of tokens that count where sums are sampled."""
 
-    It is the error of the sum, or at the sites `read` the one that ranks see on average, without their own.
-    """
-
-    def __init__(self, sites: Mapping[str, Site], groups: Groups = (), read: Collection[str] = ()) -> None:
-        self._codecs = {name: site.codecs for name, site in sites.items()}
-        self._groups, self._read = groups, read
-        self._power: dict[str, list[Tensor]] = {}
-        self._noise: dict[str, dict[str, list[Tensor]]] = {}
+    def __init__(self, sites: Mapping[str, Site]) -> None:
+        self._codecs = {name: site.codecs[0] for name, site in sites.items()}
+        self.samples: dict[str, Samples] = {}
 
     def see_sum(self, partials: Sequence[Tensor], total: Tensor, site: str) -> None:
-        """Compare every algorithm's sum with the exact one."""
-        if site in self._codecs:
-            wide = [_flat(x).float() for x in partials]
-            names = *ALGORITHMS, *(NODE_ALGORITHMS if self._groups else ())
-            self._count(site, exact_sum(wide), {name: self._seen(site, wide, name) for name in names})
-
-    def _seen(self, site: str, partials: Sequence[Tensor], algorithm: str) -> list[Tensor]:
-        """The sum as all ranks see it, or as each of them does."""
-        coded, codec = self._coded(site, partials, algorithm), self._codecs[site][0]
-        if site not in self._read or not codec.feeds_back:
-            return [coded]
-        world_size = len(partials)
-        lost = (x - simulate.send(x, src=r, world_size=world_size, codec=codec) for r, x in enumerate(partials))
-        return [coded + each for each in lost]
-
-    def _coded(self, site: str, partials: Sequence[Tensor], algorithm: str) -> Tensor:
-        return simulate.all_reduce(partials, codec=self._codecs[site], algorithm=algorithm, groups=self._groups)
+        """Sums are sampled where they are coded."""
 
     def see_columns(self, parts: Sequence[Tensor], site: str) -> None:
         """Compare columns that were coded rank by rank with what they were."""
         if site in self._codecs:
-            wide = [_flat(x).float() for x in parts]
-            coded = simulate.all_gather_features(wide, codec=self._codecs[site][0])
-            self._count(site, torch.cat(wide, dim=-1), {"once": [coded]})
+            flat = [_flat(x) for x in parts]
+            self._count(site, torch.cat(flat, dim=-1), simulate.all_gather_features(flat, codec=self._codecs[site]))
 
     def see(self, x: Tensor, site: str, *, ordered: bool = True) -> None:
         """Compare what was coded once with what it was."""
         if site in self._codecs:
-            wide = _flat(x).float()
-            self._count(site, wide, {"once": [simulate.send(wide, src=0, world_size=1, codec=self._codecs[site][0])]})
+            flat = _flat(x)
+            self._count(site, flat, simulate.send(flat, src=0, world_size=1, codec=self._codecs[site]))
 
-    def _count(self, site: str, exact: Tensor, coded: Mapping[str, Sequence[Tensor]]) -> None:
-        self._power.setdefault(site, []).append(_power(exact))
-        noise = self._noise.setdefault(site, {algorithm: [] for algorithm in coded})
-        for algorithm, found in coded.items():
-            noise[algorithm].append(torch.stack([_power(each - exact) for each in found]).mean(dim=0))
-
-    def errors(self) -> dict[str, dict[str, float]]:
-        """By site and algorithm, to six digits: further ones depend on the order in which tokens came."""
-        found: dict[str, dict[str, float]] = {}
-        for site, noises in self._noise.items():
-            power_T = torch.cat(self._power[site])
-            counted_T = ordinary(power_T)
-            power = max(power_T[counted_T].sum().item(), 1e-30)
-            sums = {name: torch.cat(noise)[counted_T].sum().item() for name, noise in noises.items()}
-            found[site] = {name: float(f"{(noise / power) ** 0.5:.6g}") for name, noise in sums.items()}
-        return found
+    def _count(self, site: str, exact: Tensor, coded: Tensor) -> None:
+        self.samples.setdefault(site, Samples()).compare(coded.float()[None], exact.float())
 
 
 def exact_sum(partials: Sequence[Tensor]) -> Tensor:

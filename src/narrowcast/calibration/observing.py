@@ -1,5 +1,6 @@
 """Letting observers see what travels: from a whole model, or from the ranks of a split one."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, cast
@@ -16,6 +17,8 @@ from narrowcast.plan import Plan
 from narrowcast.plan.split import Split
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.runtime.feedback import Feedback
+from narrowcast.runtime.sampling import Samples
+from narrowcast.runtime.simulator import Simulator
 from narrowcast.runtime.sites import Sites
 from narrowcast.runtime.wires import VirtualWires, Wires
 from narrowcast.transport import Transport, transports_of
@@ -101,6 +104,35 @@ class CodedWires(ObservedWires):
         for observer in self._observers:
             observer.see_sum(coded, received + before[self.tp_size], site)
         return total_TE.view(partials[0].shape)
+
+
+class SampledWires(ObservedWires):
+    """Wires over which sums travel coded by an algorithm, as in a simulation of `plan`, and are all sampled.
+
+    All of their tokens are compared. What is no sum travels uncoded, and is seen.
+    """
+
+    def __init__(self, observers: Sequence[Observer], plan: Plan, algorithm: str, device: torch.device) -> None:
+        sites = Sites(
+            {name: site.codecs for name, site in plan.sites.items()},
+            plan.groups,
+            algorithm,
+            device,
+            chains=plan.feedback,
+            sample_every=1,
+            sample_tokens=sys.maxsize,
+        )
+        self._simulator = Simulator(sites, plan.tp_size)
+        super().__init__(observers, plan.tp_size, self._simulator.feedback)
+
+    def sum(self, partials: Sequence[Tensor], site: str, residue: Tensor | None = None) -> Tensor:
+        return self._simulator.sum(partials, site, residue)
+
+    @property
+    def samples(self) -> dict[str, Samples]:
+        """Those of each site of the plan that has added up."""
+        reports = self._simulator.sites.report().sites
+        return {name: site.samples for name, site in reports.items() if site.coded and site.samples is not None}
 
 
 class GatheringCommunicator(Communicator):

@@ -47,9 +47,9 @@ class Window:
         wholes = self.change(whole, "site")
         return {site: value / wholes[site] for site, value in self.change(part, "site").items() if wholes.get(site)}
 
-    def errors(self) -> dict[str, float]:
-        """Relative errors of sampled sums, by site."""
-        found = self.shares("narrowcast_site_error_squares_total", "narrowcast_site_sum_squares_total")
+    def errors(self, *, over: str = "sum") -> dict[str, float]:
+        """Relative errors of sampled sums, by site; over the "expected_error" they are those over the plan's."""
+        found = self.shares("narrowcast_site_error_squares_total", f"narrowcast_site_{over}_squares_total")
         return {site: sqrt(max(share, 0.0)) for site, share in found.items()}
 
     def bits(self) -> float | None:
@@ -97,8 +97,9 @@ class Figures:
         """Rates of `step`, shares and errors of `recent`; what did not happen in these, since the server's start."""
         now, ever = step.now, Window(step.now)
         info = now.series.get("narrowcast_info", [])
-        errors = {**ever.errors(), **recent.errors()}
-        expected = now.largest("narrowcast_site_expected_relative_error", "site")
+        errors, error_ratios = (
+            {**ever.errors(over=whole), **recent.errors(over=whole)} for whole in ("sum", "expected_error")
+        )
         tokens = recent.total("narrowcast_tokens_total") or 0.0
         guarded = recent.change("narrowcast_site_guarded_tokens_total", "site")
         requests = (now.values(f"vllm:num_requests_{each}").get("") for each in ("running", "waiting"))
@@ -126,7 +127,7 @@ class Figures:
             plain_bytes=ever.total("narrowcast_uncompressed_bytes_total") or 0.0,
             sent_per_s=step.rate("narrowcast_sent_bytes_total"),
             sites=tuple(now.values("narrowcast_site_sent_values_total", "site")),
-            error_ratios={site: error / expected[site] for site, error in errors.items() if expected.get(site)},
+            error_ratios=error_ratios,
             errors=errors,
             clipped=recent.shares("narrowcast_site_clipped_values_total", "narrowcast_site_sent_values_total"),
             guarded={site: min(number / tokens, 1.0) for site, number in guarded.items() if tokens},

@@ -125,8 +125,8 @@ def _sampled(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
     lost = _counter("site_sampled_non_finite", "Of those the ones that were not finite.", "site")
     noise = _counter("site_error_squares", "Squares of the errors of tokens that were compared.", "site")
     power = _counter("site_sum_squares", "Squares of their exact sums.", "site")
+    expected = _counter("site_expected_error_squares", "Squares of the errors that the plan expects of them.", "site")
     last = _gauge("site_relative_error", "Relative RMS error of the last sum that was compared.", "site")
-    expected = _gauge("site_expected_relative_error", "The same, as the plan was calibrated.", "site")
     ratios = _histogram("relative_error_ratio", "Errors of compared sums, over the plan's.", "kind")
     residues = _histogram("residue_ratio", "RMS of what is fed back over that of the stream it goes into.", "kind")
     seconds = _histogram("sum_part_seconds", "Time that a part of a compared sum took.", "kind", "part")
@@ -138,19 +138,18 @@ def _sampled(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
                 continue
             samples, labels = site.samples, [rank, name]
             by_kind[site.kind] = by_kind[site.kind] + samples if site.kind in by_kind else samples
-            counted = (sums, samples.times), (lost, samples.num_non_finite), (noise, samples.noise)
-            for family, number in (*counted, (power, samples.power)):
+            counted = (sums, samples.times), (lost, samples.num_non_finite)
+            squares = (noise, samples.noise), (power, samples.power), (expected, samples.expected_noise)
+            for family, number in (*counted, *squares):
                 family.add_metric(labels, number)
             if samples.power:
                 last.add_metric(labels, samples.last)
-            if samples.expected is not None:
-                expected.add_metric(labels, samples.expected)
         for kind, samples in by_kind.items():
             add_histogram(ratios, [rank, kind], samples.ratios)
             add_histogram(residues, [rank, kind], samples.residues)
             for part, histogram in samples.seconds.items():
                 add_histogram(seconds, [rank, kind, part], histogram)
-    yield from (sums, lost, noise, power, last, expected, ratios, residues, seconds)
+    yield from (sums, lost, noise, power, expected, last, ratios, residues, seconds)
 
 
 def _counter(name: str, about: str, *labels: str) -> CounterMetricFamily:

@@ -32,14 +32,15 @@ class Queries:
 
     def error(self) -> str:
         """By site: the relative error of sampled sums."""
-        noise, power = (self.total(f"narrowcast_site_{each}_squares_total") for each in ("error", "sum"))
-        return f"sqrt({noise}\n  / {power})"
+        return self._error_over("sum")
 
     def error_ratio(self) -> str:
         """By site: the same over the error that the plan expects."""
-        # Sums of few tokens may go by another algorithm, of which the plan expects another error.
-        expected = self.over("max_over_time", "narrowcast_site_expected_relative_error")
-        return f"{self.error()}\n  / max without (rank) ({expected})"
+        return self._error_over("expected_error")
+
+    def _error_over(self, whole: str) -> str:
+        noise, power = (self.total(f"narrowcast_site_{each}_squares_total") for each in ("error", whole))
+        return f"sqrt({noise}\n  / ({power} > 0))"
 
     def num_sampled(self) -> str:
         """By site: the sums that were sampled."""

@@ -131,7 +131,7 @@ class PlannedWires(Wires):
         counters: SiteCounters,
     ) -> None:
         """Fill `y_TE` as `_add_up` does, and compare some of its tokens with the exact sum of what was put in."""
-        samples, tokens = counters.samples, sampled(len(y_TE)).to(y_TE.device)
+        samples, tokens = counters.samples, sampled(len(y_TE), self.sites.sample_tokens).to(y_TE.device)
         values = [partial.tokens(slice(None)) for partial in partials]
         given_RNE = torch.stack([x_TE[tokens].float() for x_TE in values])
         if residue is not None:
@@ -144,8 +144,7 @@ class PlannedWires(Wires):
         if residue is not None and site in self.sites.chains.read and hops.codecs[0].feeds_back:
             seen_RNE = seen_RNE + residue[: len(self.ranks)][:, tokens]
             self.feedback.watch(samples)
-        samples.expected = self.sites.expected_error(site, algorithm)
-        samples.compare(seen_RNE, exact_NE)
+        samples.compare(seen_RNE, exact_NE, self.sites.expected_error(site, algorithm))
         for part, seconds in clock.seconds.items():
             samples.seconds[part].add(seconds)
 

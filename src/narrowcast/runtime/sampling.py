@@ -61,23 +61,27 @@ class Histogram:
 class Samples:
     """The sampled sums of one site, on one rank, and what they told.
 
-    `noise`, `power`: squares of the errors and of the exact sums, over all ordinary tokens of them. `expected`: the
-    plan's relative RMS error. `ratios`: errors of single sums over that. `residues`: RMS of what is fed back over that
-    of the residual stream, which it is added to. `seconds`: of a sum by part, on the host.
+    `noise`, `power`: squares of the errors and of the exact sums, over all ordinary tokens of them. `expected_noise`:
+    the squares that the plan expects of these errors, 0 where it knows none. `ratios`: errors of single sums over those
+    expected. `residues`: RMS of what is fed back over that of the residual stream, which it is added to. `seconds`: of
+    a sum by part, on the host.
     """
 
-    expected: float | None = None
     times: int = 0
     num_non_finite: int = 0
     noise: float = 0.0
     power: float = 0.0
+    expected_noise: float = 0.0
     last: float = 0.0
     ratios: Histogram = field(default_factory=lambda: Histogram(RATIOS))
     residues: Histogram = field(default_factory=lambda: Histogram(SHARES))
     seconds: dict[str, Histogram] = field(default_factory=lambda: {part: Histogram(SECONDS) for part in PARTS})
 
-    def compare(self, seen_RNE: Tensor, exact_NE: Tensor) -> None:
-        """Count a sum that ranks see as `seen_RNE`, and that exactly is `exact_NE`, both in FP32."""
+    def compare(self, seen_RNE: Tensor, exact_NE: Tensor, expected: float | None = None) -> None:
+        """Count a sum that ranks see as `seen_RNE`, and that exactly is `exact_NE`, both in FP32.
+
+        `expected`: the relative RMS error that the plan has for the algorithm which made it, if it has one.
+        """
         noise_N = _power(seen_RNE - exact_NE).mean(dim=0)
         power_N = _power(exact_NE)
         counted_N = ordinary(power_N)
@@ -88,8 +92,9 @@ class Samples:
             return
         self.noise, self.power = self.noise + noise, self.power + power
         self.last = math.sqrt(noise / power) if power else 0.0
-        if self.expected:
-            self.ratios.add(self.last / self.expected)
+        if expected:
+            self.expected_noise += expected**2 * power
+            self.ratios.add(self.last / expected)
 
     def see_stream(self, residue_TE: Tensor, scale: float, stream_TE: Tensor) -> None:
         """Count what is fed back, `scale` times the residue, beside the stream that it will be added to."""
@@ -101,14 +106,19 @@ class Samples:
         """The relative RMS error of all that was sampled; None before anything was."""
         return math.sqrt(self.noise / self.power) if self.power else None
 
+    @property
+    def expected(self) -> float | None:
+        """The one that the plan expects, of sums by several algorithms, say; None where it expects none."""
+        return math.sqrt(self.expected_noise / self.power) if self.expected_noise else None
+
     def __add__(self, other: "Samples") -> "Samples":
-        """Those of two ranks, or of two sites that the plan expects alike."""
+        """Those of two ranks, or of two sites."""
         return Samples(
-            expected=self.expected if self.expected == other.expected else None,
             times=self.times + other.times,
             num_non_finite=self.num_non_finite + other.num_non_finite,
             noise=self.noise + other.noise,
             power=self.power + other.power,
+            expected_noise=self.expected_noise + other.expected_noise,
             last=max(self.last, other.last),
             ratios=self.ratios + other.ratios,
             residues=self.residues + other.residues,
@@ -135,9 +145,9 @@ def offset(index: int, every: int) -> int:
     return int(index * _STAGGERED % 1 * every)
 
 
-def sampled(num_tokens: int) -> Tensor:
-    """The places of the tokens to compare, spread evenly."""
-    return torch.linspace(0, num_tokens - 1, min(num_tokens, MAX_TOKENS)).round().long()
+def sampled(num_tokens: int, most: int = MAX_TOKENS) -> Tensor:
+    """The places of the tokens to compare, `most` of them, spread evenly."""
+    return torch.linspace(0, num_tokens - 1, min(num_tokens, most)).round().long()
 
 
 def ordinary(power_T: Tensor) -> Tensor:

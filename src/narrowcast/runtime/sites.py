@@ -15,7 +15,7 @@ from narrowcast.plan.decisions import Choice, Decisions
 from narrowcast.runtime.counters import Counters, SiteCounters
 from narrowcast.runtime.feedback import common_unit
 from narrowcast.runtime.reports import Report
-from narrowcast.runtime.sampling import offset
+from narrowcast.runtime.sampling import MAX_TOKENS, offset
 
 Codecs = Mapping[str, Sequence[Codec]]
 
@@ -35,7 +35,8 @@ class Sites:
     `chains`: sites in the order of execution that leave what they lose to the next (`runtime.feedback`).
     `deterministic`: one choice for all sizes, the one that a single token takes, always coded where there are codecs.
     `timed`: count seconds beside bytes. `sample_every`: of so many calls of a coded site one is sampled, 0 for none;
-    `expected`: the relative errors of its sums by algorithm, beside which it is put. `kinds` of sites.
+    `sample_tokens`: the most of its tokens that are compared; `expected`: the relative errors of its sums by algorithm,
+    beside which it is put. `kinds` of sites.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Sites:
         kinds: Mapping[str, str] = MappingProxyType({}),
         expected: Mapping[str, Mapping[str, float]] = MappingProxyType({}),
         sample_every: int = 0,
+        sample_tokens: int = MAX_TOKENS,
     ) -> None:
         self.groups = tuple(tuple(group) for group in groups)
         self.chains = chains.among(codecs.keys())
@@ -62,6 +64,7 @@ class Sites:
         self._algorithms: dict[tuple[str, str, int, int], str] = {}
         self._traffics: dict[tuple[str, Choice, int, int], Sent] = {}
         self._kinds, self._expected, self._every = kinds, expected, sample_every
+        self.sample_tokens = sample_tokens
         self.timed, self._counters = timed, Counters(device, timed=timed)
 
     def hops(self, site: str, dtype: torch.dtype) -> Hops:
