@@ -10,6 +10,7 @@ from where the most are sampled. A scrape holds all ranks up while their figures
 most as long as Python is busy with the text.
 """
 
+import gc
 import itertools
 import statistics
 import time
@@ -37,6 +38,7 @@ from narrowcast.serving.requests import Piece, Request, Token
 from narrowcast.transport import TorchDistributedTransport
 
 NUM_SCRAPES, NUM_TOKENS = 20, 20_000
+MANY_RANKS, MANY_SITES = 8, 160  # as of a model of 80 layers
 INTERVAL_S = 15  # between scrapes, as is usual
 Answers = dict[int, list[models.Spans]]
 
@@ -102,7 +104,7 @@ def scrapes(plan: Plan, handle: Handle) -> dict[str, Any]:
     """Spans of gathering, and on the first rank seconds of making the text, its bytes and its series."""
     ranks = TorchDistributedTransport()
     empty = Snapshot.of(Report(sites={}), plan, rank=ranks.rank, num_ranks=ranks.world_size, transport="")
-    orders = Orders(ranks, lambda: replace(empty, report=handle.report()))
+    orders = Orders(ranks, lambda: empty.after(handle.report()))
     spans: list[Span] = []
     making: list[float] = []
     text = b""
@@ -117,8 +119,27 @@ def scrapes(plan: Plan, handle: Handle) -> dict[str, Any]:
         if orders.leads:
             text = text_of(texts)
             making.append((time.perf_counter_ns() - spans[-1][1]) / 1e9)
-    num_series = sum(not line.startswith(b"#") for line in text.splitlines())
-    return {"gathered": spans, "making": making, "bytes": len(text), "series": num_series}
+    found = {"gathered": spans, "making": making, "text": size_of(text)}
+    if orders.leads:
+        gc.collect()
+        gc.freeze()  # as the server does
+        many = as_of_many(texts[0])
+        start_s = time.perf_counter()
+        found |= {"text_of_many": size_of(text_of(many)), "making_many_s": time.perf_counter() - start_s}
+    return found
+
+
+def size_of(text: bytes) -> dict[str, int]:
+    """Bytes and series."""
+    return {"bytes": len(text), "series": sum(not line.startswith(b"#") for line in text.splitlines())}
+
+
+def as_of_many(text: str) -> list[str]:
+    """The snapshot of one rank as `MANY_RANKS` would have it, of `MANY_SITES` sites each."""
+    one = Snapshot.from_text(text)
+    sites = itertools.islice(itertools.cycle(one.report.sites.values()), MANY_SITES)
+    many = one.after(replace(one.report, sites={f"site.{number}": site for number, site in enumerate(sites)}))
+    return [replace(many, rank=rank, num_ranks=MANY_RANKS).to_text() for rank in range(MANY_RANKS)]
 
 
 def text_of(texts: list[str]) -> bytes:
@@ -129,13 +150,15 @@ def text_of(texts: list[str]) -> bytes:
 
 
 def scrape_row(by_rank: list[dict[str, Any]]) -> reporting.Row:
-    """Medians of all scrapes."""
+    """Medians of all scrapes, and one of `MANY_RANKS`."""
+    first = by_rank[0]
     gathered = over_ranks([found["gathered"] for found in by_rank])
     return {
         "gather_ms": 1e3 * statistics.median(gathered),
-        "text_ms": 1e3 * statistics.median(by_rank[0]["making"]),
-        "bytes": by_rank[0]["bytes"],
-        "series": by_rank[0]["series"],
+        "text_ms": 1e3 * statistics.median(first["making"]),
+        **first["text"],
+        "text_of_many_ms": 1e3 * first["making_many_s"],
+        **{f"{name}_of_many": size for name, size in first["text_of_many"].items()},
     }
 
 

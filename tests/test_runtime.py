@@ -60,14 +60,14 @@ def product_of(make: str, rank: int) -> Product:
     return Dense(lambda: weight, NUM_FEATURES)
 
 
-def sites(*, transformed: bool = False, timed: bool = False) -> Sites:
+def sites(*, transformed: bool = False, timed: bool = False, sample_every: int = 0) -> Sites:
     """A site `s` of coded sums of two ranks, of all components along other axes if `transformed`."""
     codecs: tuple[Codec, ...] = calibrated("int8-feature", 20 * random(2, 30, NUM_FEATURES, seed=7))
     if transformed:
         axes = torch.linalg.qr(random(NUM_FEATURES, NUM_FEATURES, seed=5).float()).Q.bfloat16()[None, None]
         components = AllocatedRecipe(bits=8).codec(Ranges.of(20 * random(2, 30, NUM_FEATURES, seed=7)))
         codecs = (TransformCodec(size=NUM_FEATURES, analysis=axes.mT, synthesis=axes, components=components),)
-    return Sites({"s": codecs}, (), "one_shot", CPU, timed=timed)
+    return Sites({"s": codecs}, (), "one_shot", CPU, timed=timed, sample_every=sample_every)
 
 
 def summed(make: str, transformed: bool) -> Tensor:
@@ -113,9 +113,10 @@ def test_time_is_counted_where_it_is_asked_for(ranks: Callable[[int], Ranks]) ->
         assert seconds["recode_s"] == 0, "one_shot codes no sum again"
 
 
-def test_counting_time_changes_no_bits_and_is_off_unless_asked_for() -> None:
+@pytest.mark.parametrize("sample_every", [0, 1])
+def test_counting_time_changes_no_bits_and_is_off_unless_asked_for(sample_every: int) -> None:
     partials = [random(40, NUM_FEATURES, seed=rank) for rank in range(2)]
-    plain, timed = sites(), sites(timed=True)
+    plain, timed = sites(), sites(timed=True, sample_every=sample_every)
     assert torch.equal(Simulator(plain, 2).sum(partials, "s"), Simulator(timed, 2).sum(partials, "s"))
     assert plain.report().sites["s"].seconds == {}
     assert timed.report().sites["s"].seconds["encode_s"] > 0

@@ -53,6 +53,11 @@ class Clock:
 
         return run
 
+    def add(self, other: "Clock") -> None:
+        """Count what another clock has counted."""
+        for part, passed_s in other.seconds.items():
+            self.seconds[part] += passed_s
+
     def hops(self, hops: Hops) -> Hops:
         """The same hops, with codecs that count their time here."""
         return replace(hops, codecs=tuple(self.codec(codec) for codec in hops.codecs))

@@ -116,7 +116,7 @@ def _rows(limits: Sequence[float]) -> dict[str, Sequence[Panel]]:
         "Ranges": _ranges(),
         "Requests": _requests(),
         "Latency": _latency(),
-        "Ranks": [_ranks()],
+        "Ranks": _ranks(),
     }
 
 
@@ -295,10 +295,18 @@ def _latency() -> list[Panel]:
     ]
 
 
-def _ranks() -> Panel:
-    return Panel(
-        title="Ranks",
-        about="Versions, plans, transports and kernels: all ranks of a server should have the same.",
-        queries={"": NOW.series("narrowcast_info")},
-        kind="table",
-    )
+def _ranks() -> list[Panel]:
+    return [
+        Panel(
+            title="Ranks",
+            about="Versions, plans, transports and kernels: all ranks of a server should have the same.",
+            queries={"": NOW.series("narrowcast_info")},
+            kind="table",
+        ),
+        Panel(
+            title="Age of figures",
+            about="Under load: how long ranks have been at one step. In vLLM, since a rank's figures changed last.",
+            queries={"{{instance}} rank {{rank}}": f"time() - {NOW.series('narrowcast_snapshot_timestamp_seconds')}"},
+            unit="s",
+        ),
+    ]

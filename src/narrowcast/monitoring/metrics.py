@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from narrowcast.collectives.algorithms import HOPS
 from narrowcast.monitoring.snapshot import Snapshot
 from narrowcast.runtime.reports import ONCE, Passed, SiteReport
-from narrowcast.runtime.sampling import Histogram, Samples
+from narrowcast.runtime.sampling import Histogram
 
 Labels = tuple[str, ...]
 UNCODED = "none"  # in place of a codec, where values travel as they are
@@ -49,16 +49,18 @@ def _about(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
     ranks = GaugeMetricFamily("narrowcast_ranks", "Ranks that serve together.")
     width = _gauge("planned_bytes_per_value", "Bytes that a value of the plan's sums takes.")
     tokens = _counter("tokens", "Tokens that a rank has processed.")
+    taken = _gauge("snapshot_timestamp_seconds", "When the figures of a rank were taken, in Unix time.")
     for each in snapshots:
         info.add_metric(
             [str(each.rank), *(each.about[name] for name in ("version", "plan", "transport", "kernels"))], 1
         )
         tokens.add_metric([str(each.rank)], each.report.num_tokens)
+        taken.add_metric([str(each.rank)], each.taken_s)
         if each.planned_bits is not None:
             width.add_metric([str(each.rank)], each.planned_bits / 8)
     if snapshots:
         ranks.add_metric([], max(each.num_ranks for each in snapshots))
-    yield from (info, ranks, width, tokens)
+    yield from (info, ranks, width, tokens, taken)
 
 
 def _traffic(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
@@ -132,22 +134,20 @@ def _sampled(snapshots: Sequence[Snapshot]) -> Iterator[Metric]:
     seconds = _histogram("sum_part_seconds", "Time that a part of a compared sum took.", "kind", "part")
     for snapshot in snapshots:
         rank = str(snapshot.rank)
-        by_kind: dict[str, Samples] = {}
         for name, site in snapshot.report.sites.items():
             if site.samples is None:
                 continue
             samples, labels = site.samples, [rank, name]
-            by_kind[site.kind] = by_kind[site.kind] + samples if site.kind in by_kind else samples
             counted = (sums, samples.times), (lost, samples.num_non_finite)
             squares = (noise, samples.noise), (power, samples.power), (expected, samples.expected_noise)
             for family, number in (*counted, *squares):
                 family.add_metric(labels, number)
             if samples.power:
                 last.add_metric(labels, samples.last)
-        for kind, samples in by_kind.items():
-            add_histogram(ratios, [rank, kind], samples.ratios)
-            add_histogram(residues, [rank, kind], samples.residues)
-            for part, histogram in samples.seconds.items():
+        for kind, found in snapshot.report.distributions.items():
+            add_histogram(ratios, [rank, kind], found.ratios)
+            add_histogram(residues, [rank, kind], found.residues)
+            for part, histogram in found.seconds.items():
                 add_histogram(seconds, [rank, kind, part], histogram)
     yield from (sums, lost, noise, power, expected, last, ratios, residues, seconds)
 

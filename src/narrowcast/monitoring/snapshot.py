@@ -1,7 +1,8 @@
 """The figures of one rank at one moment, as they travel to whoever answers /metrics."""
 
 import json
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Self
 
@@ -15,7 +16,7 @@ from narrowcast.runtime.reports import Report
 class Snapshot:
     """All that `rank` of `num_ranks` has sent. `about`: the plan, what carries it, what computes; it never changes.
 
-    `planned_bits`: bits a value that the plan's sums have; None without a plan.
+    `planned_bits`: bits a value that the plan's sums have; None without a plan. `taken_s`: when, in Unix time.
     """
 
     rank: int
@@ -23,6 +24,7 @@ class Snapshot:
     about: dict[str, str]
     planned_bits: float | None
     report: Report
+    taken_s: float = field(default_factory=time.time, compare=False)
 
     @classmethod
     def of(cls, report: Report, plan: Plan | None, *, rank: int, num_ranks: int, transport: str) -> Self:
@@ -35,6 +37,10 @@ class Snapshot:
         }
         bits = None if plan is None else mean_bits(plan)
         return cls(rank=rank, num_ranks=num_ranks, about=about, planned_bits=bits, report=report)
+
+    def after(self, report: Report) -> Self:
+        """The figures of the same process now."""
+        return replace(self, report=report, taken_s=time.time())
 
     def to_text(self) -> str:
         """All of it, as JSON."""

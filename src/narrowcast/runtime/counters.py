@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from narrowcast.collectives.base import Hops, Sent, Traffic
 from narrowcast.collectives.clock import Clock, Span
 from narrowcast.plan.summary import codec_name
 from narrowcast.runtime.reports import COUNTS, Passed, Report, SiteReport, Way
-from narrowcast.runtime.sampling import Samples
+from narrowcast.runtime.sampling import Distributions, Samples
 from narrowcast.transport import Transport
 
 
@@ -50,6 +50,7 @@ class SiteCounters:
     num_calls: int = 0
     num_tokens: int = 0
     samples: Samples = field(default_factory=Samples)
+    distributions: Distributions = field(default_factory=Distributions)  # of all sites of its kind
     _ways: dict[Way, _Tally] = field(default_factory=dict)
 
     @property
@@ -101,7 +102,7 @@ class SiteCounters:
             **{name: stats[place] for name, place in COUNTS.items()},
             seconds={} if self.clock is None else self.clock.to_json(),
             passed=tuple(passed),
-            samples=deepcopy(self.samples) if self.every else None,
+            samples=replace(self.samples) if self.every else None,
         )
 
 
@@ -113,9 +114,12 @@ class Counters:
     timed: bool = False
     spans: list[Span] | None = None
     sites: dict[str, SiteCounters] = field(default_factory=dict)
+    distributions: dict[str, Distributions] = field(default_factory=dict)  # by kind of sites that are sampled
 
     def add(self, name: str, counters: SiteCounters) -> SiteCounters:
         """The counters of a site from now on."""
+        if counters.every:
+            counters.distributions = self.distributions.setdefault(counters.kind, counters.distributions)
         if self.timed:
             counters.clock = Clock(name, self.spans)
         self.sites[name] = counters
@@ -123,4 +127,10 @@ class Counters:
 
     def report(self) -> Report:
         """The figures of all sites."""
-        return Report(sites={name: site.report() for name, site in list(self.sites.items())})
+        sites = {name: site.report() for name, site in list(self.sites.items())}
+        return Report(sites=sites, distributions=deepcopy(self.distributions))
+
+    def clear(self) -> None:
+        """Count from now on."""
+        self.sites.clear()
+        self.distributions.clear()

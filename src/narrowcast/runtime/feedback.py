@@ -23,7 +23,7 @@ from narrowcast.codecs import Codec
 from narrowcast.collectives import Hops
 from narrowcast.collectives.base import Deferred
 from narrowcast.plan.chains import Chains
-from narrowcast.runtime.sampling import Samples
+from narrowcast.runtime.sampling import Distributions
 
 DTYPE = torch.float32  # of what was lost
 
@@ -80,14 +80,14 @@ class Place:
 class Loss:
     """The loss of a forward so far. `following`: the place of the site that may take it, chain and index.
 
-    `inputs`: what a norm made of the stream on each rank that computes here. `watched_by`: samples that are to see the
-    loss beside the stream, when it is read.
+    `inputs`: what a norm made of the stream on each rank that computes here. `watched_by`: who is to see the loss
+    beside the stream, when it is read.
     """
 
     residue: Tensor | None = None
     following: tuple[int, int] = (0, 0)
     inputs: Sequence[Tensor] = ()
-    watched_by: Samples | None = None
+    watched_by: Distributions | None = None
 
 
 class Feedback:
@@ -162,9 +162,9 @@ class Feedback:
             loss.inputs = [forward(torch.add(stream, lost, alpha=scale).to(stream.dtype)) for lost in own]
         loss.watched_by = None
 
-    def watch(self, samples: Samples) -> None:
+    def watch(self, distributions: Distributions) -> None:
         """Let `samples` see the loss so far, when it is read."""
-        self._loss.watched_by = samples
+        self._loss.watched_by = distributions
 
     def inputs(self, module: str, x: Tensor, ranks: Sequence[int]) -> Sequence[Tensor]:
         """The inputs from which a module, called with `x`, is to compute each rank's share."""

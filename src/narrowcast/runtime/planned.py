@@ -131,22 +131,23 @@ class PlannedWires(Wires):
         counters: SiteCounters,
     ) -> None:
         """Fill `y_TE` as `_add_up` does, and compare some of its tokens with the exact sum of what was put in."""
-        samples, tokens = counters.samples, sampled(len(y_TE), self.sites.sample_tokens).to(y_TE.device)
+        tokens = sampled(len(y_TE), self.sites.sample_tokens).to(y_TE.device)
         values = [partial.tokens(slice(None)) for partial in partials]
         given_RNE = torch.stack([x_TE[tokens].float() for x_TE in values])
         if residue is not None:
             given_RNE[0] += residue[:, tokens].sum(dim=0)
         exact_NE = self._exact_sum(given_RNE)
-        clock = Clock()
+        clock = Clock()  # of this sum alone
         timed = replace(counters, clock=clock)
         self._add_up([Deferred.of(x_TE) for x_TE in values], y_TE, hops, residue, algorithm, timed)
         seen_RNE = y_TE[tokens].float().unsqueeze(0)
         if residue is not None and site in self.sites.chains.read and hops.codecs[0].feeds_back:
             seen_RNE = seen_RNE + residue[: len(self.ranks)][:, tokens]
-            self.feedback.watch(samples)
-        samples.compare(seen_RNE, exact_NE, self.sites.expected_error(site, algorithm))
-        for part, seconds in clock.seconds.items():
-            samples.seconds[part].add(seconds)
+            self.feedback.watch(counters.distributions)
+        ratio = counters.samples.compare(seen_RNE, exact_NE, self.sites.expected_error(site, algorithm))
+        counters.distributions.add(ratio, clock.seconds)
+        if counters.clock is not None:
+            counters.clock.add(clock)
 
     def _fed_back(self, hops: Hops, residue: Tensor | None) -> Hops:
         return hops if residue is None else self.feedback.hops(hops, residue)

@@ -10,7 +10,7 @@ from narrowcast.aligned import aligned
 from narrowcast.codecs.base import GUARDED, NON_FINITE, SATURATED
 from narrowcast.collectives.base import Traffic
 from narrowcast.plan.summary import short_name
-from narrowcast.runtime.sampling import Samples
+from narrowcast.runtime.sampling import Distributions, Samples
 
 # Figures, and their places in stats.
 COUNTS = {"num_saturated": SATURATED, "num_non_finite": NON_FINITE, "num_guarded": GUARDED}
@@ -98,7 +98,7 @@ class SiteReport:
         more = {
             "codecs": tuple(values.get("codecs", ())),
             "passed": tuple(Passed.from_json(each) for each in values.get("passed", ())),
-            "samples": None if samples is None else Samples.from_json(samples),
+            "samples": None if samples is None else Samples(**samples),
         }
         return cls(**{**values, **more})
 
@@ -112,10 +112,12 @@ class Report:
     """The figures of one rank, or, simulated, of the first rank of every pipeline stage; sites not coded kept apart.
 
     Printed, it is a table.
-    `prompts`: long prompts by how they ran, in turns or why not, where they were to.
+    `prompts`: long prompts by how they ran, in turns or why not, where they were to. `distributions`: of sampled sums,
+    by kind of site.
     """
 
     sites: Mapping[str, SiteReport]
+    distributions: Mapping[str, Distributions] = field(default_factory=dict)
     prompts: Mapping[str, int] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -182,4 +184,5 @@ class Report:
     def from_json(cls, values: Mapping[str, Any]) -> "Report":
         """The report that `to_json` gave."""
         sites = {name: SiteReport.from_json(site) for name, site in values["sites"].items()}
-        return cls(sites=sites, prompts=values["prompts"])
+        distributions = {kind: Distributions.from_json(each) for kind, each in values["distributions"].items()}
+        return cls(sites=sites, distributions=distributions, prompts=values["prompts"])

@@ -47,10 +47,6 @@ class Histogram:
         self.counts[bisect_left(self.bounds, number) if finite else -1] += 1
         self.total += number if finite else 0.0
 
-    def __add__(self, other: "Histogram") -> "Histogram":
-        counts = [mine + theirs for mine, theirs in zip(self.counts, other.counts, strict=True)]
-        return Histogram(self.bounds, counts, self.total + other.total)
-
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "Histogram":
         """The histogram of which these are the fields."""
@@ -62,9 +58,7 @@ class Samples:
     """The sampled sums of one site, on one rank, and what they told.
 
     `noise`, `power`: squares of the errors and of the exact sums, over all ordinary tokens of them. `expected_noise`:
-    the squares that the plan expects of these errors, 0 where it knows none. `ratios`: errors of single sums over those
-    expected. `residues`: RMS of what is fed back over that of the residual stream, which it is added to. `seconds`: of
-    a sum by part, on the host.
+    the squares that the plan expects of these errors, 0 where it knows none.
     """
 
     times: int = 0
@@ -73,14 +67,12 @@ class Samples:
     power: float = 0.0
     expected_noise: float = 0.0
     last: float = 0.0
-    ratios: Histogram = field(default_factory=lambda: Histogram(RATIOS))
-    residues: Histogram = field(default_factory=lambda: Histogram(SHARES))
-    seconds: dict[str, Histogram] = field(default_factory=lambda: {part: Histogram(SECONDS) for part in PARTS})
 
-    def compare(self, seen_RNE: Tensor, exact_NE: Tensor, expected: float | None = None) -> None:
+    def compare(self, seen_RNE: Tensor, exact_NE: Tensor, expected: float | None = None) -> float | None:
         """Count a sum that ranks see as `seen_RNE`, and that exactly is `exact_NE`, both in FP32.
 
-        `expected`: the relative RMS error that the plan has for the algorithm which made it, if it has one.
+        `expected`: the relative RMS error that the plan has for the algorithm which made it, if it has one; its own
+        over that is the result.
         """
         noise_N = _power(seen_RNE - exact_NE).mean(dim=0)
         power_N = _power(exact_NE)
@@ -89,17 +81,13 @@ class Samples:
         self.times += 1
         if not math.isfinite(noise) or not math.isfinite(power):
             self.num_non_finite += 1
-            return
+            return None
         self.noise, self.power = self.noise + noise, self.power + power
         self.last = math.sqrt(noise / power) if power else 0.0
-        if expected:
-            self.expected_noise += expected**2 * power
-            self.ratios.add(self.last / expected)
-
-    def see_stream(self, residue_TE: Tensor, scale: float, stream_TE: Tensor) -> None:
-        """Count what is fed back, `scale` times the residue, beside the stream that it will be added to."""
-        share_T = _power(residue_TE * scale) / _power(stream_TE).clamp_min(1e-30)
-        self.residues.add(share_T.mean().sqrt().item())
+        if not expected:
+            return None
+        self.expected_noise += expected**2 * power
+        return self.last / expected
 
     @property
     def error(self) -> float | None:
@@ -120,17 +108,38 @@ class Samples:
             power=self.power + other.power,
             expected_noise=self.expected_noise + other.expected_noise,
             last=max(self.last, other.last),
-            ratios=self.ratios + other.ratios,
-            residues=self.residues + other.residues,
-            seconds={part: self.seconds[part] + other.seconds[part] for part in PARTS},
         )
 
+
+@dataclass
+class Distributions:
+    """The sampled sums of all sites of one kind, on one rank.
+
+    `ratios`: their errors over the plan's. `residues`: RMS of what is fed back over that of the residual stream, which
+    it is added to. `seconds`: of a sum by part, on the host.
+    """
+
+    ratios: Histogram = field(default_factory=lambda: Histogram(RATIOS))
+    residues: Histogram = field(default_factory=lambda: Histogram(SHARES))
+    seconds: dict[str, Histogram] = field(default_factory=lambda: {part: Histogram(SECONDS) for part in PARTS})
+
+    def add(self, ratio: float | None, seconds: Mapping[str, float]) -> None:
+        """Count a sum: its error over the plan's, if that is known, and its seconds by part."""
+        if ratio is not None:
+            self.ratios.add(ratio)
+        for part, passed_s in seconds.items():
+            self.seconds[part].add(passed_s)
+
+    def see_stream(self, residue_TE: Tensor, scale: float, stream_TE: Tensor) -> None:
+        """Count what is fed back, `scale` times the residue, beside the stream that it will be added to."""
+        share_T = _power(residue_TE * scale) / _power(stream_TE).clamp_min(1e-30)
+        self.residues.add(share_T.mean().sqrt().item())
+
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Samples":
-        """The samples of which these are the fields, as JSON values."""
+    def from_json(cls, values: Mapping[str, Any]) -> "Distributions":
+        """Those of which these are the fields, as JSON values."""
         seconds = {part: Histogram.of(each) for part, each in values["seconds"].items()}
-        histograms = {name: Histogram.of(values[name]) for name in ("ratios", "residues")}
-        return cls(**{**values, **histograms, "seconds": seconds})
+        return cls(Histogram.of(values["ratios"]), Histogram.of(values["residues"]), seconds)
 
 
 def check_sampling(where: str, every: int) -> None:

@@ -105,7 +105,7 @@ class Sites:
 
     def forget(self) -> None:
         """Count from now on."""
-        self._counters.sites.clear()
+        self._counters.clear()
 
     def choice(self, site: str, num_tokens: int, num_features: int, world_size: int) -> Choice:
         """The way that a sum of `num_features` takes."""

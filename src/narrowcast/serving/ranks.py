@@ -1,10 +1,11 @@
 """Serving a model: the ranks that are started for it, and what each of them does."""
 
+import gc
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -107,6 +108,8 @@ def _on_rank(job: Job, split: Split) -> None:
             handle = stack.enter_context(attach(model, plan, prompt_chunks=1, transport=job.transport, **options))
         room = {"num_tokens": job.cache_tokens, "max_requests": job.max_running, "max_batch_tokens": BATCH_TOKENS}
         pages, orders = engine.pages(model, **room), Orders(ranks, _snapshots_of(plan, handle, ranks))
+        gc.collect()
+        gc.freeze()  # what is loaded stays: where nobody looks at it again, a scrape of many sites takes half the time
         if listener is None:
             stack.enter_context(_on_signals(lambda: None))  # torchrun tells all ranks: the first one ends them
             follow(orders, pages)
@@ -128,7 +131,7 @@ def _snapshots_of(plan: Plan | None, handle: Handle | None, ranks: Transport) ->
     own = ranks.name if ranks.world_size > 1 else ""
     transport = own if handle is None else handle.transport
     empty = Snapshot.of(Report(sites={}), plan, rank=ranks.rank, num_ranks=ranks.world_size, transport=transport)
-    return lambda: empty if handle is None else replace(empty, report=handle.report())
+    return lambda: empty if handle is None else empty.after(handle.report())
 
 
 def _lead(job: Job, engine: Engine, model: nn.Module, pages: Pages, orders: Orders, listener: socket.socket) -> None:
