@@ -1,19 +1,23 @@
-"""A model served by vLLM on two nodes, by its own sums and as a plan says: `vllm bench serve`, bytes on the wire.
+"""A model served by vLLM on several nodes, by its own sums and as a plan says: `vllm bench serve`, bytes on the wire.
 
 usage: python benchmarks/in_vllm.py --vllm PYTHON [--link RATE,DELAY ...] [--rounds N] [--prompts N] [--prompt N]
-       [--decode N] [--layers N --hidden N --intermediate N] [--codec CODEC] [--eager] [--json FILE]
+       [--decode N] [--nodes N] [--layers N --hidden N --intermediate N] [--codec CODEC] [--eager] [--json FILE]
+       [--model FOLDER [--calibrate TEXT] [--plan PLAN]]
 
-PYTHON: that of an environment with vLLM and narrowcast (make test-vllm makes .venv-vllm). A random Llama, on two nodes
-of one thread each, on every link in turn (root only; "none": loopback). Two servers are up at once, one with
-NARROWCAST_PLAN and NARROWCAST_TUNE, one without, and answer in turns, one request at a time; medians.
+PYTHON: that of an environment with vLLM and narrowcast (make test-vllm makes .venv-vllm). A random Llama, or the model
+of FOLDER, on nodes of one thread each, on every link in turn (root only; "none": loopback). Two servers are up at once,
+one with NARROWCAST_PLAN and NARROWCAST_TUNE, one without, and answer in turns, one request at a time; medians. The plan
+is made of TEXT (as frontier.py has it; by default FOLDER/calibration.txt), or is PLAN, for as many nodes.
 """
 
+import argparse
 import json
 import os
 import signal
 import socket
 import statistics
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -25,6 +29,7 @@ from urllib.request import urlopen
 import reporting
 import torch.distributed as dist
 from peers.distributed_llama import BOUND_TO_PARENT
+from scoring import planned
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -35,15 +40,15 @@ from narrowcast.launch.emulation import DEVICE
 from narrowcast.perf import model as perf
 from narrowcast.perf.machine import machine
 from narrowcast.perf.model import VOCAB_SIZE, WEIGHTS, Job, Shape
+from narrowcast.plan.split import Split
 from narrowcast.transport.address import own_address
 
 BENCH = Path(__file__).parent / "peers" / "bench_vllm.py"
 WAYS = PLANNED, OWN = "narrowcast", "vLLM's own"
 SAYS = "ranks.py"  # as vLLM's log has it
 NO_LINK = "none"
-NUM_NODES = 2
 LIMIT_S = 1800
-KV_CACHE_NBYTES = 1 << 28  # there are four ranks at once in this machine's memory
+KV_CACHE_NBYTES = 1 << 28  # there are the ranks of two servers at once in this machine's memory
 TOLD = 3000  # characters of a log
 OF_RANKS = (
     "RANK",
@@ -64,11 +69,12 @@ VERSION = "import importlib.metadata as m; print(m.version('vllm'))"
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """Everything that a node needs to know; `folder` holds what is prepared, and takes logs."""
+    """Everything that a node needs to know; `folder` takes logs and what vLLM compiles."""
 
     python: Path
     folder: Path
-    codec: str
+    model: Path
+    plan: Path
     eager: bool
     prompt: int
     decode: int
@@ -76,8 +82,28 @@ class Setting:
     rounds: int
 
     @property
-    def model(self) -> Path:
-        return self.folder / WEIGHTS
+    def max_model_len(self) -> int:
+        """Twice what is asked for, as vLLM refuses long texts by their letters, too, but no more than the model has."""
+        config = json.loads((self.model / "config.json").read_text(encoding="utf8"))
+        return min(2 * (self.prompt + self.decode), int(config["max_position_embeddings"]))
+
+
+@contextmanager
+def prepared(asked: argparse.Namespace, shape: Shape) -> Iterator[tuple[Path, Path, Path]]:
+    """A folder, a model and a plan for it, kept as long as the context."""
+    if asked.model is None:
+        with perf.prepared(Job(shape=shape, codecs=[asked.codec], split=Split(tp_size=asked.nodes))) as folder:
+            write_tokenizer(folder / WEIGHTS)
+            yield folder, folder / WEIGHTS, folder / asked.codec
+        return
+    model = asked.model.absolute()
+    with tempfile.TemporaryDirectory(prefix="narrowcast-") as name:
+        if asked.plan is not None:
+            yield Path(name), model, asked.plan.absolute()
+            return
+        path, text = Path(name) / asked.codec, asked.calibrate or model / "calibration.txt"
+        planned(model, text, tp_size=asked.nodes, codec=asked.codec).save(path)
+        yield Path(name), model, path
 
 
 def write_tokenizer(folder: Path) -> None:
@@ -115,13 +141,13 @@ def serving(setting: Setting, sums: str, ports: Sequence[int], addresses: Sequen
     """This node's part of a server."""
     rank, (port, master_port) = dist.get_rank(), ports
     options = {
-        "--tensor-parallel-size": NUM_NODES,
-        "--nnodes": NUM_NODES,
+        "--tensor-parallel-size": len(addresses),
+        "--nnodes": len(addresses),
         "--node-rank": rank,
         "--master-addr": addresses[0],
         "--master-port": master_port,
         "--dtype": "bfloat16",
-        "--max-model-len": 2 * (setting.prompt + setting.decode),  # vLLM refuses long texts by their letters, too
+        "--max-model-len": setting.max_model_len,
         "--max-num-batched-tokens": setting.prompt + setting.decode,
         "--max-num-seqs": 1,
         "--kv-cache-memory-bytes": KV_CACHE_NBYTES,
@@ -130,15 +156,17 @@ def serving(setting: Setting, sums: str, ports: Sequence[int], addresses: Sequen
     command += ["--enforce-eager"] if setting.eager else []
     command += ["--port", port, "--host", addresses[0]] if rank == 0 else ["--headless"]
     environment = {name: value for name, value in os.environ.items() if name not in OF_RANKS} | ENVIRONMENT
-    environment |= {"VLLM_HOST_IP": addresses[rank], "VLLM_CPU_OMP_THREADS_BIND": str(rank)}
+    cores = str(rank) if len(addresses) <= (os.cpu_count() or 1) else "nobind"  # else two would wait for one core
+    environment |= {"VLLM_HOST_IP": addresses[rank], "VLLM_CPU_OMP_THREADS_BIND": cores, "OMP_NUM_THREADS": "1"}
     environment |= {"VLLM_CACHE_ROOT": str(setting.folder / "cache")}
     if sums == PLANNED:
-        environment |= {"NARROWCAST_PLAN": str(setting.folder / setting.codec), "NARROWCAST_TUNE": "1"}
+        environment |= {"NARROWCAST_PLAN": setting.plan.name, "NARROWCAST_TUNE": "1"}
     path = setting.folder / f"{sums} {rank}.log"
     with path.open("w") as log:
         arguments = [*BOUND_TO_PARENT, *command, *(part for option in options.items() for part in option)]
         process = subprocess.Popen(
             [str(each) for each in arguments],
+            cwd=setting.plan.parent,
             env=environment,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -181,7 +209,7 @@ def _benched(setting: Setting, urls: Sequence[str]) -> list[dict[str, Any]]:
 
 def _told(value: Any) -> list[Any]:
     """The values of all nodes."""
-    found: list[Any] = [None] * NUM_NODES
+    found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
 
@@ -211,7 +239,7 @@ def row(link: Link | None, sums: str, figures: Mapping[str, Sequence[float | Non
 
 def printed(rows: Sequence[Mapping[str, Any]]) -> str:
     cells = [
-        ["-" if each is None else f"{each:.4g}" if isinstance(each, float) else each for each in row.values()]
+        ["-" if each is None else f"{each:.4g}" if isinstance(each, float) else str(each) for each in row.values()]
         for row in rows
     ]
     return aligned([list(rows[0]), *cells])
@@ -226,28 +254,33 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2, help="requests of a round", metavar="N")
     parser.add_argument("--prompt", type=int, default=512, metavar="N")
     parser.add_argument("--decode", type=int, default=64, metavar="N")
+    parser.add_argument("--nodes", type=int, default=2)
+    parser.add_argument("--model", type=Path, metavar="FOLDER")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT")
+    parser.add_argument("--plan", type=Path)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--intermediate", type=int, default=4992)
     parser.add_argument("--codec", default="allocated(bits=4)")
     parser.add_argument("--eager", action="store_true", help="--enforce-eager, in place of compiled graphs")
     asked = parser.parse_args()
+    if asked.model is None and (asked.plan or asked.calibrate):
+        parser.error("--plan and --calibrate are of a given --model")
     shape = Shape(hidden_size=asked.hidden, num_layers=asked.layers, intermediate_size=asked.intermediate)
+    sizes = {name: getattr(asked, name) for name in ("eager", "prompt", "decode", "prompts", "rounds")}
+    about: dict[str, Any] = {"vllm": subprocess.check_output([asked.vllm, "-c", VERSION], text=True).strip()}
+    about |= {"model": str(shape) if asked.model is None else asked.model.name, "nodes": asked.nodes}
+    about |= {"plan": asked.codec if asked.plan is None else asked.plan.name}
     rows, notes = [], {}
-    sizes = {name: getattr(asked, name) for name in ("codec", "eager", "prompt", "decode", "prompts", "rounds")}
-    version = subprocess.check_output([asked.vllm, "-c", VERSION], text=True).strip()
-    with perf.prepared(Job(shape=shape, codecs=[asked.codec])) as folder:
-        write_tokenizer(folder / WEIGHTS)
-        setting = Setting(python=asked.vllm.absolute(), folder=folder, **sizes)
+    with prepared(asked, shape) as (folder, model, plan):
+        setting = Setting(python=asked.vllm.absolute(), folder=folder, model=model, plan=plan, **sizes)
         for link in [None if each == NO_LINK else Link.parse(each) for each in asked.link]:
-            with Ranks(NUM_NODES, link=link, num_threads=1, timeout_s=LIMIT_S) as ranks:
-                (figures, said), _ = ranks.run(on_node, setting)
+            with Ranks(asked.nodes, link=link, num_threads=1, timeout_s=LIMIT_S) as ranks:
+                (figures, said), *_ = ranks.run(on_node, setting)
             rows += [row(link, sums, figures[sums]) for sums in (OWN, PLANNED)]
             notes[rows[-1]["link"]] = said
             print(printed(rows[-2:]), said, sep="\n", flush=True)
-            reporting.write(
-                asked.json, machine=machine(), vllm=version, shape=str(shape), **sizes, said=notes, rows=rows
-            )
+            reporting.write(asked.json, machine=machine(), **about, **sizes, said=notes, rows=rows)
     print(printed(rows))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from narrowcast import Plan
+from narrowcast.calibration import moments_needed, observe, recipes_by_kind
 from narrowcast.calibration.text import DEFAULT_LENGTH, sequences
 from narrowcast.engines import load_engine
 from narrowcast.evaluation import evaluate
@@ -98,6 +99,18 @@ class Texts(Scorer):
                 "num_sequences": asked.sequences,
             },
         )
+
+
+def planned(folder: Path, text: Path, *, number: int = 16, tp_size: int, codec: str) -> Plan:
+    """A plan of `codec` for the model of a folder, made in FP32 on so many places of a text, not measured."""
+    engine = load_engine()
+    seen = observe(
+        engine.load(folder, dtype="float32"),
+        places(engine.load_tokenizer(folder), text, number),
+        tp_size=tp_size,
+        moments=moments_needed(recipes_by_kind(codec)),
+    )
+    return seen.plan(codec, measured=False)
 
 
 def places(tokenizer: Any, path: Path, number: int) -> list[Tensor]:

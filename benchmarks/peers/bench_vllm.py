@@ -29,7 +29,7 @@ def bench(url: str, asked: argparse.Namespace, num_tokens: int, seed: int) -> di
     serve.add_cli_args(parser)
     given = [f"--{name}={value}" for name, value in {**options, **sizes, "seed": seed, "temperature": 0}.items()]
     with contextlib.redirect_stdout(sys.stderr):
-        found = serve.main(parser.parse_args([*given, "--save-detailed", "--disable-tqdm"]))
+        found = serve.main(parser.parse_args([*given, "--ignore-eos", "--save-detailed", "--disable-tqdm"]))
     if found["completed"] != asked.prompts or found["total_input_tokens"] != asked.prompts * asked.prompt:
         raise SystemExit(f"{url} answered otherwise than asked: {found}")
     return found

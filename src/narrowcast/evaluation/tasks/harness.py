@@ -54,8 +54,7 @@ def answer(model: nn.Module, tokenizer: Any, tasks: TaskSet) -> dict[str, TaskAn
     Log-probabilities are taken in FP32, where the harness would stay in the model's dtype: sums of BF16 ones come in
     steps of up to 0.5, so that answers would tie.
     """
-    loaded = load_tasks(tasks)
-    import lm_eval
+    _check_installed()
     from lm_eval.models.huggingface import HFLM
 
     class Told(HFLM):  # type: ignore[misc]
@@ -69,6 +68,15 @@ def answer(model: nn.Module, tokenizer: Any, tasks: TaskSet) -> dict[str, TaskAn
     with _hushed():
         # A model that is passed ready-made is one model to the harness, whatever ranks there are: nothing is sharded.
         lm = Told(pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE, softmax_dtype="float32")
+    return ask(lm, tasks)
+
+
+def ask(lm: Any, tasks: TaskSet) -> dict[str, TaskAnswers]:
+    """Answers by task of a model of the harness's own kind, such as `local-completions`, which asks a server."""
+    loaded = load_tasks(tasks)
+    import lm_eval
+
+    with _hushed():
         found = lm_eval.evaluate(lm, {"tasks": loaded}, limit=tasks.limit, bootstrap_iters=0)
     return {
         name: TaskAnswers(
