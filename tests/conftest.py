@@ -24,7 +24,7 @@ collect_ignore = [] if importlib.util.find_spec("vllm") else ["in_vllm"]
 
 # Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
 STARTING_PROCESSES = (
-    *("bench", "cli", "failure", "handshake", "launch", "preflight", "scorecard", "scraped"),
+    *("bench", "cli", "failure", "fuzz", "handshake", "launch", "preflight", "sanitized", "scorecard", "scraped"),
     *("served_metrics", "serving", "tcp", "wire_bytes"),
 )
 
