@@ -1,5 +1,6 @@
 """Fixtures: rank processes, small models, the bundled model's text."""
 
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -41,6 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif "ranks" in getattr(item, "fixturenames", ()):
             group = "ranks"
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: whoever collects garbage, as continuous batches do, need not look at all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
