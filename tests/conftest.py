@@ -1,5 +1,6 @@
 """Fixtures: rank processes, small models, the bundled model's text."""
 
+import gc
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -24,7 +25,7 @@ collect_ignore = [] if importlib.util.find_spec("vllm") else ["in_vllm"]
 
 # Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
 STARTING_PROCESSES = (
-    *("bench", "cli", "failure", "handshake", "launch", "preflight", "scorecard", "scraped"),
+    *("bench", "cli", "failure", "fuzz", "handshake", "launch", "preflight", "sanitized", "scorecard", "scraped"),
     *("served_metrics", "serving", "tcp", "wire_bytes"),
 )
 
@@ -41,6 +42,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif "ranks" in getattr(item, "fixturenames", ()):
             group = "ranks"
         item.add_marker(pytest.mark.xdist_group(group))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: whoever collects garbage, as continuous batches do, need not look at all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -28,8 +28,10 @@ Clock::time_point in(std::chrono::microseconds time) { return Clock::now() + tim
 std::string frames(size_t expected) {
   std::string bytes;
   for (uint64_t count = chance() % 5; count > 0; --count) {
+    // The most that is kept of a frame before its receive, seldom: sanitizers mark every byte of that room.
+    const uint64_t most = uint64_t(1) << (chance() % 32 ? 20 : 30);
     uint64_t header[] = {pick({5, 5, 6, 0, ~uint64_t(0)}),
-                         pick({0, 1, 63, 64, 65, expected, 16384, 30000, 1 << 30, (1 << 30) + 1, uint64_t(1) << 40,
+                         pick({0, 1, 63, 64, 65, expected, 16384, 30000, most, (1 << 30) + 1, uint64_t(1) << 40,
                                (uint64_t(1) << 40) + 1, ~uint64_t(0), chance()})};
     bytes.append(reinterpret_cast<char*>(header), sizeof header);
     bytes.append(pick({0, 1, std::min<uint64_t>(header[1], 40000)}), 'x');

@@ -2,21 +2,26 @@
 
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+from unittest.mock import patch
 
 import httpx2
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+
+from commands import run
+from narrowcast import cli
+from narrowcast.serving import served
 
 LIMIT_S = 90
 
@@ -39,30 +44,11 @@ class Scrape:
         return {each.labels[label] for each in self.samples if each.name == name}
 
 
-class Server:
-    """`narrowcast serve` with these arguments, from the beginning of a `with` block to its end."""
+class Served:
+    """A server that takes requests from the beginning of a `with` block to its end."""
 
-    def __init__(self, *arguments: object, launcher: tuple[str, ...] = ("-m", "narrowcast")) -> None:
-        command = [sys.executable, *launcher, "serve", *map(str, arguments), "--port", "0"]
-        settings = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings
-        )
-
-    def __enter__(self) -> Self:
-        assert self.process.stdout is not None
-        said = self.process.stdout.readline()
-        found = re.fullmatch(r"serving (\S+) at (http://\S+/v1); Ctrl-C ends it\n", said)
-        if found is None:
-            self.process.kill()
-            raise AssertionError(said + self.process.communicate()[1])
-        self.model, self.url = found.groups()
-        return self
-
-    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.communicate()
+    model: str
+    url: str
 
     @property
     def address(self) -> str:
@@ -91,17 +77,57 @@ class Server:
             assert time.monotonic() < deadline, "nobody asks any more, and places are still taken"
             time.sleep(0.05)
 
+
+class Server(Served):
+    """`narrowcast serve` with these arguments, whose ranks this process starts: it has imported all that they need."""
+
+    def __init__(self, *arguments: object) -> None:
+        with patch.object(cli.serve, "serve_job") as begun:
+            run("serve", *arguments, "--port", 0)
+        (self.job, _) = begun.call_args.args
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Self:
+        serving = self._stack.enter_context(served(self.job))
+        self.model, self.url = serving.name, serving.url
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._stack.close()
+
+
+class Command(Served):
+    """`narrowcast serve` with these arguments in a process of its own, which takes seconds to import all that."""
+
+    def __init__(self, *arguments: object, launcher: tuple[str, ...] = ("-m", "narrowcast")) -> None:
+        command = [sys.executable, *launcher, "serve", *map(str, arguments), "--port", "0"]
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings
+        )
+
+    def __enter__(self) -> Self:
+        assert self.process.stdout is not None
+        said = self.process.stdout.readline()
+        found = re.fullmatch(r"serving (\S+) at (http://\S+/v1); Ctrl-C ends it\n", said)
+        if found is None:
+            self.process.kill()
+            raise AssertionError(said + self.process.communicate()[1])
+        self.model, self.url = found.groups()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
     def ranks(self) -> list[int]:
         """The processes that are its ranks, in their order: all that its server of forks has started."""
         (forking,) = [child for child in children(self.process.pid) if children(child)]
         return sorted(children(forking))
 
-    def end(self, how: signal.Signals = signal.SIGTERM) -> tuple[int, str]:
-        """Send it a signal: its exit status, and what it says of errors."""
-        self.process.send_signal(how)
-        return self.ended()
-
     def ended(self) -> tuple[int, str]:
+        """Its exit status, and what it says of errors."""
         self.last_words, errors = self.process.communicate(timeout=LIMIT_S)
         return self.process.returncode, errors
 

@@ -8,11 +8,12 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import OpenAI
 from safetensors.torch import load_file, save_file
 
 from conftest import MODEL
@@ -23,6 +24,7 @@ from narrowcast.monitoring.export import RULES, export
 from servers import Server
 
 SITE = "model.layers.4.mlp.down_proj"
+NAME = "m"
 LIMIT_S = 60
 RATED = "query?query=rate(narrowcast_tokens_total[10m])"  # there is something after two scrapes
 
@@ -34,7 +36,7 @@ def prometheus(folder: Path, targets: list[str]) -> Iterator[str]:
     rules = folder / RULES
     rules.write_text(re.sub("for: .*", "for: 0s", rules.read_text()))
     scraped = {"job_name": "narrowcast", "static_configs": [{"targets": targets}]}
-    every = {"scrape_interval": "1s", "evaluation_interval": "1s"}
+    every = {"scrape_interval": "1s", "evaluation_interval": "250ms"}
     config = {"global": every, "rule_files": [RULES], "scrape_configs": [scraped]}
     (folder / "prometheus.yml").write_text(json.dumps(config))
     command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
@@ -88,23 +90,27 @@ def test_a_server_whose_model_has_drifted_raises_an_alert(tmp_path: Path) -> Non
     calibrate(model, text, tp_size=2, codec="int4-feature").save(tmp_path / "plan")
     asked_of = (MODEL / "scoring.txt").read_text(encoding="utf8")[:2000]
     prompts = itertools.cycle(asked_of[start : start + 200] for start in range(0, 2000, 200))
-    options = "--plan", tmp_path / "plan", "--sample-every", 1
-    with Server(drifted(tmp_path / "drifted"), *options) as other, Server(MODEL, *options) as server:
+    options = "--plan", tmp_path / "plan", "--sample-every", 1, "--name", NAME
+    with ExitStack() as stack, Server(MODEL, *options) as server:
+        other = stack.enter_context(Server(drifted(tmp_path / "drifted"), *options))
         (tmp_path / "prometheus").mkdir()
-        with prometheus(tmp_path / "prometheus", [server.address, other.address]) as url:
+        with (
+            prometheus(tmp_path / "prometheus", [server.address, other.address]) as url,
+            server.client() as client,
+            other.client() as other_client,
+        ):
 
-            def serve_until(so: Callable[[], object]) -> None:
+            def serve_until(so: Callable[[], object], *clients: OpenAI) -> None:
                 deadline = time.monotonic() + LIMIT_S
                 while not so():
                     assert time.monotonic() < deadline, firing(url)
-                    for each in (server, other):
-                        if each.process.poll() is None:
-                            each.client().completions.create(model=each.model, prompt=next(prompts), max_tokens=2)
+                    for each in clients:
+                        each.completions.create(model=NAME, prompt=next(prompts), max_tokens=2)
 
-            serve_until(lambda: ("NarrowcastGuardStorm", SITE, other.address) in firing(url))
+            guarded = "NarrowcastGuardStorm", SITE, other.address
+            serve_until(lambda: guarded in firing(url), client, other_client)
             assert {address for _, _, address in firing(url)} == {other.address}
-            assert len(asked(url, RATED)["result"]) == 4, "two ranks of two servers"
-            other.process.terminate()
-            other.process.wait(LIMIT_S)
-            serve_until(lambda: ("NarrowcastServerDown", "", other.address) in firing(url))
+            serve_until(lambda: len(asked(url, RATED)["result"]) == 4, client, other_client)  # two ranks of each
+            stack.close()
+            serve_until(lambda: ("NarrowcastServerDown", "", other.address) in firing(url), client)
             assert {address for _, _, address in firing(url)} == {other.address}

@@ -32,7 +32,7 @@ from narrowcast.serving.orders import Order, Orders
 from narrowcast.serving.requests import Piece, Request, Token
 from narrowcast.transport import TorchDistributedTransport
 from ranks import Ranks
-from servers import Scrape, Server
+from servers import Command, Scrape, Server
 
 Pools = Callable[[int], Ranks]
 EVERY = 5
@@ -233,7 +233,7 @@ def test_series_are_bounded_by_sites_and_ranks(server: Server) -> None:
 
 def test_a_scrape_waits_for_nobody_and_failures_are_counted(plan: Path) -> None:
     """A rank that hangs: the last figures of both are told, until it is lost and the server ends."""
-    with Server(MODEL, "--plan", plan, "--timeout", 8) as server, server.client() as client:
+    with Command(MODEL, "--plan", plan, "--timeout", 8) as server, server.client() as client:
         client.completions.create(**asked())
         before = server.scrape()
         with ThreadPoolExecutor(1) as pool:

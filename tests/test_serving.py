@@ -40,7 +40,7 @@ from narrowcast.serving.orders import Orders
 from narrowcast.serving.requests import Piece, Request, Token
 from narrowcast.serving.text import Spelling, Text
 from narrowcast.transport import Buffers, Collectives, Transport
-from servers import Server
+from servers import Command, Server
 
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
 KEY = "secret"
@@ -376,7 +376,7 @@ def in_background(client: OpenAI, **arguments: Any) -> tuple[threading.Thread, l
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_lets_answers_be_finished(how: signal.Signals) -> None:
     """On two ranks without a plan."""
-    with Server(MODEL, "-tp", 2) as server, server.client() as client:
+    with Command(MODEL, "-tp", 2) as server, server.client() as client:
         settings = {"model": "gutenberg-7m", "prompt": "The", "temperature": 0, "max_tokens": 100}
         thread, outcome = in_background(client, **settings)
         wait_for(server, 1)
@@ -395,7 +395,7 @@ def test_a_signal_lets_answers_be_finished(how: signal.Signals) -> None:
 def test_ranks_of_torchrun_finish_their_answers_too() -> None:
     """Its own status is that of a signal. The first rank has the figures of all."""
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "narrowcast"
-    with Server(MODEL, "-tp", 2, launcher=torchrun) as server, server.client() as client:
+    with Command(MODEL, "-tp", 2, launcher=torchrun) as server, server.client() as client:
         settings = {"model": "gutenberg-7m", "prompt": "The", "temperature": 0, "max_tokens": 100}
         thread, outcome = in_background(client, **settings)
         wait_for(server, 1)
@@ -418,7 +418,7 @@ def test_ranks_with_a_plan_say_what_generate_does_and_a_lost_one_is_named(plan: 
     done = typed("generate", MODEL, *settings, "--prompt", "The sea was", "--max-new-tokens", 24, "--json", report)
     assert done.returncode == 0, done.stderr
     (expected,) = json.loads(report.read_text())["answers"]
-    with Server(MODEL, *settings, "--timeout", 20) as server, server.client() as client:
+    with Command(MODEL, *settings, "--timeout", 20) as server, server.client() as client:
         wanted: dict[str, Any] = {"model": "gutenberg-7m", "prompt": "The sea was", "temperature": 0}
         assert client.completions.create(**wanted, max_tokens=24).choices[0].text == expected["text"]
         thread, outcome = in_background(client, **wanted, max_tokens=500)

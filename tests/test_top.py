@@ -3,12 +3,13 @@
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -237,19 +238,18 @@ def test_in_a_terminal_it_goes_on_until_ctrl_c() -> None:
             assert time.monotonic() < deadline, seen.decode()
             seen.extend(os.read(screen, 1 << 16))
 
-    with serving(lambda: "narrowcast_ranks 1\n") as url:
-        command = [sys.executable, "-m", "narrowcast", "monitor", "top", url, "--interval", "0.1"]
-        settings = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
-        process = subprocess.Popen(
-            command, stdin=terminal, stdout=terminal, stderr=terminal, env=settings, start_new_session=True
-        )
-        os.close(terminal)
-        try:
+    with ExitStack() as in_any_case:
+        in_any_case.callback(os.close, screen)
+        with serving(lambda: "narrowcast_ranks 1\n") as url:
+            command = [sys.executable, "-m", "narrowcast", "monitor", "top", url, "--interval", "0.1"]
+            settings = {**os.environ, "TERM": "xterm", "COLUMNS": "80"}
+            process = subprocess.Popen(
+                command, stdin=terminal, stdout=terminal, stderr=terminal, env=settings, start_new_session=True
+            )
+            in_any_case.callback(process.wait)
+            in_any_case.callback(process.kill)
+            os.close(terminal)
             until("0 of 1 ranks")
-        except BaseException:
-            process.kill()
-            raise
-    until("no answer for")
-    process.send_signal(2)
-    assert process.wait(LIMIT_S) == 0
-    os.close(screen)
+        until("no answer for")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 0
