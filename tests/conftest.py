@@ -25,21 +25,22 @@ collect_ignore = [] if importlib.util.find_spec("vllm") else ["in_vllm"]
 
 # Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
 STARTING_PROCESSES = (
-    *("bench", "cli", "failure", "fuzz", "handshake", "launch", "preflight", "sanitized", "scorecard", "scraped"),
+    *("bench", "cli", "failure", "handshake", "launch", "preflight", "scorecard", "scraped"),
     *("served_metrics", "serving", "tcp", "wire_bytes"),
 )
+COMPILING = "fuzz", "sanitized"
 
 torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays together; one worker has the pools of ranks, and one what starts processes, which mostly waits."""
+    """A file stays together; one worker has what starts processes, which mostly waits, one has pools and compilers."""
     for item in items:
         group = item.path.stem.removeprefix("test_")
         if group in STARTING_PROCESSES:
             group = "processes"
-        elif "ranks" in getattr(item, "fixturenames", ()):
+        elif group in COMPILING or "ranks" in getattr(item, "fixturenames", ()):
             group = "ranks"
         item.add_marker(pytest.mark.xdist_group(group))
 
