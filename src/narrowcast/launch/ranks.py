@@ -26,7 +26,7 @@ from narrowcast.transport import DEFAULT_TIMEOUT_S, check_timeout
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-SETTLE_S = 1.0  # ranks that miss another one may say so before the other is seen to have failed
+SETTLE_S = 2.0  # ranks that miss another one may say so before the other is seen to have failed
 
 # Ranks are forked from a server that imports what this process has imported of these, once for all ranks.
 PRELOADED = {"narrowcast", "transformers"}
