@@ -22,7 +22,7 @@ test-slow: .venv/ready
 	$(PYTEST) -m slow $(ARGS)
 
 test-vllm: .venv/ready .venv-vllm/ready
-	.venv-vllm/bin/pytest tests/in_vllm $(ARGS)
+	.venv-vllm/bin/pytest tests/in_vllm --timeout 900 $(ARGS)
 
 lint: .venv/ready
 	.venv/bin/ruff check

@@ -95,12 +95,12 @@ def test_stages_of_a_pipeline_serve_a_plan(folder: Path) -> None:
         assert statistics.mean(apart) < statistics.mean(other) / 4
 
 
-def test_experts_are_coded_without_a_plan(folder: Path) -> None:
-    ordinary("random", folder, "mixtral")
-    model = str(folder / "mixtral")
-    served = run(folder, "experts", {"model": model, "eager": True, "served": True}, **CODEC)
+def test_experts_are_coded_without_a_plan(served_by_vllm: None, tmp_path: Path) -> None:
+    ordinary("random", tmp_path, "mixtral")
+    model = str(tmp_path / "mixtral")
+    served = run(tmp_path, "experts", {"model": model, "eager": True, "served": True}, **CODEC)
     sites = served.answers["reports"][0]["sites"]
     coded = [name for name, site in sites.items() if site["coded"]]
     assert len(coded) == 6 and sum("experts" in name for name in coded) == 3
-    apart = differences(served.scores, simulated(served, folder, "mixtral.plan", model)["exact"])
+    apart = differences(served.scores, simulated(served, tmp_path, "mixtral.plan", model)["exact"])
     assert 1e-4 < statistics.mean(apart) < 0.1
