@@ -27,7 +27,7 @@ def test_while_it_calibrates_sums_are_exact(calibrating: Run, folder: Path) -> N
     assert plan.calibration["num_tokens"] == 48 and plan.tp_size == 2 and len(plan.sites) == 16
     assert max(differences(calibrating.scores, simulated(calibrating, folder, "live.plan")["exact"])) < ROUNDING
     assert f"plan {plan.fingerprint[:12]} written to {folder / 'live.plan'}" in calibrating.log
-    assert "missing in it is depth feedback" in calibrating.log
+    assert "it lacks depth feedback" in calibrating.log
 
 
 def test_both_engines_serve_the_plan(calibrating: Run, folder: Path) -> None:
@@ -64,5 +64,5 @@ def test_a_file_that_exists_is_not_calibrated_over(folder: Path) -> None:
     path = folder / "int4.plan"
     before = path.read_bytes()
     code, found = started(folder, "over", EAGER, {"NARROWCAST_CALIBRATE": str(path)})
-    assert code != 0 and f"{path}: expected a new file, found a file that exists" in found.log
+    assert code != 0 and f"expected a file that is not there yet, found {path}. Name another" in found.log
     assert path.read_bytes() == before

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from narrowcast.engines.vllm.settings import Settings
+from narrowcast.engines.vllm.settings import Settings, misspelt
 from narrowcast.errors import InvalidInputError, PlanFormatError, PlanMismatchError
 from narrowcast.plan import Plan
 from running import ENVIRONMENT, LIMIT_S, MODEL, free_port, started
@@ -59,6 +59,29 @@ def test_the_environment_and_the_configuration_are_not_mixed(monkeypatch: pytest
     assert Settings.of({}) is not None
     with pytest.raises(InvalidInputError, match="found codec fp8 and codec int8-group128"):
         Settings.of({"narrowcast": {"codec": "fp8"}})
+
+
+def test_a_variable_that_is_nearly_one_of_ours() -> None:
+    found = misspelt({"NARROWCAST_PLANS": "a", "NARROWCAST_PLAN": "b", "NARROWCAST_API_KEY": "c", "VLLM_PLAN": "d"})
+    assert list(found) == [("NARROWCAST_PLANS", "NARROWCAST_PLAN")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["serve", MODEL], 1, ["narrowcast: error: plan missing.plan: expected a plan file, found no such file"]),
+        (["--help"], 0, ["plan missing.plan: expected a plan file", "usage: vllm"]),
+    ],
+)
+def test_a_mistake_ends_a_server_with_a_sentence_and_no_other_command(
+    served_by_vllm: None, arguments: list[str], status: int, said: list[str]
+) -> None:
+    vllm = Path(sys.executable).with_name("vllm")
+    environment = os.environ | ENVIRONMENT | {"NARROWCAST_PLAN": "missing.plan"}
+    done = subprocess.run([vllm, *arguments], env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == status
+    assert all(each in done.stdout + done.stderr for each in said)
+    assert "Traceback" not in done.stderr
 
 
 # --- What ranks find: vLLM on this machine ----------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from narrowcast.calibration.fit import fit
 from narrowcast.calibration.moments import MomentObserver, Moments
 from narrowcast.calibration.observers import EMA_FACTOR, RangeObserver
 from narrowcast.calibration.observing import GatheringCommunicator, ObservedWires, Observer
-from narrowcast.codecs import AllocatedRecipe, Codec, FittedRecipe, Recipe, TransformRecipe, recipe
+from narrowcast.codecs import Codec, FittedRecipe, Recipe, TransformRecipe, recipe
 from narrowcast.errors import InvalidInputError
 from narrowcast.plan import ModelFingerprint, Plan, Site
 from narrowcast.plan.chains import Chains
@@ -21,7 +21,6 @@ from narrowcast.plan.split import Split
 from narrowcast.runtime.communicator import Communicator
 from narrowcast.transport import Transport
 
-DEFAULT_LIVE_CODEC = AllocatedRecipe(bits=4.0)
 MISSING = "depth feedback and the own part exact, what an error costs by site, expected errors, KL divergence"
 NOT_TRIED = "live traffic does not say which sums go into the stream: narrowcast calibrate tries that"
 TINY = torch.finfo(torch.float32).tiny  # of a sum that is always zero
@@ -147,8 +146,8 @@ class LiveCommunicator(GatheringCommunicator):
 
 
 def live_recipe(codec: str) -> Recipe:
-    """The recipe of a codec, "" for the usual one; InvalidInputError where it takes more than live traffic says."""
-    found = recipe(codec) if codec else DEFAULT_LIVE_CODEC
+    """The recipe of a codec; InvalidInputError where it takes more than live traffic says."""
+    found = recipe(codec)
     if isinstance(found, TransformRecipe) or (isinstance(found, FittedRecipe) and found.target_kl is not None):
         raise InvalidInputError(
             f"codec {codec}",

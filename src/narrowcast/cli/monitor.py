@@ -50,7 +50,7 @@ def export(
 
 @monitor.command()
 def top(
-    url: Annotated[str, typer.Argument(metavar="URL", help="Of narrowcast serve, or of vLLM with a plan.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="Of narrowcast serve, or of vLLM with a plan or a codec.")],
     interval: Annotated[float, typer.Option(metavar="SECONDS", help="From one picture to the next.", min=0.1)] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print one, as where there is no terminal.")] = False,
 ) -> None:

@@ -12,7 +12,7 @@ from narrowcast.errors import InvalidInputError, MissingDependencyError
 
 WAIT_S = 5.0  # for an answer
 OURS = "narrowcast_"
-REMEDY = "Start narrowcast serve, or vLLM with a plan, and give its address, such as http://127.0.0.1:8000."
+REMEDY = "Start narrowcast serve, or vLLM with a plan or a codec, and give its address, such as http://127.0.0.1:8000."
 
 Labels = Mapping[str, str]
 

@@ -122,7 +122,7 @@ class Plan:
                 "plan",
                 expected=f"{self.split}, for which it was calibrated",
                 found=str(split),
-                remedy=f"Calibrate with {split}.",
+                remedy=f"Calibrate with {split}, or run it on the ranks that the plan is for.",
             )
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:

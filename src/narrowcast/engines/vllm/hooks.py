@@ -1,12 +1,16 @@
 """Methods that vLLM's workers are given. Where nothing is asked for, only the settings of narrowcast are loaded."""
 
 import logging
+import multiprocessing
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from narrowcast.engines.vllm.ending import end_with_the_others, exit_with_status
-from narrowcast.engines.vllm.settings import LOGGER, Settings
+from narrowcast.engines.vllm.settings import LOGGER, Settings, misspelt
 from narrowcast.engines.vllm.tools import Tools
 from narrowcast.errors import NarrowcastError
 
@@ -16,16 +20,33 @@ logger = logging.getLogger(LOGGER)
 def register(tools: Tools) -> None:
     """Have each worker do what the settings name, with these tools; without settings, nothing changes.
 
-    Raises as `Settings.of` does where they are such that nothing could be started.
+    Where the environment's are such that nothing could be started, `vllm serve` ends with a sentence, other commands
+    of vLLM go on, and Python gets what `Settings.of` raises.
     """
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    Settings.of({})
+    _check_environment()
     # Wrappers hand on to their workers whatever they do not define, of all kinds of executors and devices.
     WorkerWrapperBase.narrowcast_tools = tools
     for method in METHODS:
         setattr(WorkerWrapperBase, method.__name__, method)
     exit_with_status(tools.show)
+
+
+def _check_environment() -> None:
+    if multiprocessing.parent_process() is None:
+        for variable, known in misspelt(os.environ):
+            logger.warning("%s is nothing that narrowcast knows: is %s meant?", variable, known)
+    try:
+        Settings.of({})
+    except NarrowcastError as error:
+        program, *arguments = sys.argv
+        command = Path(program).name
+        if command == "api_server.py" or (command == "vllm" and arguments[:1] == ["serve"]):
+            raise SystemExit(f"narrowcast: error: {error}") from None
+        if command != "vllm":
+            raise
+        logger.warning("%s", error)
 
 
 def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:

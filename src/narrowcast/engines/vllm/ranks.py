@@ -109,6 +109,11 @@ class Ranks:
                 CALIBRATE, expected="tensor-parallel ranks alone", found=str(split), remedy="Leave the pipeline out."
             )
         if self._all.rank == 0:  # which writes it
+            if calibrating.path.exists():
+                remedy = "Name another, or remove it."
+                raise InvalidInputError(
+                    CALIBRATE, expected="a file that is not there yet", found=calibrating.path, remedy=remedy
+                )
             check_writable(calibrating.path, overwrite=False)
 
     def _check(self, samples: Samples) -> None:
@@ -192,7 +197,7 @@ class Ranks:
             logger.error("no plan was made: %s", error)
             return
         logger.info("plan %s written to %s, for %s=%s", plan.fingerprint[:12], calibrating.path, PLAN, calibrating.path)
-        logger.info("missing in it is %s: narrowcast calibrate finds them", plan.calibration["missing"])
+        logger.info("it lacks %s: narrowcast calibrate finds them", plan.calibration["missing"])
 
     def _sites(self, names: Mapping[str, str]) -> Sites:
         plan, codec = self._settings.plan, self._settings.codec

@@ -2,8 +2,9 @@
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ BESIDE = {
     "calibrate": {"codec", "calibrate_tokens", "metrics_port"},  # whose sums are exact
     "codec": {"sample_every", "metrics_port"},
 }
-NUM_TOKENS = 4096
+NUM_TOKENS, CALIBRATED = 4096, "allocated(bits=4)"  # to calibrate on, and the codec
 # What numbers say, which ones may be, and a usual one.
 NUMBERS = {
     "calibrate_tokens": ("a number of tokens", range(1, sys.maxsize), NUM_TOKENS),
@@ -41,14 +42,14 @@ REMEDY = f"Set {PLAN} to a plan, or {CODEC} to a codec, or one of them in --addi
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrating:
-    """Writing a plan of `codec`, "" for the usual one, to `path` once `num_tokens` have been seen."""
+    """Writing a plan of `codec` to `path` once `num_tokens` have been seen."""
 
     path: Path
     codec: str
     num_tokens: int
 
     def __str__(self) -> str:
-        return f"{self.codec or 'the usual codec'} on {self.num_tokens} tokens"
+        return f"{self.codec} on {self.num_tokens} tokens"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ class Settings:
         name, port = given[form], _number("metrics_port", given) if "metrics_port" in given else None
         if form == "calibrate":
             path, num_tokens = Path(name).absolute(), _number("calibrate_tokens", given, default=NUM_TOKENS)
-            calibrating = Calibrating(path=path, codec=given.get("codec", ""), num_tokens=num_tokens)
+            calibrating = Calibrating(path=path, codec=given.get("codec", CALIBRATED), num_tokens=num_tokens)
             return cls(name=name, calibrating=calibrating, sample_every=0, port=port)
         sample_every = _number("sample_every", given, default=EVERY)
         if form == "codec":
@@ -97,6 +98,13 @@ class Settings:
     def fingerprint(self) -> str:
         """Equal for equal settings: of the plan's contents, wherever it lies."""
         return self.plan.fingerprint if self.plan else f"codec {self.codec}, calibrating {self.calibrating}"
+
+
+def misspelt(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Those of environment variables that are nearly one of ours, and that one."""
+    for name in names:
+        if name.startswith("NARROWCAST_") and name not in VARIABLES.values():
+            yield from ((name, known) for known in get_close_matches(name, VARIABLES.values(), n=1, cutoff=0.9))
 
 
 def _asked(additional_config: Any) -> list[tuple[str, str]]:
