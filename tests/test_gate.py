@@ -99,7 +99,7 @@ SHORT = "--num-samples", 6, "--max-seq-len", 48, "--dtype", "float32"
 def test_a_plan_passes_against_itself_and_one_of_fewer_bits_fails(plans: dict[int, Path], tmp_path: Path) -> None:
     baseline, report = tmp_path / "baseline.json", tmp_path / "report.json"
     four, three = ((*EVALUATE, plans[bits], *SHORT) for bits in (4, 3))
-    assert "no such file. Write one with evaluate --json, or " in refused(*four, "--baseline", baseline)
+    assert "no such file. Write one with evaluate --json, or, " in refused(*four, "--baseline", baseline)
     run(*four, "--json", baseline)
     before = baseline.read_bytes()
     shown = run(*four, "--baseline", baseline)
