@@ -70,7 +70,7 @@ def serve(codec: str) -> tuple[list[Tensor], bytes | None]:
     return sums, None if plan is None else plan.to_bytes()
 
 
-@pytest.mark.parametrize("codec", ["", "int4-feature"])
+@pytest.mark.parametrize("codec", ["allocated(bits=4)", "int4-feature"])
 def test_sums_stay_exact_and_the_first_rank_makes_the_plan(codec: str) -> None:
     with Ranks(2) as ranks:
         (sums, data), (others, nothing) = ranks.run(serve, codec)
