@@ -128,7 +128,8 @@ class Counters:
     def report(self) -> Report:
         """The figures of all sites."""
         sites = {name: site.report() for name, site in list(self.sites.items())}
-        return Report(sites=sites, distributions=deepcopy(self.distributions))
+        distributions = {kind: deepcopy(each) for kind, each in list(self.distributions.items())}
+        return Report(sites=sites, distributions=distributions)
 
     def clear(self) -> None:
         """Count from now on."""

@@ -25,7 +25,7 @@ from narrowcast.serving.board import Board
 from narrowcast.serving.desk import Desk
 from narrowcast.serving.job import Job, served_name, split_of
 from narrowcast.serving.leading import LONGEST_BEAT_S, Leader, follow
-from narrowcast.serving.listener import bound, url_of
+from narrowcast.serving.listener import UNIX, bound, url_of
 from narrowcast.serving.orders import Orders
 from narrowcast.serving.web import import_server
 from narrowcast.transport import TorchDistributedTransport, Transport
@@ -64,7 +64,8 @@ def serve(job: Job, hear: Hear) -> None:
         with heard_by(hear):
             run(_on_rank, split.world_size, job, split, timeout_s=job.timeout_s)
         return
-    bound(job.host, job.port).close()  # rather than found out by a rank that has loaded torch
+    if not job.host.startswith(UNIX):  # whose socket would stay
+        bound(job.host, job.port).close()  # rather than found out by a rank that has loaded torch
     with ExitStack() as stack:
 
         def hear_too(said: object) -> None:
