@@ -30,6 +30,7 @@ from narrowcast.engines import load_engine
 from narrowcast.evaluation.continuations import GREEDY, continuations
 from narrowcast.monitoring import Snapshot
 from narrowcast.runtime.reports import Report
+from narrowcast.serving import Job, serve
 from narrowcast.serving.answer import Answer
 from narrowcast.serving.board import Board
 from narrowcast.serving.chat import Local, Partner, Remote, Say, converse
@@ -514,6 +515,12 @@ def test_a_port_that_is_taken_is_noticed_before_ranks_are_started(server: Server
     with mock.patch("narrowcast.serving.ranks.Ranks", side_effect=AssertionError):
         found = refused("serve", MODEL, "--port", port)
     assert f"expected a free port at an address of this machine, found 127.0.0.1:{port} (Address" in found
+
+
+def test_a_socket_in_the_file_system_is_left_to_the_rank(tmp_path: Path) -> None:
+    with mock.patch("narrowcast.serving.ranks.Ranks", side_effect=ZeroDivisionError), pytest.raises(ZeroDivisionError):
+        serve(Job(model=str(MODEL), host=f"unix:{tmp_path}/server"), print)
+    assert not list(tmp_path.iterdir())
 
 
 def test_who_cannot_chat() -> None:
