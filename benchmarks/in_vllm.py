@@ -1,13 +1,14 @@
 """A model served by vLLM on several nodes, by its own sums and as a plan says: `vllm bench serve`, bytes on the wire.
 
 usage: python benchmarks/in_vllm.py --vllm PYTHON [--link RATE,DELAY ...] [--rounds N] [--prompts N] [--prompt N]
-       [--decode N] [--nodes N] [--layers N --hidden N --intermediate N] [--codec CODEC] [--eager] [--json FILE]
-       [--model FOLDER [--calibrate TEXT] [--plan PLAN]]
+       [--decode N] [--at-once N] [--nodes N] [--layers N --hidden N --intermediate N] [--codec CODEC] [--eager]
+       [--json FILE] [--model FOLDER [--calibrate TEXT] [--plan PLAN]]
 
 PYTHON: that of an environment with vLLM and narrowcast (make test-vllm makes .venv-vllm). A random Llama, or the model
 of FOLDER, on nodes of one thread each, on every link in turn (root only; "none": loopback). Two servers are up at once,
-one with NARROWCAST_PLAN and NARROWCAST_TUNE, one without, and answer in turns, one request at a time; medians. The plan
-is made of TEXT (as frontier.py has it; by default FOLDER/calibration.txt), or is PLAN, for as many nodes.
+one with NARROWCAST_PLAN and NARROWCAST_TUNE, one without, and answer in turns, one request at a time, then several at
+once; medians. The plan is made of TEXT (as frontier.py has it; by default FOLDER/calibration.txt), or is PLAN, for as
+many nodes.
 """
 
 import argparse
@@ -80,6 +81,7 @@ class Setting:
     decode: int
     prompts: int
     rounds: int
+    at_once: int
 
     @property
     def max_model_len(self) -> int:
@@ -149,7 +151,7 @@ def serving(setting: Setting, sums: str, ports: Sequence[int], addresses: Sequen
         "--dtype": "bfloat16",
         "--max-model-len": setting.max_model_len,
         "--max-num-batched-tokens": setting.prompt + setting.decode,
-        "--max-num-seqs": 1,
+        "--max-num-seqs": setting.at_once,
         "--kv-cache-memory-bytes": KV_CACHE_NBYTES,
     }
     command = [setting.python.with_name("vllm"), "serve", setting.model, "--no-enable-prefix-caching"]
@@ -198,7 +200,7 @@ def on_node(setting: Setting) -> tuple[dict[str, dict[str, Any]], str] | None:
 
 def _benched(setting: Setting, urls: Sequence[str]) -> list[dict[str, Any]]:
     sizes = {name: getattr(setting, name) for name in ("prompt", "decode", "prompts", "rounds")}
-    options = {"tokenizer": setting.model, "interface": DEVICE, **sizes}
+    options = {"tokenizer": setting.model, "interface": DEVICE, "at-once": setting.at_once, **sizes}
     command = [setting.python, BENCH, *urls, *(f"--{name}={value}" for name, value in options.items())]
     done = subprocess.run([str(each) for each in command], capture_output=True, text=True, timeout=LIMIT_S, check=False)
     if done.returncode:
@@ -232,6 +234,7 @@ def row(link: Link | None, sums: str, figures: Mapping[str, Sequence[float | Non
         "ms_per_token": 1e3 * middle["token_s"],
         "least_ms_per_token": 1e3 * min(figures["token_s"]),
         "tokens_per_s": middle["tokens_per_s"],
+        "tokens_per_s_at_once": middle.get("tokens_per_s_at_once"),
         "bytes_of_prompt": middle["bytes_of_prompt"],
         "bytes_per_token": middle["bytes_per_token"],
     }
@@ -254,6 +257,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=2, help="requests of a round", metavar="N")
     parser.add_argument("--prompt", type=int, default=512, metavar="N")
     parser.add_argument("--decode", type=int, default=64, metavar="N")
+    parser.add_argument("--at-once", type=int, default=4, help="requests at once, for tokens a second", metavar="N")
     parser.add_argument("--nodes", type=int, default=2)
     parser.add_argument("--model", type=Path, metavar="FOLDER")
     parser.add_argument("--calibrate", type=Path, metavar="TEXT")
@@ -267,7 +271,7 @@ def main() -> None:
     if asked.model is None and (asked.plan or asked.calibrate):
         parser.error("--plan and --calibrate are of a given --model")
     shape = Shape(hidden_size=asked.hidden, num_layers=asked.layers, intermediate_size=asked.intermediate)
-    sizes = {name: getattr(asked, name) for name in ("eager", "prompt", "decode", "prompts", "rounds")}
+    sizes = {name: getattr(asked, name) for name in ("eager", "prompt", "decode", "prompts", "rounds", "at_once")}
     about: dict[str, Any] = {"vllm": subprocess.check_output([asked.vllm, "-c", VERSION], text=True).strip()}
     about |= {"model": str(shape) if asked.model is None else asked.model.name, "nodes": asked.nodes}
     about |= {"plan": asked.codec if asked.plan is None else asked.plan.name}

@@ -18,7 +18,7 @@ from narrowcast.engines import Replicated, load_engine
 from narrowcast.plan import Plan
 from narrowcast.plan.chains import Chains, Reader
 from narrowcast.plan.split import Split
-from narrowcast.plan.summary import feedback_in_words
+from narrowcast.plan.summary import LASTS, feedback_in_words
 from narrowcast.runtime.feedback import Feedback
 from ranks import Ranks
 
@@ -97,7 +97,7 @@ def test_ranks_without_whole_heads_do_without_and_say_so() -> None:
     plan = narrowcast.calibrate(model, [random_ids(2, 16)], tp_size=3, codec="int4-feature")
     assert list(feedback_in_words(plan))[-1] == f"own part exact at 0 of 4 sums: {chains.unread}"
     plan = narrowcast.calibrate(model, [random_ids(2, 16)], tp_size=2, codec="int4-feature")
-    assert list(feedback_in_words(plan))[-1] == "own part exact at 3 of 4 sums"
+    assert list(feedback_in_words(plan))[-1] == f"own part exact at 3 of 4 sums: {LASTS}"
 
 
 def test_a_plan_keeps_the_readers(tmp_path: Path) -> None:

@@ -114,6 +114,12 @@ def pictured(*scrapes: Scrape) -> list[str]:
     return [str(line) for line in picture(history.figures(), "http://a:8000").renderables]
 
 
+def test_of_a_long_path_the_end_is_shown() -> None:
+    long = "/models/" + "a-long-name/" * 6 + "smollm2-135m"
+    about, *_ = pictured(told(f'vllm:num_requests_running{{model_name="{long}"}} 1'))[1:]
+    assert about.startswith("…") and about.endswith("name/smollm2-135m, 1 of 1 ranks, plan p") and len(about) == 80
+
+
 def at(name: str, layer: int, value: float) -> str:
     return f'narrowcast_site_{name}{{rank="0",site="model.layers.{layer}.mlp.down_proj"}} {value}'
 

@@ -1,9 +1,11 @@
 """Runs `vllm bench serve` against servers in turns, in a Python that has vLLM, and where the servers' first node is.
 
-usage: PYTHON bench_vllm.py URL ... --tokenizer FOLDER --prompt N --decode N --prompts N --rounds N --interface NAME
+usage: PYTHON bench_vllm.py URL ... --tokenizer FOLDER --prompt N --decode N --prompts N --rounds N --at-once N
+       --interface NAME
 
-Prints JSON: for each server, seconds to the first token and between tokens of each request, output tokens a second of
-each round, and bytes that left by the interface for a prompt and for each token after it (null without that interface).
+Prints JSON: for each server, of requests one at a time, seconds to the first token and between tokens of each, and
+bytes that left by the interface for a prompt and for each token after it (null without that interface); of each round,
+output tokens a second of these, and of twice as many requests as are at once.
 """
 
 import argparse
@@ -21,16 +23,17 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 TRANSMITTED = 8  # the place of that figure in a line of /proc/net/dev
 
 
-def bench(url: str, asked: argparse.Namespace, num_tokens: int, seed: int) -> dict[str, Any]:
+def bench(url: str, asked: argparse.Namespace, num_tokens: int, seed: int, at_once: int = 1) -> dict[str, Any]:
     """The figures of one run, each prompt of which is new to the server."""
-    sizes = {"num-prompts": asked.prompts, "random-input-len": asked.prompt, "random-output-len": num_tokens}
-    options = {"base-url": url, "tokenizer": asked.tokenizer, "dataset-name": "random", "max-concurrency": 1}
+    num_prompts = asked.prompts if at_once == 1 else 2 * at_once
+    sizes = {"num-prompts": num_prompts, "random-input-len": asked.prompt, "random-output-len": num_tokens}
+    options = {"base-url": url, "tokenizer": asked.tokenizer, "dataset-name": "random", "max-concurrency": at_once}
     parser = FlexibleArgumentParser()
     serve.add_cli_args(parser)
     given = [f"--{name}={value}" for name, value in {**options, **sizes, "seed": seed, "temperature": 0}.items()]
     with contextlib.redirect_stdout(sys.stderr):
         found = serve.main(parser.parse_args([*given, "--ignore-eos", "--save-detailed", "--disable-tqdm"]))
-    if found["completed"] != asked.prompts or found["total_input_tokens"] != asked.prompts * asked.prompt:
+    if found["completed"] != num_prompts or found["total_input_tokens"] != num_prompts * asked.prompt:
         raise SystemExit(f"{url} answered otherwise than asked: {found}")
     return found
 
@@ -65,6 +68,9 @@ def measured(asked: argparse.Namespace) -> list[dict[str, Any]]:
                 "tokens_per_s": [run["output_throughput"]],
                 "bytes_per_token": [(nbytes - of_prompts[url]) / (asked.decode - 1)],
             }
+            if asked.at_once > 1:
+                together = bench(url, asked, asked.decode, seed=2 + asked.rounds + round, at_once=asked.at_once)
+                figures["tokens_per_s_at_once"] = [together["output_throughput"]]
             for name, values in figures.items():
                 found[url].setdefault(name, []).extend(values)
     return [{**figures, "bytes_of_prompt": [of_prompts[url]]} for url, figures in found.items()]
@@ -79,7 +85,7 @@ def main() -> None:
     parser.add_argument("urls", nargs="+")
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--interface", required=True)
-    for name in ("--prompt", "--decode", "--prompts", "--rounds"):
+    for name in ("--prompt", "--decode", "--prompts", "--rounds", "--at-once"):
         parser.add_argument(name, type=int, required=True)
     print(json.dumps([without_nan(each) for each in measured(parser.parse_args())]))
 

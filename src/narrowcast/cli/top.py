@@ -47,8 +47,13 @@ def _about(figures: Figures) -> Text:
     about = figures.about
     plan = f"plan {about['plan']}" if about.get("plan") else "no plan"
     ranks = f"{figures.num_heard} of {figures.num_ranks} ranks"
-    words = about["model"], ranks, plan, about.get("transport", ""), about.get("kernels", "")
-    return Text(", ".join(filter(None, words)), "dim")
+    words = ", ".join(filter(None, (ranks, plan, about.get("transport", ""), about.get("kernels", ""))))
+    return Text(", ".join(filter(None, (_end(about["model"], PAGE - len(words) - 2), words))), "dim")
+
+
+def _end(path: str, most: int) -> str:
+    """The end of a path, which says most, in no more characters than that."""
+    return path if len(path) <= most else f"…{path[len(path) - most + 1 :]}"
 
 
 def _lines(figures: Figures) -> Iterator[Text]:

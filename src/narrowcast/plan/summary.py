@@ -11,6 +11,7 @@ OWN_AXES = "a rank's own axes have no place for what it lost before; where a sum
 # Tokens of calibration text that are enough for scales, and for a matrix of so many features: docs/calibration.md.
 ENOUGH_TOKENS, TOKENS_BY_AXIS = 1000, 64
 LOST = 0.5  # relative error from which on little is left of a token
+LASTS = "all but the last one of a stage, after which all ranks go on alike"
 ALONE = "no other sum of its stage goes into the residual stream as it does"
 
 
@@ -39,8 +40,9 @@ def feedback_in_words(plan: Plan) -> Iterator[str]:
         others = f" and {len(names) - 1} more" if len(names) > 1 else ""
         yield f"none at {names[0]}{others}: {reason}"
     if served:
-        read = sum(name in plan.feedback.read for name in served)
-        yield f"own part exact at {read} of {len(sums)} sums" + (f": {plan.feedback.unread}" if not read else "")
+        num_read = sum(name in plan.feedback.read for name in served)
+        why = LASTS if num_read else plan.feedback.unread
+        yield f"own part exact at {num_read} of {len(sums)} sums" + (f": {why}" if num_read < len(served) else "")
 
 
 def bits_by_site(plan: Plan) -> dict[str, tuple[float, ...]]:

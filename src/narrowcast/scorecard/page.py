@@ -32,7 +32,7 @@ def _lines(card: Scorecard, against: str) -> Iterator[str]:
     yield f"p: that this is an accident, Holm-corrected over the figures; below {LEVEL:g} it counts."
     verdicts = {card.verdict(name) for name in card.changes}
     if "unclear" in verdicts:
-        yield "unclear: no sure change, but the interval reaches beyond what is tolerated: more rounds or texts help."
+        yield "unclear: no sure change, but it may be more than is tolerated: more rounds or texts help."
     if card.caveat:
         yield f"not judged: {card.caveat}."
     elif MACHINE in card.changes:
