@@ -23,25 +23,26 @@ SHARED = Path(__file__).parents[2] / "shared"
 # make test-vllm runs these, in an environment of its own; two files called conftest would stand for each other here.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["in_vllm"]
 
-# Files whose tests start processes of their own, besides the pools of the fixture `ranks`.
-STARTING_PROCESSES = (
-    *("bench", "cli", "failure", "handshake", "launch", "preflight", "scorecard", "scraped"),
-    *("served_metrics", "serving", "tcp", "wire_bytes"),
-)
-COMPILING = "fuzz", "sanitized"
+# Files by group that start processes of their own, or compilers, besides the pools of the fixture `ranks`.
+STARTING = {
+    "processes": {"bench", "cli", "failure", "handshake", "launch", "tcp", "tutorial", "wire_bytes"},
+    "servers": {"preflight", "scorecard", "scraped", "served_metrics", "serving"},
+    "ranks": {"fuzz", "sanitized"},
+}
 
 torch.set_num_threads(1)  # as the ranks compute, and so that results do not depend on the machine's cores
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file stays together; one worker has what starts processes, which mostly waits, one has pools and compilers."""
+    """A file stays together, and so do files that start processes, which mostly wait, and those of one pool of ranks.
+
+    Workers begin with the groups of the most tests, so that none is alone with a long one at the end.
+    """
     for item in items:
-        group = item.path.stem.removeprefix("test_")
-        if group in STARTING_PROCESSES:
-            group = "processes"
-        elif group in COMPILING or "ranks" in getattr(item, "fixturenames", ()):
-            group = "ranks"
+        file = item.path.stem.removeprefix("test_")
+        started = next((group for group, files in STARTING.items() if file in files), None)
+        group = started or ("ranks" if "ranks" in getattr(item, "fixturenames", ()) else file)
         item.add_marker(pytest.mark.xdist_group(group))
 
 
