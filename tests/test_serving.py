@@ -337,6 +337,23 @@ def test_what_cannot_be_done_is_said_in_a_sentence(server: Server, changed: dict
     assert answer.json()["error"]["message"].startswith(sentence)
 
 
+@pytest.mark.parametrize(
+    ("messages", "sentence"),
+    [
+        ([], "messages: expected one at least, found none"),
+        ([{"role": "tool", "content": "4"}], "messages.0.role: expected 'system', 'developer', 'user' or 'assistant'"),
+        (
+            [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}],
+            "messages.0.content: expected a text, or a list of parts of type text",
+        ),
+    ],
+)
+def test_messages_that_are_none(server: Server, messages: list[dict[str, Any]], sentence: str) -> None:
+    body = {"model": "gutenberg-chat", "messages": messages}
+    answer = post(server, json.dumps(body), "chat/completions")
+    assert answer.status_code == 400 and answer.json()["error"]["message"].startswith(sentence)
+
+
 def test_what_asks_for_nothing_is_no_error(server: Server) -> None:
     harmless = {"best_of": 1, "presence_penalty": 0.0, "logit_bias": {}, "user": "me", "stop": None, "n": None}
     assert post(server, json.dumps(asked("The sea was") | harmless)).status_code == 200
@@ -353,10 +370,8 @@ def test_bodies_and_paths_that_are_none(server: Server) -> None:
     assert server.get("/v2").json()["error"]["message"] == "GET /v2: Not Found"
 
 
-def post(server: Server, body: str) -> httpx2.Response:
-    return httpx2.post(
-        f"{server.url}/completions", content=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60
-    )
+def post(server: Server, body: str, to: str = "completions") -> httpx2.Response:
+    return httpx2.post(f"{server.url}/{to}", content=body, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
 
 
 def in_background(client: OpenAI, **arguments: Any) -> tuple[threading.Thread, list[Any]]:
@@ -506,7 +521,7 @@ def test_errors_are_part_of_a_chat_and_piped_ones_of_its_status(
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         done = typed("chat", server.url, "--api-key", KEY)
         assert done.returncode == status
-        assert done.stdout.rstrip("> \n")
+        assert done.stdout.strip() and ">" not in done.stdout
         assert ("expected 512 tokens at most in prompt and answer" in done.stderr) == bool(status)
 
 

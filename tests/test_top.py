@@ -99,7 +99,7 @@ def told(*lines: str, sites: int = 2) -> Scrape:
     for layer in range(sites):
         labels = f'{{rank="0",site="model.layers.{layer}.mlp.down_proj"}}'
         figures = {"sent_values_total": 1000, "error_squares_total": 0.09, "sum_squares_total": 1}
-        figures |= {"expected_error_squares_total": 0.09, "sampled_sums_total": 1, "guarded_tokens_total": 0}
+        figures |= {"expected_error_squares_total": 0.09, "sampled_sums_total": 30, "guarded_tokens_total": 0}
         figures |= {"clipped_values_total": 0, "non_finite_values_total": 0}
         found += [f"narrowcast_site_{name}{labels} {value}" for name, value in figures.items()]
     replaced = {line.rpartition(" ")[0]: line for line in lines}
@@ -148,6 +148,11 @@ def test_what_would_raise_an_alert_is_a_remark(remark: str) -> None:
     assert "nothing to remark" in pictured(told())
 
 
+def test_an_error_of_few_sums_is_none_to_remark() -> None:
+    above = at("error_squares_total", 0, 0.4)
+    assert "nothing to remark" in pictured(told(above, at("sampled_sums_total", 0, 29)))
+
+
 def test_an_error_is_a_cell_and_legible_without_colour() -> None:
     ratios = {0: 1.0, 1: 1.5, 2: 1.9, 3: 2.5}
     squares = [at("error_squares_total", layer, (0.3 * ratio) ** 2) for layer, ratio in ratios.items()]
@@ -175,12 +180,18 @@ def test_sites_are_told_apart_by_what_they_do() -> None:
     ]
 
 
-def test_errors_are_of_the_last_minutes_and_of_all_time_where_nothing_was_sampled() -> None:
-    before = told()
-    worse = told(at("error_squares_total", 0, 0.09 + 0.36), at("expected_error_squares_total", 0, 0.09 + 0.09))
-    ratios = figures_of(before, worse).error_ratios
-    assert ratios["model.layers.0.mlp.down_proj"] == pytest.approx(2.0)
-    assert ratios["model.layers.1.mlp.down_proj"] == pytest.approx(1.0)
+def test_errors_are_of_the_last_minutes_and_of_all_time_where_too_few_were_sampled() -> None:
+    def later(layer: int, sums: int) -> list[str]:
+        """An error twice the plan's in so many more sums, each of which counts like one before."""
+        grown = {"error_squares_total": 0.36, "expected_error_squares_total": 0.09, "sampled_sums_total": 30}
+        before = {"error_squares_total": 0.09, "expected_error_squares_total": 0.09, "sampled_sums_total": 30}
+        return [at(name, layer, before[name] + more * sums / 30) for name, more in grown.items()]
+
+    found = figures_of(told(sites=3), told(*later(0, 30), *later(1, 29), sites=3))
+    ratios = {layer: found.error_ratios[f"model.layers.{layer}.mlp.down_proj"] for layer in range(3)}
+    of_all = ((0.09 + 0.36 * 29 / 30) / (0.09 + 0.09 * 29 / 30)) ** 0.5
+    assert ratios == pytest.approx({0: 2.0, 1: of_all, 2: 1.0})
+    assert list(found.num_sampled.values()) == [30, 59, 30]
 
 
 def test_rates_and_latencies_are_those_of_the_last_two_scrapes() -> None:

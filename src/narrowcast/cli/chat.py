@@ -28,7 +28,7 @@ def chat(
 ) -> None:
     """Chat with a server of OpenAI's API, or with a model in this process: Ctrl-C ends an answer, Ctrl-D the chat.
 
-    Of lines from a file or a pipe, the status is 1 if one was not answered.
+    Lines may come from a file or a pipe: the output is answers alone then, and the status 1 if one had none.
     """
     sampling = Sampling(temperature=temperature, seed=seed)
     partner: Partner
@@ -40,7 +40,9 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  # lines can be edited, and called up again
     say, warn = (partial(typer.echo, nl=False, err=err) for err in (False, True))
-    all_answered = converse(partner, lambda: input("> "), say, warn, system=system)
-    typer.echo()
-    if not (all_answered or sys.stdin.isatty()):
+    typed = sys.stdin.isatty()
+    all_answered = converse(partner, lambda: input("> " if typed else ""), say, warn, system=system)
+    if typed:
+        typer.echo()
+    elif not all_answered:
         raise typer.Exit(1)

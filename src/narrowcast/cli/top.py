@@ -8,6 +8,7 @@ from rich.text import Text
 from narrowcast.cli.tables import PAGE
 from narrowcast.monitoring.alerts import (
     DRIFT_FACTOR,
+    ENOUGH,
     ERROR_FACTOR,
     MORE_BITS,
     MOST_CLIPPED,
@@ -124,7 +125,8 @@ def _wrong(figures: Figures) -> Iterator[str]:
         yield f"{figures.num_ranks - figures.num_heard} of {figures.num_ranks} ranks are gone"
     if lost := figures.non_finite:
         yield f"NaN or infinite {_at(sorted(lost, key=lost.__getitem__, reverse=True))}, since the start"
-    if above := [site for site in beyond(figures.error_ratios, ERROR_FACTOR) if figures.errors[site] > VISIBLE]:
+    above = [site for site in beyond(figures.error_ratios, ERROR_FACTOR) if figures.errors[site] > VISIBLE]
+    if above := [site for site in above if figures.num_sampled.get(site, 0.0) >= ENOUGH]:
         yield f"error {figures.error_ratios[above[0]]:.1f} times the plan's {_at(above)}"
     if clipped := beyond(figures.clipped, MOST_CLIPPED):
         yield f"{figures.clipped[clipped[0]]:.1%} of the values are clipped {_at(clipped)}"

@@ -1,4 +1,4 @@
-"""The figures of a live view, from scrapes of a server: rates of the last two, shares and errors of ten minutes."""
+"""The figures of a live view, from scrapes of a server: rates of the last two, shares of ten minutes, errors, too."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Self
 
+from narrowcast.monitoring.alerts import ENOUGH
 from narrowcast.monitoring.scrape import Scrape
 
 KEPT_S = 600.0  # of scrapes: sums are sampled now and then
@@ -47,6 +48,12 @@ class Window:
         wholes = self.change(whole, "site")
         return {site: value / wholes[site] for site, value in self.change(part, "site").items() if wholes.get(site)}
 
+    def num_sampled(self) -> dict[str, float]:
+        """The number of sampled sums, by site."""
+        name = "narrowcast_site_sampled_sums_total"
+        before = {} if self.earlier is None else self.earlier.largest(name, "site")
+        return {site: number - before.get(site, 0.0) for site, number in self.now.largest(name, "site").items()}
+
     def errors(self, *, over: str = "sum") -> dict[str, float]:
         """Relative errors of sampled sums, by site; over the "expected_error" they are those over the plan's."""
         found = self.shares("narrowcast_site_error_squares_total", f"narrowcast_site_{over}_squares_total")
@@ -65,7 +72,8 @@ class Window:
 class Figures:
     """All that a picture shows; None, or nothing, for what a server does not tell.
 
-    `error_ratios`: `errors` over the plan's. `sites` are all that are coded; `non_finite` values of them, since the
+    `error_ratios`: `errors` over the plan's, of `num_sampled` sums: those of the last ten minutes, or of all time where
+    these are not enough. `sites` are all that are coded; `non_finite` values of them, since the
     start of the server; `times_told`: there are latencies, if any tokens came.
     """
 
@@ -88,6 +96,7 @@ class Figures:
     sites: tuple[str, ...]
     error_ratios: Shares
     errors: Shares
+    num_sampled: Shares
     clipped: Shares
     guarded: Shares
     non_finite: Mapping[str, int]
@@ -97,8 +106,11 @@ class Figures:
         """Rates of `step`, shares and errors of `recent`; what did not happen in these, since the server's start."""
         now, ever = step.now, Window(step.now)
         info = now.series.get("narrowcast_info", [])
+        sampled = {site: number for site, number in recent.num_sampled().items() if number >= ENOUGH}
         errors, error_ratios = (
-            {**ever.errors(over=whole), **recent.errors(over=whole)} for whole in ("sum", "expected_error")
+            ever.errors(over=whole)
+            | {site: each for site, each in recent.errors(over=whole).items() if site in sampled}
+            for whole in ("sum", "expected_error")
         )
         tokens = recent.total("narrowcast_tokens_total") or 0.0
         guarded = recent.change("narrowcast_site_guarded_tokens_total", "site")
@@ -129,6 +141,7 @@ class Figures:
             sites=tuple(now.values("narrowcast_site_sent_values_total", "site")),
             error_ratios=error_ratios,
             errors=errors,
+            num_sampled=ever.num_sampled() | sampled,
             clipped=recent.shares("narrowcast_site_clipped_values_total", "narrowcast_site_sent_values_total"),
             guarded={site: min(number / tokens, 1.0) for site, number in guarded.items() if tokens},
             non_finite={

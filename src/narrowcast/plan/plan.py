@@ -203,7 +203,8 @@ def _read(data: bytes, path: str | os.PathLike[str]) -> tuple[dict[str, str], di
     try:
         tensors = safetensors.torch.load(data)
     except SafetensorError as error:
-        raise _unusable(path, expected="a whole safetensors file", found=str(error)) from error
+        found = f"another file, or a part of one ({str(error).removeprefix('Error while deserializing: ')})"
+        raise _unusable(path, expected="a plan, which is a whole safetensors file", found=found) from error
     header_nbytes = int.from_bytes(data[:8], "little")
     metadata: dict[str, str] = json.loads(data[8 : 8 + header_nbytes]).get("__metadata__") or {}
     if "narrowcast" not in metadata:

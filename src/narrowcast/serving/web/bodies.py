@@ -135,8 +135,11 @@ def refused_by(error: ValidationError) -> RefusedError:
     """The first thing that is wrong, in a sentence."""
     first = error.errors(include_url=False, include_context=False)[0]
     place, message = ".".join(map(str, first["loc"])), _said(first)
-    if first["loc"][:1] == ("prompt",):  # which may be of four kinds, of which it says that it is none
-        place, message = "prompt", "expected a text, token ids, or a list of either"
+    match first["loc"]:  # where several kinds may be, of which it says that it is not the first
+        case ("prompt", *_):
+            place, message = "prompt", "expected a text, token ids, or a list of either"
+        case ("messages", number, "content", *_):
+            place, message = f"messages.{number}.content", "expected a text, or a list of parts of type text"
     return RefusedError(400, f"{place}: {message}" if place else message, param=str(first["loc"][0]) if place else None)
 
 
@@ -146,7 +149,10 @@ def _said(error: ErrorDetails) -> str:
         return "expected a value, found none"
     if error["type"] == "extra_forbidden":
         return "not supported by this server: leave it out"
+    if error["type"] == "too_short":
+        return "expected one at least, found none"
     before, should, expected = error["msg"].partition("Input should be ")
     if should and not before:
-        return f"expected {expected.partition(', ')[0]}, found {reprlib.repr(error['input'])}"
+        expected = expected if error["type"] == "literal_error" else expected.partition(", ")[0]
+        return f"expected {expected}, found {reprlib.repr(error['input'])}"
     return error["msg"].removeprefix("Value error, ")
