@@ -196,6 +196,9 @@ def test_what_is_no_plan_is_refused(tmp_path: Path) -> None:
     safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(PlanFormatError, match="a safetensors file of another kind"):
         Plan.load(tmp_path / "other")
+    (tmp_path / "text").write_text('{"a": "text"}')
+    with pytest.raises(PlanFormatError, match=r"found another file, or a part of one \(header too large\)"):
+        Plan.load(tmp_path / "text")
 
 
 def signed(path: Path, header: object) -> None:

@@ -1,4 +1,4 @@
-"""The figures of a live view, from scrapes of a server: rates of the last two, shares of ten minutes, errors, too."""
+"""The figures of a live view, from scrapes of a server: rates of the last two, shares and errors of ten minutes."""
 
 from collections import deque
 from collections.abc import Mapping
