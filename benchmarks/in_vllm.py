@@ -234,7 +234,7 @@ def row(link: Link | None, sums: str, figures: Mapping[str, Sequence[float | Non
         "ms_per_token": 1e3 * middle["token_s"],
         "least_ms_per_token": 1e3 * min(figures["token_s"]),
         "tokens_per_s": middle["tokens_per_s"],
-        "tokens_per_s_at_once": middle.get("tokens_per_s_at_once"),
+        "tokens_per_s_at_once": middle["tokens_per_s_at_once"],
         "bytes_of_prompt": middle["bytes_of_prompt"],
         "bytes_per_token": middle["bytes_per_token"],
     }

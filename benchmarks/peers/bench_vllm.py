@@ -68,9 +68,8 @@ def measured(asked: argparse.Namespace) -> list[dict[str, Any]]:
                 "tokens_per_s": [run["output_throughput"]],
                 "bytes_per_token": [(nbytes - of_prompts[url]) / (asked.decode - 1)],
             }
-            if asked.at_once > 1:
-                together = bench(url, asked, asked.decode, seed=2 + asked.rounds + round, at_once=asked.at_once)
-                figures["tokens_per_s_at_once"] = [together["output_throughput"]]
+            together = bench(url, asked, asked.decode, seed=2 + asked.rounds + round, at_once=asked.at_once)
+            figures["tokens_per_s_at_once"] = [together["output_throughput"]]
             for name, values in figures.items():
                 found[url].setdefault(name, []).extend(values)
     return [{**figures, "bytes_of_prompt": [of_prompts[url]]} for url, figures in found.items()]

@@ -41,7 +41,7 @@ def feedback_in_words(plan: Plan) -> Iterator[str]:
         yield f"none at {names[0]}{others}: {reason}"
     if served:
         num_read = sum(name in plan.feedback.read for name in served)
-        why = LASTS if num_read else plan.feedback.unread
+        why = plan.feedback.unread or LASTS
         yield f"own part exact at {num_read} of {len(sums)} sums" + (f": {why}" if num_read < len(served) else "")
 
 
